@@ -1,0 +1,61 @@
+"""Runtimes: model directory -> logits and tokens, behind one protocol (see base.py).
+
+`load` answers with the runtime that a directory is made for. Importing this package imports none of
+them: a runtime is a row in BACKENDS and one file with a subclass of `Runtime`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bitdistill import manifest as manifests
+from bitdistill.backends.base import Cache, Runtime
+from bitdistill.backends.registry import resolve
+
+__all__ = ["BACKENDS", "Cache", "Runtime", "load"]
+
+BACKENDS = {
+    "torch": "bitdistill.backends.torch_runtime:TorchRuntime",
+    "onnx": "bitdistill.backends.onnx_runtime:OnnxRuntime",
+    "mlx": "bitdistill.backends.mlx_runtime:MlxRuntime",
+}
+
+
+def load(
+    path: str | Path,
+    backend: str | None = None,
+    threads: int | None = None,
+    verify: bool = True,
+    **options: Any,
+) -> Runtime:
+    """Load a teacher, student or artifact directory; a plain Hugging Face directory is a teacher.
+
+    `backend` is found from the directory; naming one only checks it. `threads` limits CPU threads
+    (None: the runtime's own choice). `verify` compares every file with the hash in the manifest;
+    sizes are compared always. `options` go to the runtime (torch: `dtype`, `storage`).
+
+    Raises FormatError for a directory that is incomplete, altered or of another format version,
+    ValueError for an unknown backend or one that cannot run the directory.
+    """
+    path = Path(path)
+    manifest = _read(path)
+    found = manifest["target"] if manifest.get("kind") == "artifact" else "torch"
+    runtime = resolve(BACKENDS, backend or found, "backend")
+    if backend not in (None, found):
+        raise ValueError(
+            f"{path} is made for {found}, not {backend}; leave the backend out, or export the "
+            f"student with --target {backend}"
+        )
+    (manifests.verify_files if verify else manifests.check_sizes)(path, manifest)
+    return runtime(path, manifest, threads=threads, **options)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The manifest, or {} for a Hugging Face directory that has none."""
+    if not (path / manifests.MANIFEST).is_file() and (path / "config.json").is_file():
+        return {}
+    manifest = manifests.read_manifest(path)
+    if manifest["kind"] == "artifact" and "target" not in manifest:
+        raise manifests.FormatError(f"{path / manifests.MANIFEST} names no target; export it again")
+    return manifest

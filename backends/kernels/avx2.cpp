@@ -1,0 +1,24 @@
+// The AVX2 + F16C table. avx2_quantize.cpp, avx2_ternary.cpp and avx2_float.cpp hold its functions;
+// they are empty on processors other than x86-64.
+#include "avx2.h"
+#include "cpu.h"
+
+#if BD_X86
+namespace {
+
+int supported() {
+  const bitdistill::CpuFeatures cpu = bitdistill::cpu_features();
+  return cpu.avx2 && cpu.f16c;
+}
+
+namespace avx2 = bitdistill::avx2;
+
+const BdKernels kTable = {"avx2",        supported,           avx2::quantize, avx2::normalize,
+                          avx2::ternary, avx2::ternary_float, avx2::head};
+
+}  // namespace
+
+namespace bitdistill {
+const BdKernels *avx2_kernels() { return &kTable; }
+}  // namespace bitdistill
+#endif

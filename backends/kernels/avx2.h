@@ -1,0 +1,48 @@
+// What the AVX2 files share: loads, and the functions of their table. Internal linkage for the
+// helpers, as common.h explains.
+#ifndef BITDISTILL_AVX2_H
+#define BITDISTILL_AVX2_H
+
+#include "common.h"
+
+#if BD_X86
+namespace bitdistill {
+namespace avx2 {
+void quantize(const BdInput *in, const BdTokens *out, int64_t first, int64_t last);
+void normalize(const BdInput *in, const BdTokens *out, int64_t first, int64_t last);
+void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
+void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
+void head(const BdHead *w, const float *x, int64_t tokens, float *y, int64_t first, int64_t last);
+}  // namespace avx2
+}  // namespace bitdistill
+
+// avx2.cpp itself is compiled without AVX2: it asks whether the CPU has it.
+#if defined(__AVX2__)
+#include <immintrin.h>
+
+// GCC reassociates the integer sums of a tile and then spills its registers; the empty statement
+// ties each sum to its place (1.3 times faster; clang needs no help).
+#if defined(__GNUC__) && !defined(__clang__)
+#define BD_IN_ORDER(v) __asm__("" : "+x"(v))
+#else
+#define BD_IN_ORDER(v) static_cast<void>(v)
+#endif
+
+namespace {
+
+constexpr int kVectors = BD_BLOCK_ROWS / 8;  // a block of 32 rows is four vectors of 8 lanes
+constexpr int kPrefetch = 2048;              // bytes ahead of the weights being read
+
+inline __m256i load(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
+inline void store(void *p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i *>(p), v); }
+
+// Tokens of the next tile, so that tiles differ by at most one token.
+inline int tile_tokens(int64_t remaining, int most) {
+  const int64_t tiles = (remaining + most - 1) / most;
+  return static_cast<int>((remaining + tiles - 1) / tiles);
+}
+
+}  // namespace
+#endif
+#endif
+#endif

@@ -1,0 +1,132 @@
+// AVX2: int8 activations times trits. Every SIMD lane is an output row, so there are no horizontal
+// sums: a 4-byte quad of activations is broadcast and meets 8 rows in one vpmaddubsw.
+//
+// Exactness. A code is 0..2 (or 3 in malformed weights, which may then wrap but never trap) and an
+// activation -128..127, so one vpmaddubsw lane, a sum of two products, lies in
+//   [2 * 2 * -128, 2 * 2 * 127] = [-512, 508]           for codes at weight 1,
+//   [2 * 8 * -128, 2 * 8 * 127] = [-2048, 2032]         for codes left in place at weight 4;
+// int16 therefore holds 64 sums of the first kind (-32768 .. 32512) and 16 of the second (the same
+// range), exactly, before they are widened to int32. In int32, |q . code| <= 2 * 128 * 2^17 = 2^25.
+#include "avx2.h"
+
+#if BD_X86
+namespace {
+
+constexpr int kMatvecChunk = 8;  // groups of 16 columns: 16 sums at weight 4
+constexpr int kTileChunk = 16;   // groups: 64 sums at weight 1
+constexpr int kTileVectors = 2;
+constexpr int kTileTokens = 6;
+
+inline __m256i quad(const int8_t *q) {
+  int32_t bits;
+  memcpy(&bits, q, sizeof bits);
+  return _mm256_set1_epi32(bits);
+}
+
+// ---- one token: bound by memory, so the codes at bits 2 and 6 stay in place (weight 4) ----
+
+void matvec_dots(const uint8_t *w, const int8_t *q, int64_t groups, int32_t *dots) {
+  const __m256i low = _mm256_set1_epi8(0x03);
+  const __m256i high = _mm256_set1_epi8(0x0c);
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i totals[kVectors] = {};
+  for (int64_t g = 0; g < groups; g += kMatvecChunk) {
+    const int64_t end = smaller(g + kMatvecChunk, groups);
+    __m256i one[kVectors] = {};
+    __m256i four[kVectors] = {};
+    for (int64_t i = g; i < end; ++i, w += BD_BLOCK_BYTES, q += BD_BLOCK_COLUMNS) {
+      _mm_prefetch(reinterpret_cast<const char *>(w + kPrefetch), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char *>(w + kPrefetch + 64), _MM_HINT_T0);
+      const __m256i q0 = quad(q), q1 = quad(q + 4), q2 = quad(q + 8), q3 = quad(q + 12);
+      for (int v = 0; v < kVectors; ++v) {
+        const __m256i a = load(w + 32 * v);
+        const __m256i b = _mm256_srli_epi16(a, 4);
+        one[v] = _mm256_add_epi16(one[v], _mm256_maddubs_epi16(_mm256_and_si256(a, low), q0));
+        four[v] = _mm256_add_epi16(four[v], _mm256_maddubs_epi16(_mm256_and_si256(a, high), q1));
+        one[v] = _mm256_add_epi16(one[v], _mm256_maddubs_epi16(_mm256_and_si256(b, low), q2));
+        four[v] = _mm256_add_epi16(four[v], _mm256_maddubs_epi16(_mm256_and_si256(b, high), q3));
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {  // |one| and |four / 4| <= 16 * 512: no overflow
+      const __m256i sum = _mm256_add_epi16(one[v], _mm256_srai_epi16(four[v], 2));
+      totals[v] = _mm256_add_epi32(totals[v], _mm256_madd_epi16(sum, ones));
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) store(dots + 8 * v, totals[v]);
+}
+
+// ---- several tokens: a tile of 16 rows x T tokens unpacks each code once for T tokens ----
+
+template <int S, int T>
+inline void tile_step(const uint8_t *w, const int8_t *q, int64_t stride,
+                      __m256i (&sums)[kTileVectors][T]) {
+  const __m256i low = _mm256_set1_epi8(0x03);
+  const __m256i w0 = _mm256_and_si256(_mm256_srli_epi16(load(w), 2 * S), low);
+  const __m256i w1 = _mm256_and_si256(_mm256_srli_epi16(load(w + 32), 2 * S), low);
+  for (int t = 0; t < T; ++t) {
+    const __m256i x = quad(q + t * stride + 4 * S);
+    sums[0][t] = _mm256_add_epi16(sums[0][t], _mm256_maddubs_epi16(w0, x));
+    sums[1][t] = _mm256_add_epi16(sums[1][t], _mm256_maddubs_epi16(w1, x));
+    BD_IN_ORDER(sums[0][t]);
+    BD_IN_ORDER(sums[1][t]);
+  }
+}
+
+// dots is (T, 32); this half of the block fills 16 of the 32.
+template <int T>
+void tile_dots(const uint8_t *w, const int8_t *q, int64_t stride, int64_t groups, int32_t *dots) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i totals[kTileVectors][T] = {};
+  for (int64_t g = 0; g < groups; g += kTileChunk) {
+    const int64_t end = smaller(g + kTileChunk, groups);
+    __m256i sums[kTileVectors][T] = {};
+    for (int64_t i = g; i < end; ++i, w += BD_BLOCK_BYTES, q += BD_BLOCK_COLUMNS) {
+      tile_step<0, T>(w, q, stride, sums);
+      tile_step<1, T>(w, q, stride, sums);
+      tile_step<2, T>(w, q, stride, sums);
+      tile_step<3, T>(w, q, stride, sums);
+    }
+    for (int v = 0; v < kTileVectors; ++v)
+      for (int t = 0; t < T; ++t)
+        totals[v][t] = _mm256_add_epi32(totals[v][t], _mm256_madd_epi16(sums[v][t], ones));
+  }
+  for (int v = 0; v < kTileVectors; ++v)
+    for (int t = 0; t < T; ++t) store(dots + BD_BLOCK_ROWS * t + 8 * v, totals[v][t]);
+}
+
+using TileDots = void (*)(const uint8_t *, const int8_t *, int64_t, int64_t, int32_t *);
+constexpr TileDots kTiles[kTileTokens + 1] = {
+    nullptr, tile_dots<1>, tile_dots<2>, tile_dots<3>, tile_dots<4>, tile_dots<5>, tile_dots<6>};
+
+void one_token(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
+  alignas(32) int32_t dots[BD_BLOCK_ROWS];
+  for (int64_t block = first; block < last; ++block) {
+    matvec_dots(block_bytes(w, block), in->q, groups_of(w->columns), dots);
+    write_rows(w, block, dots, in->sum[0], in->down[0], y);
+  }
+}
+
+}  // namespace
+
+namespace bitdistill {
+namespace avx2 {
+
+void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
+  if (in->tokens == 1) return one_token(w, in, y, first, last);
+  const int64_t groups = groups_of(w->columns);
+  alignas(32) int32_t dots[kTileTokens][BD_BLOCK_ROWS];
+  for (int64_t block = first; block < last; ++block)
+    for (int64_t token = 0; token < in->tokens;) {
+      const int count = tile_tokens(in->tokens - token, kTileTokens);
+      const int8_t *q = in->q + token * in->stride;
+      const uint8_t *packed = block_bytes(w, block);
+      kTiles[count](packed, q, in->stride, groups, &dots[0][0]);
+      kTiles[count](packed + BD_BLOCK_BYTES / 2, q, in->stride, groups, &dots[0][16]);
+      for (int t = 0; t < count; ++t, ++token)
+        write_rows(w, block, dots[t], in->sum[token], in->down[token], y + token * w->rows);
+    }
+}
+
+}  // namespace avx2
+}  // namespace bitdistill
+#endif

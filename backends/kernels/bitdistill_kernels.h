@@ -1,0 +1,133 @@
+/* The C ABI of bitdistill's CPU kernels, usable without any runtime.
+ *
+ * One table of function pointers per instruction set (BdKernels); bd_kernels() picks one. All
+ * tables compute the same bits: `scalar` is the oracle, the others must equal it exactly.
+ *
+ *   quantize   v = x, or x * (1 / sqrt(mean(x^2) + epsilon)) * norm_weight with a norm
+ *              g = max |v|;  q = round-half-even(v * (127 / (g + 1e-5)));  sum = q_0 + q_1 + ...
+ *   ternary    y[n] = float(q . t[n]) * ((g / 127) * scale[n]) + bias[n]
+ *
+ * q . t is exact integer arithmetic: the packed codes are t + 1, so the kernels form q . code and
+ * subtract `sum`. A token that holds NaN or infinity gives a row of NaN.
+ *
+ * Float order (the same everywhere): mean(x^2) and the head add element i into partial sum
+ * i mod 32, each product rounded before it is added, and fold the partial sums in
+ * halves (16, 8, 4, 2, 1); `ternary_float` adds column 16 q + 4 s + j into partial sum s in the
+ * order of q, then j, and folds (0 + 1) + (2 + 3).
+ *
+ * Nothing here allocates, locks or throws. Pointers need no alignment beyond their type's
+ * (`packed`: none). The caller checks sizes; codes of 3 in `packed` are read as the trit 2.
+ */
+#ifndef BITDISTILL_KERNELS_H
+#define BITDISTILL_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define BD_API __declspec(dllexport)
+#else
+#define BD_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+  BD_ABI_VERSION = 1,
+  BD_LAYOUT_VERSION = 1, /* of `packed`; bitdistill/packing.py */
+  BD_BLOCK_ROWS = 32,
+  BD_BLOCK_COLUMNS = 16,
+  BD_BLOCK_BYTES = 128,
+  BD_MAX_COLUMNS = 1 << 17 /* |q . t| <= 128 K must be exact in fp32 */
+};
+
+/* A ternary matrix (rows, columns): packed is uint8 (ceil(rows/32), ceil(columns/16), 32, 4). */
+typedef struct BdTernary {
+  const uint8_t *packed;
+  const float *scale; /* (rows) */
+  const float *bias;  /* (rows), or NULL */
+  int64_t rows;
+  int64_t columns;
+} BdTernary;
+
+/* Activations as they come: x is (tokens, columns). */
+typedef struct BdInput {
+  const float *x;
+  const float *norm_weight; /* (columns), or NULL: no norm */
+  float epsilon;
+  int64_t tokens;
+  int64_t columns;
+} BdInput;
+
+/* Activations as the products read them; all in the caller's scratch memory. Each token takes
+ * `stride` elements of `q` or `values`, zero beyond `columns`. */
+typedef struct BdTokens {
+  int8_t *q;     /* 8-bit path */
+  float *down;   /* g / 127 of each token; NaN for a token that is not finite */
+  int32_t *sum;  /* sum of q of each token */
+  float *values; /* fp32 path; NULL in the 8-bit path */
+  int64_t tokens;
+  int64_t columns;
+  int64_t stride;
+} BdTokens;
+
+/* A float16 table (rows, columns), row-major: the LM head. */
+typedef struct BdHead {
+  const uint16_t *table;
+  int64_t rows;
+  int64_t columns;
+} BdHead;
+
+/* Ranges are half-open and may run on different threads at once; y is (tokens, rows). */
+typedef struct BdKernels {
+  const char *name;
+  int (*supported)(void);
+  void (*quantize)(const BdInput *in, const BdTokens *out, int64_t first_token, int64_t last_token);
+  void (*normalize)(const BdInput *in, const BdTokens *out, int64_t first_token,
+                    int64_t last_token);
+  void (*ternary)(const BdTernary *w, const BdTokens *in, float *y, int64_t first_block,
+                  int64_t last_block);
+  void (*ternary_float)(const BdTernary *w, const BdTokens *in, float *y, int64_t first_block,
+                        int64_t last_block);
+  void (*head)(const BdHead *w, const float *x, int64_t tokens, float *y, int64_t first_row,
+               int64_t last_row);
+} BdKernels;
+
+/* The table of an instruction set, or of the best one this CPU has for NULL (once a process, the
+ * environment variable BITDISTILL_ISA may name another). NULL when the name is unknown or the CPU
+ * lacks it; bd_kernels_error() then says why. */
+BD_API const BdKernels *bd_kernels(const char *isa);
+
+/* Why bd_kernels(isa) returned NULL, "" if it did not; a string of static or thread storage. */
+BD_API const char *bd_kernels_error(const char *isa);
+
+/* Name of the i-th instruction set built into this library, best first; NULL past the end. */
+BD_API const char *bd_isa_name(int i);
+
+BD_API int bd_abi_version(void);
+
+/* Blocks of 32 rows: the unit of `ternary`. */
+BD_API int64_t bd_blocks(int64_t rows);
+
+/* Bytes of `packed` of a (rows, columns) matrix. */
+BD_API int64_t bd_packed_bytes(int64_t rows, int64_t columns);
+
+/* Bytes of scratch memory for `tokens` tokens; activation_bits is 8 or 0 (fp32 activations). */
+BD_API size_t bd_scratch_bytes(int64_t tokens, int64_t columns, int activation_bits);
+
+/* Divides scratch memory (aligned to 8 bytes) into the arrays of a BdTokens. */
+BD_API BdTokens bd_tokens(void *scratch, int64_t tokens, int64_t columns, int activation_bits);
+
+/* The whole layer on the calling thread: x (tokens, columns) -> y (tokens, rows). */
+BD_API void bd_ternary_linear(const BdKernels *kernels, const BdTernary *w, const BdInput *in,
+                              int activation_bits, void *scratch, float *y);
+
+/* 1 if any 2-bit code among `bytes` packed bytes is 3. */
+BD_API int bd_has_code_3(const uint8_t *packed, size_t bytes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

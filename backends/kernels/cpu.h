@@ -1,0 +1,13 @@
+// What the CPU and the operating system both allow. Read once; a row here per feature a kernel
+// needs.
+#ifndef BITDISTILL_CPU_H
+#define BITDISTILL_CPU_H
+
+namespace bitdistill {
+struct CpuFeatures {
+  bool avx2;
+  bool f16c;
+};
+CpuFeatures cpu_features();
+}  // namespace bitdistill
+#endif

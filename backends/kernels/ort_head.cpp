@@ -1,0 +1,91 @@
+// HeadLinear: Y = X . fp32(W)^T with a float16 table, so that a tied embedding is stored once.
+//
+// Inputs  X float (..., K); W float16 (N, K)
+#include <new>
+
+#include "ort_support.h"
+
+namespace bitdistill {
+namespace {
+
+enum Input : size_t { kX, kW, kInputs };
+constexpr const char *kName = "HeadLinear";
+
+struct Kernel {
+  const ort::Api *api;
+  const BdKernels *kernels;
+};
+
+ort::Status *check_table(const ort::Api *api, const Tensor &table) {
+  BD_TRY(check_tensor(api, kName, table, {"W", ort::kFloat16, 0, {}}));
+  if (table.rank != 2 || table.dims[1] < 1)
+    return refuse(api, "%s: W must be a float16 matrix (N, K), got rank %zu", kName, table.rank);
+  return nullptr;
+}
+
+ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
+                    void **out) noexcept {
+  const BdKernels *kernels = bd_kernels(nullptr);
+  if (kernels == nullptr) return refuse(api, "%s", bd_kernels_error(nullptr));
+  Tensor table;
+  BD_TRY(read_constant(api, info, kW, &table));
+  if (table.present) BD_TRY(check_table(api, table));
+  Kernel *k = new (std::nothrow) Kernel{api, kernels};
+  if (k == nullptr) return refuse(api, "%s: out of memory", kName);
+  *out = k;
+  return nullptr;
+}
+
+void destroy(void *kernel) noexcept { delete static_cast<Kernel *>(kernel); }
+
+ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
+  const Kernel &k = *static_cast<const Kernel *>(kernel);
+  Tensor x;
+  Tensor table;
+  BD_TRY(read_input(k.api, context, kW, &table));
+  BD_TRY(check_table(k.api, table));
+  BD_TRY(read_input(k.api, context, kX, &x));
+  int64_t tokens = 0;
+  BD_TRY(check_activations(k.api, kName, x, table.dims[1], &tokens));
+  float *y = nullptr;
+  BD_TRY(make_output(k.api, context, x, table.dims[0], &y));
+  if (tokens == 0) return nullptr;
+  const BdHead w = {static_cast<const uint16_t *>(table.data), table.dims[0], table.dims[1]};
+  const double row = static_cast<double>(w.columns) * (0.13 + 0.03 * static_cast<double>(tokens));
+  return parallel(k.api, context, w.rows, chunk_of(row),
+                  [&](int64_t a, int64_t b) { k.kernels->head(&w, x.floats(), tokens, y, a, b); });
+}
+
+ort::Status *infer(const ort::CustomOp *op, ort::ShapeContext *context) noexcept {
+  const ort::Api *api = static_cast<const Op *>(op)->api;
+  ort::Shape *table = nullptr;  // the context's own
+  BD_TRY(api->ShapeInferContext_GetInputTypeShape(context, kW, &table));
+  size_t rank = 0;
+  BD_TRY(api->GetDimensionsCount(table, &rank));
+  if (rank != 2) return nullptr;  // refused when the kernel is made
+  int64_t dims[2];
+  BD_TRY(api->GetDimensions(table, dims, rank));
+  return infer_last_dimension(api, context, dims[0]);
+}
+
+const char *name(const ort::CustomOp *) { return kName; }
+size_t input_count(const ort::CustomOp *) { return kInputs; }
+
+ort::ElementType input_type(const ort::CustomOp *, size_t index) {
+  return index == kW ? ort::kFloat16 : ort::kFloat;
+}
+
+}  // namespace
+
+void fill_head(Op *op, const ort::Api *api) {
+  fill_common(op, api);
+  op->GetName = name;
+  op->GetInputTypeCount = input_count;
+  op->GetInputType = input_type;
+  op->CreateKernelV2 = create;
+  op->KernelComputeV2 = compute;
+  op->KernelDestroy = destroy;
+  op->InferOutputShape = infer;
+}
+
+}  // namespace bitdistill

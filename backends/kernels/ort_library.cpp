@@ -1,0 +1,68 @@
+// The symbol ONNX Runtime looks for in a custom-op library.
+#include <mutex>
+#include <new>
+
+#include "ort_support.h"
+
+namespace bitdistill {
+namespace {
+
+constexpr const char *kDomain = "bitdistill";
+
+// One domain per copy of ONNX Runtime in the process. Sessions keep pointers to it, so it is never
+// freed; sessions of one runtime share it.
+struct Registration {
+  const ort::Api *api;
+  ort::Domain *domain;
+  Op ternary;
+  Op head;
+  Registration *next;
+};
+
+std::mutex mutex;
+Registration *registrations = nullptr;
+
+ort::Status *fill(Registration *r, const ort::Api *api) {
+  r->api = api;
+  fill_ternary(&r->ternary, api);
+  fill_head(&r->head, api);
+  BD_TRY(api->CreateCustomOpDomain(kDomain, &r->domain));
+  BD_TRY(api->CustomOpDomain_Add(r->domain, &r->ternary));
+  return api->CustomOpDomain_Add(r->domain, &r->head);
+}
+
+ort::Status *domain_of(const ort::Api *api, ort::Domain **out) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (Registration *r = registrations; r != nullptr; r = r->next)
+    if (r->api == api) {
+      *out = r->domain;
+      return nullptr;
+    }
+  Registration *r = new (std::nothrow) Registration();
+  if (r == nullptr) return refuse(api, "bitdistill: out of memory");
+  ort::Status *status = fill(r, api);
+  if (status != nullptr) {
+    delete r;
+    return status;
+  }
+  r->next = registrations;
+  registrations = r;
+  *out = r->domain;
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace bitdistill
+
+extern "C" BD_API ort::Status *RegisterCustomOps(ort::SessionOptions *options,
+                                                 const ort::ApiBase *base) noexcept {
+  using namespace bitdistill;
+  const ort::Api *api = base->GetApi(ort::kApiVersion);
+  if (api == nullptr)  // CreateStatus has been the first entry in every version
+    return base->GetApi(1)->CreateStatus(
+        ort::kFail, "bitdistill needs ONNX Runtime 1.17 or later: pip install -U onnxruntime");
+  if (bd_kernels(nullptr) == nullptr) return refuse(api, "%s", bd_kernels_error(nullptr));
+  ort::Domain *domain = nullptr;
+  BD_TRY(domain_of(api, &domain));
+  return api->AddCustomOpDomain(options, domain);
+}

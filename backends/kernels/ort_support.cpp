@@ -1,0 +1,227 @@
+#include "ort_support.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+namespace bitdistill {
+namespace {
+
+constexpr double kTaskNanoseconds = 8000;
+
+struct ThreadMemory {
+  void *data = nullptr;
+  size_t bytes = 0;
+  bool busy = false;
+  ~ThreadMemory() { free(data); }
+};
+
+thread_local ThreadMemory memory;
+
+const char *type_name(ort::ElementType type) {
+  switch (type) {
+    case ort::kFloat:
+      return "float";
+    case ort::kUint8:
+      return "uint8";
+    case ort::kFloat16:
+      return "float16";
+    default:
+      return "another type";
+  }
+}
+
+void write_dims(const int64_t *dims, size_t rank, char *text, size_t size) {
+  size_t used = static_cast<size_t>(snprintf(text, size, "("));
+  for (size_t i = 0; i < rank && used < size; ++i)
+    used += static_cast<size_t>(snprintf(text + used, size - used, "%s%lld", i == 0 ? "" : ", ",
+                                         static_cast<long long>(dims[i])));
+  if (used < size) snprintf(text + used, size - used, ")");
+}
+
+bool same_dims(const Tensor &tensor, const Expected &expected) {
+  if (tensor.rank != expected.rank) return false;
+  for (size_t i = 0; i < tensor.rank; ++i)
+    if (tensor.dims[i] != expected.dims[i]) return false;
+  return true;
+}
+
+ort::Status *read_shape(const ort::Api *api, const ort::Shape *shape, Tensor *out) {
+  BD_TRY(api->GetTensorElementType(shape, &out->type));
+  BD_TRY(api->GetDimensionsCount(shape, &out->rank));
+  if (out->rank > kMaxRank)
+    return refuse(api, "a tensor of rank %zu: bitdistill operators take at most %zu dimensions",
+                  out->rank, kMaxRank);
+  return out->rank == 0 ? nullptr : api->GetDimensions(shape, out->dims, out->rank);
+}
+
+ort::Characteristic required(const ort::CustomOp *, size_t) { return ort::kRequired; }
+ort::ElementType float_output(const ort::CustomOp *, size_t) { return ort::kFloat; }
+ort::MemoryType default_memory(const ort::CustomOp *, size_t) { return ort::kDefaultMemory; }
+const char *cpu_provider(const ort::CustomOp *) { return "CPUExecutionProvider"; }
+size_t one_output(const ort::CustomOp *) { return 1; }
+int version_one(const ort::CustomOp *) { return 1; }
+
+}  // namespace
+
+ort::Status *refuse(const ort::Api *api, const char *format, ...) {
+  char text[512];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  return api->CreateStatus(ort::kInvalidArgument, text);
+}
+
+void format_name(char *text, size_t size, const char *op, const char *node) {
+  if (node[0] == '\0')
+    snprintf(text, size, "%s", op);
+  else
+    snprintf(text, size, "%s '%s'", op, node);
+}
+
+ort::Status *read_tensor(const ort::Api *api, const ort::Value *value, Tensor *out) {
+  *out = Tensor();
+  if (value == nullptr) return nullptr;
+  ort::Shape *shape = nullptr;
+  BD_TRY(api->GetTensorTypeAndShape(value, &shape));
+  ort::Status *status = read_shape(api, shape, out);
+  api->ReleaseTensorTypeAndShapeInfo(shape);
+  BD_TRY(status);
+  void *data = nullptr;
+  BD_TRY(api->GetTensorMutableData(const_cast<ort::Value *>(value), &data));
+  out->data = data;
+  out->present = true;
+  return nullptr;
+}
+
+ort::Status *read_input(const ort::Api *api, const ort::KernelContext *context, size_t index,
+                        Tensor *out) {
+  *out = Tensor();
+  size_t count = 0;
+  BD_TRY(api->KernelContext_GetInputCount(context, &count));
+  if (index >= count) return nullptr;
+  const ort::Value *value = nullptr;
+  BD_TRY(api->KernelContext_GetInput(context, index, &value));
+  return read_tensor(api, value, out);
+}
+
+ort::Status *read_constant(const ort::Api *api, const ort::KernelInfo *info, size_t index,
+                           Tensor *out) {
+  *out = Tensor();
+  int is_constant = 0;
+  const ort::Value *value = nullptr;
+  // An index past the node's inputs is an error to the runtime, and "not constant" here.
+  ort::Status *status = api->KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value);
+  if (status != nullptr) {
+    api->ReleaseStatus(status);
+    return nullptr;
+  }
+  return is_constant != 0 ? read_tensor(api, value, out) : nullptr;
+}
+
+ort::Status *check_tensor(const ort::Api *api, const char *op, const Tensor &tensor,
+                          const Expected &expected) {
+  if (!tensor.present) return refuse(api, "%s: input %s is missing", op, expected.name);
+  if (tensor.type != expected.type)
+    return refuse(api, "%s: %s must be %s, got %s", op, expected.name, type_name(expected.type),
+                  type_name(tensor.type));
+  if (expected.rank == 0 || same_dims(tensor, expected)) return nullptr;
+  char want[128];
+  char got[192];
+  write_dims(expected.dims, expected.rank, want, sizeof want);
+  write_dims(tensor.dims, tensor.rank, got, sizeof got);
+  return refuse(api, "%s: %s must have the shape %s, got %s; export the model again", op,
+                expected.name, want, got);
+}
+
+ort::Status *check_activations(const ort::Api *api, const char *op, const Tensor &x,
+                               int64_t columns, int64_t *tokens) {
+  BD_TRY(check_tensor(api, op, x, {"X", ort::kFloat, 0, {}}));
+  if (x.rank == 0 || x.dims[x.rank - 1] != columns) {
+    char got[192];
+    write_dims(x.dims, x.rank, got, sizeof got);
+    return refuse(api, "%s: X must end in K = %lld, got %s", op, static_cast<long long>(columns),
+                  got);
+  }
+  *tokens = 1;
+  for (size_t i = 0; i + 1 < x.rank; ++i) *tokens *= x.dims[i];
+  return nullptr;
+}
+
+ort::Status *make_output(const ort::Api *api, ort::KernelContext *context, const Tensor &x,
+                         int64_t last, float **out) {
+  int64_t dims[kMaxRank];
+  for (size_t i = 0; i < x.rank; ++i) dims[i] = x.dims[i];
+  dims[x.rank - 1] = last;
+  ort::Value *value = nullptr;
+  BD_TRY(api->KernelContext_GetOutput(context, 0, dims, x.rank, &value));
+  void *data = nullptr;
+  BD_TRY(api->GetTensorMutableData(value, &data));
+  *out = static_cast<float *>(data);
+  return nullptr;
+}
+
+Scratch::Scratch(size_t bytes) : data_(nullptr), kept_(!memory.busy) {
+  if (!kept_) {
+    data_ = malloc(bytes);
+    return;
+  }
+  if (memory.bytes < bytes) {
+    free(memory.data);
+    memory.data = malloc(bytes);
+    memory.bytes = memory.data != nullptr ? bytes : 0;
+  }
+  memory.busy = true;
+  data_ = memory.data;
+}
+
+Scratch::~Scratch() {
+  if (kept_)
+    memory.busy = false;
+  else
+    free(data_);
+}
+
+int64_t chunk_of(double nanoseconds_per_unit) {
+  const double units = kTaskNanoseconds / nanoseconds_per_unit;
+  return units < 1 ? 1 : static_cast<int64_t>(units);
+}
+
+void fill_common(Op *op, const ort::Api *api) {
+  *op = Op();
+  op->version = ort::kApiVersion;
+  op->api = api;
+  op->GetExecutionProviderType = cpu_provider;
+  op->GetOutputType = float_output;
+  op->GetOutputTypeCount = one_output;
+  op->GetInputCharacteristic = required;
+  op->GetOutputCharacteristic = required;
+  op->GetInputMemoryType = default_memory;
+  op->GetStartVersion = version_one;
+  op->GetEndVersion = version_one;
+}
+
+ort::Status *infer_last_dimension(const ort::Api *api, ort::ShapeContext *context, int64_t last) {
+  ort::Shape *input = nullptr;  // the context's own; not to be released
+  BD_TRY(api->ShapeInferContext_GetInputTypeShape(context, 0, &input));
+  size_t rank = 0;
+  BD_TRY(api->GetDimensionsCount(input, &rank));
+  if (rank == 0 || rank > kMaxRank) return nullptr;  // unknown here; checked when it runs
+  int64_t dims[kMaxRank];
+  const char *names[kMaxRank];
+  BD_TRY(api->GetDimensions(input, dims, rank));
+  BD_TRY(api->GetSymbolicDimensions(input, names, rank));
+  dims[rank - 1] = last;
+  names[rank - 1] = "";
+  ort::Shape *output = nullptr;
+  BD_TRY(api->CreateTensorTypeAndShapeInfo(&output));
+  ort::Status *status = api->SetTensorElementType(output, ort::kFloat);
+  if (status == nullptr) status = api->SetDimensions(output, dims, rank);
+  if (status == nullptr) status = api->SetSymbolicDimensions(output, names, rank);
+  if (status == nullptr) status = api->ShapeInferContext_SetOutputTypeShape(context, 0, output);
+  api->ReleaseTensorTypeAndShapeInfo(output);
+  return status;
+}
+
+}  // namespace bitdistill

@@ -1,0 +1,117 @@
+// What both operators need: errors as statuses (nothing throws), checked tensors, scratch memory,
+// the parallel loop, and the schema callbacks that an operator table shares.
+#ifndef BITDISTILL_ORT_SUPPORT_H
+#define BITDISTILL_ORT_SUPPORT_H
+
+#include "bitdistill_kernels.h"
+#include "ort_abi.h"
+
+namespace bitdistill {
+
+#define BD_TRY(expression)                                       \
+  do {                                                           \
+    if (ort::Status *bd_status = (expression)) return bd_status; \
+  } while (false)
+
+constexpr size_t kMaxRank = 8;
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+ort::Status *refuse(const ort::Api *api, const char *format, ...);
+
+// A tensor as the runtime holds it; `present` is false for an optional input that is absent.
+struct Tensor {
+  bool present;
+  const void *data;
+  ort::ElementType type;
+  size_t rank;
+  int64_t dims[kMaxRank];
+
+  const float *floats() const { return static_cast<const float *>(data); }
+};
+
+// What a tensor must be. A rank of 0 leaves the dimensions open.
+struct Expected {
+  const char *name;
+  ort::ElementType type;
+  size_t rank;
+  int64_t dims[4];
+};
+
+// "Op 'node'", or "Op" for a node without a name.
+void format_name(char *text, size_t size, const char *op, const char *node);
+
+ort::Status *read_tensor(const ort::Api *api, const ort::Value *value, Tensor *out);
+ort::Status *read_input(const ort::Api *api, const ort::KernelContext *context, size_t index,
+                        Tensor *out);
+ort::Status *read_constant(const ort::Api *api, const ort::KernelInfo *info, size_t index,
+                           Tensor *out);
+ort::Status *check_tensor(const ort::Api *api, const char *op, const Tensor &tensor,
+                          const Expected &expected);
+
+// Allocates output 0: the dimensions of x with the last one replaced.
+ort::Status *make_output(const ort::Api *api, ort::KernelContext *context, const Tensor &x,
+                         int64_t last, float **out);
+
+// Tokens of x, which must end in `columns`.
+ort::Status *check_activations(const ort::Api *api, const char *op, const Tensor &x,
+                               int64_t columns, int64_t *tokens);
+
+// Memory of the calling thread that grows and is kept; a nested use gets memory of its own.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch &) = delete;
+  Scratch &operator=(const Scratch &) = delete;
+  void *data() const { return data_; }  // null: out of memory
+
+ private:
+  void *data_;
+  bool kept_;
+};
+
+// Runs body(first, last) over [0, total) in fixed chunks on the runtime's own thread pool. Results
+// do not depend on the chunks or threads: every output element is computed whole by one call.
+template <class Body>
+ort::Status *parallel(const ort::Api *api, const ort::KernelContext *context, int64_t total,
+                      int64_t chunk, const Body &body) {
+  if (total <= chunk) {
+    body(static_cast<int64_t>(0), total);
+    return nullptr;
+  }
+  struct Loop {
+    const Body *body;
+    int64_t total, chunk;
+  } loop = {&body, total, chunk};
+  const auto run = [](void *data, size_t index) {
+    const Loop &l = *static_cast<const Loop *>(data);
+    const int64_t first = static_cast<int64_t>(index) * l.chunk;
+    const int64_t last = first + l.chunk < l.total ? first + l.chunk : l.total;
+    (*l.body)(first, last);
+  };
+  const int64_t chunks = (total + chunk - 1) / chunk;
+  return api->KernelContext_ParallelFor(context, run, static_cast<size_t>(chunks), 0, &loop);
+}
+
+// Units for one task, so that a task lasts long enough to be worth handing to a thread.
+int64_t chunk_of(double nanoseconds_per_unit);
+
+// An operator's table for the runtime, and the interface it was made for (shape inference gets no
+// other way to it).
+struct Op : ort::CustomOp {
+  const ort::Api *api;
+};
+
+// Fills the callbacks that do not differ between operators.
+void fill_common(Op *op, const ort::Api *api);
+
+// Shape inference: output 0 is input 0 with its last dimension replaced.
+ort::Status *infer_last_dimension(const ort::Api *api, ort::ShapeContext *context, int64_t last);
+
+void fill_ternary(Op *op, const ort::Api *api);
+void fill_head(Op *op, const ort::Api *api);
+
+}  // namespace bitdistill
+#endif

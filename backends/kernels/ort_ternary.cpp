@@ -1,0 +1,219 @@
+// TernaryLinear: Y = ternary(quantize(norm(X))) as bitdistill_kernels.h specifies.
+//
+// Inputs      X float (..., K); W uint8 (ceil(N/32), ceil(K/16), 32, 4); scale float (N);
+//             norm_weight float (K), optional; bias float (N), optional
+// Attributes  N, K, layout (1), activation_bits (8 or 0), epsilon (needed with norm_weight)
+#include <math.h>
+#include <new>
+
+#include "ort_support.h"
+
+namespace bitdistill {
+namespace {
+
+enum Input : size_t { kX, kW, kScale, kNorm, kBias, kInputs };
+
+struct Kernel {
+  const ort::Api *api;
+  const BdKernels *kernels;
+  int64_t rows;
+  int64_t columns;
+  int bits;
+  float epsilon;  // NaN: not given
+  bool checked[kInputs];
+  char name[160];  // "TernaryLinear 'node name'"
+};
+
+Expected expected(const Kernel &k, size_t input) {
+  const int64_t groups = (k.columns + BD_BLOCK_COLUMNS - 1) / BD_BLOCK_COLUMNS;
+  switch (input) {
+    case kW:
+      return {"W", ort::kUint8, 4, {bd_blocks(k.rows), groups, BD_BLOCK_ROWS, 4}};
+    case kScale:
+      return {"scale", ort::kFloat, 1, {k.rows}};
+    case kNorm:
+      return {"norm_weight", ort::kFloat, 1, {k.columns}};
+    default:
+      return {"bias", ort::kFloat, 1, {k.rows}};
+  }
+}
+
+void read_name(Kernel *k, const ort::KernelInfo *info) {
+  char node[128] = "";
+  size_t size = sizeof node;
+  ort::Status *status = k->api->KernelInfo_GetNodeName(info, node, &size);
+  if (status != nullptr) {  // longer than the buffer: messages do without it
+    k->api->ReleaseStatus(status);
+    node[0] = '\0';
+  }
+  format_name(k->name, sizeof k->name, "TernaryLinear", node);
+}
+
+ort::Status *read_int(const Kernel &k, const ort::KernelInfo *info, const char *attribute,
+                      int64_t *out) {
+  ort::Status *status = k.api->KernelInfoGetAttribute_int64(info, attribute, out);
+  if (status == nullptr) return nullptr;
+  k.api->ReleaseStatus(status);
+  return refuse(k.api, "%s: the integer attribute %s is missing", k.name, attribute);
+}
+
+ort::Status *read_attributes(Kernel *k, const ort::KernelInfo *info) {
+  int64_t layout = 0;
+  int64_t bits = 0;
+  BD_TRY(read_int(*k, info, "N", &k->rows));
+  BD_TRY(read_int(*k, info, "K", &k->columns));
+  BD_TRY(read_int(*k, info, "layout", &layout));
+  BD_TRY(read_int(*k, info, "activation_bits", &bits));
+  if (layout != BD_LAYOUT_VERSION)
+    return refuse(k->api, "%s: weight layout %lld is not known here (this library reads %d); %s",
+                  k->name, static_cast<long long>(layout), BD_LAYOUT_VERSION,
+                  "export the model again or install a newer bitdistill");
+  if (bits != 8 && bits != 0)
+    return refuse(k->api, "%s: activation_bits must be 8 or 0, got %lld", k->name,
+                  static_cast<long long>(bits));
+  if (k->columns < 1 || k->columns > BD_MAX_COLUMNS || k->rows < 1 || k->rows > INT32_MAX)
+    return refuse(k->api, "%s: N = %lld, K = %lld is out of range (K at most %d)", k->name,
+                  static_cast<long long>(k->rows), static_cast<long long>(k->columns),
+                  BD_MAX_COLUMNS);
+  k->bits = static_cast<int>(bits);
+  ort::Status *status = k->api->KernelInfoGetAttribute_float(info, "epsilon", &k->epsilon);
+  if (status != nullptr) {
+    k->api->ReleaseStatus(status);
+    k->epsilon = NAN;
+  }
+  return nullptr;
+}
+
+ort::Status *check_scale(const Kernel &k, const float *scale) {
+  for (int64_t n = 0; n < k.rows; ++n)
+    if (!(scale[n] >= 0) || isinf(scale[n]))
+      return refuse(k.api, "%s: scale[%lld] = %g is not finite and >= 0; export the model again",
+                    k.name, static_cast<long long>(n), static_cast<double>(scale[n]));
+  return nullptr;
+}
+
+// Every check of one tensor but the codes, which cost a pass over the weights.
+ort::Status *check_input(const Kernel &k, size_t input, const Tensor &tensor) {
+  BD_TRY(check_tensor(k.api, k.name, tensor, expected(k, input)));
+  return input == kScale ? check_scale(k, tensor.floats()) : nullptr;
+}
+
+ort::Status *check_constants(Kernel *k, const ort::KernelInfo *info) {
+  for (size_t input = kW; input < kInputs; ++input) {
+    Tensor tensor;
+    BD_TRY(read_constant(k->api, info, input, &tensor));
+    if (!tensor.present) continue;
+    BD_TRY(check_input(*k, input, tensor));
+    const size_t bytes = static_cast<size_t>(bd_packed_bytes(k->rows, k->columns));
+    if (input == kW && bd_has_code_3(static_cast<const uint8_t *>(tensor.data), bytes) != 0)
+      return refuse(k->api, "%s: W holds the code 3, so it is not a packed ternary matrix; %s",
+                    k->name, "the file is damaged: export the model again");
+    k->checked[input] = true;
+  }
+  return nullptr;
+}
+
+ort::Status *make(Kernel *k, const ort::KernelInfo *info) {
+  k->kernels = bd_kernels(nullptr);
+  if (k->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
+  read_name(k, info);
+  BD_TRY(read_attributes(k, info));
+  return check_constants(k, info);
+}
+
+ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
+                    void **out) noexcept {
+  Kernel *k = new (std::nothrow) Kernel();
+  if (k == nullptr) return refuse(api, "TernaryLinear: out of memory");
+  k->api = api;
+  ort::Status *status = make(k, info);
+  if (status != nullptr)
+    delete k;
+  else
+    *out = k;
+  return status;
+}
+
+void destroy(void *kernel) noexcept { delete static_cast<Kernel *>(kernel); }
+
+// Reads inputs 1 and later, checking those that were not constant when the session was made.
+ort::Status *read_inputs(const Kernel &k, const ort::KernelContext *context, Tensor *inputs) {
+  for (size_t input = kW; input < kInputs; ++input) {
+    BD_TRY(read_input(k.api, context, input, &inputs[input]));
+    if (k.checked[input] || (input >= kNorm && !inputs[input].present)) continue;
+    BD_TRY(check_input(k, input, inputs[input]));
+  }
+  if (inputs[kNorm].present && !(k.epsilon >= 0))
+    return refuse(k.api, "%s: norm_weight needs the attribute epsilon, >= 0", k.name);
+  return nullptr;
+}
+
+ort::Status *run(const Kernel &k, const ort::KernelContext *context, const BdTernary &w,
+                 const BdInput &in, float *y) {
+  const Scratch scratch(bd_scratch_bytes(in.tokens, in.columns, k.bits));
+  if (scratch.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
+  const BdTokens tokens = bd_tokens(scratch.data(), in.tokens, in.columns, k.bits);
+  const auto prepare = k.bits == 0 ? k.kernels->normalize : k.kernels->quantize;
+  const auto multiply = k.bits == 0 ? k.kernels->ternary_float : k.kernels->ternary;
+
+  const double columns = static_cast<double>(in.columns);
+  BD_TRY(parallel(k.api, context, in.tokens, chunk_of(columns * 0.3),
+                  [&](int64_t a, int64_t b) { prepare(&in, &tokens, a, b); }));
+  // Of a block of 32 rows: 8 bytes a column from memory, 64 operations a column and token.
+  const double block = columns * (0.7 + 0.25 * static_cast<double>(in.tokens));
+  return parallel(k.api, context, bd_blocks(w.rows), chunk_of(block),
+                  [&](int64_t a, int64_t b) { multiply(&w, &tokens, y, a, b); });
+}
+
+ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
+  const Kernel &k = *static_cast<const Kernel *>(kernel);
+  Tensor inputs[kInputs];
+  BD_TRY(read_input(k.api, context, kX, &inputs[kX]));
+  int64_t tokens = 0;
+  BD_TRY(check_activations(k.api, k.name, inputs[kX], k.columns, &tokens));
+  BD_TRY(read_inputs(k, context, inputs));
+  float *y = nullptr;
+  BD_TRY(make_output(k.api, context, inputs[kX], k.rows, &y));
+  if (tokens == 0) return nullptr;
+  const BdTernary w = {static_cast<const uint8_t *>(inputs[kW].data), inputs[kScale].floats(),
+                       inputs[kBias].floats(), k.rows, k.columns};
+  const BdInput in = {inputs[kX].floats(), inputs[kNorm].floats(), k.epsilon, tokens, k.columns};
+  return run(k, context, w, in, y);
+}
+
+ort::Status *infer(const ort::CustomOp *op, ort::ShapeContext *context) noexcept {
+  const ort::Api *api = static_cast<const Op *>(op)->api;
+  const ort::Attribute *attribute = nullptr;
+  BD_TRY(api->ShapeInferContext_GetAttribute(context, "N", &attribute));
+  int64_t rows = 0;
+  size_t size = 0;
+  BD_TRY(api->ReadOpAttr(attribute, ort::kAttributeInt, &rows, sizeof rows, &size));
+  return infer_last_dimension(api, context, rows);
+}
+
+const char *name(const ort::CustomOp *) { return "TernaryLinear"; }
+size_t input_count(const ort::CustomOp *) { return kInputs; }
+
+ort::ElementType input_type(const ort::CustomOp *, size_t index) {
+  return index == kW ? ort::kUint8 : ort::kFloat;
+}
+
+ort::Characteristic characteristic(const ort::CustomOp *, size_t index) {
+  return index >= kNorm ? ort::kOptional : ort::kRequired;
+}
+
+}  // namespace
+
+void fill_ternary(Op *op, const ort::Api *api) {
+  fill_common(op, api);
+  op->GetName = name;
+  op->GetInputTypeCount = input_count;
+  op->GetInputType = input_type;
+  op->GetInputCharacteristic = characteristic;
+  op->CreateKernelV2 = create;
+  op->KernelComputeV2 = compute;
+  op->KernelDestroy = destroy;
+  op->InferOutputShape = infer;
+}
+
+}  // namespace bitdistill

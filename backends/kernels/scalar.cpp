@@ -1,0 +1,131 @@
+// The oracle: plain C++ in the order that bitdistill_kernels.h specifies, for any CPU.
+#include "common.h"
+
+namespace {
+
+float sum_of_squares(const float *x, int64_t columns) {
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < columns; ++i) lanes[i % kLanes] += x[i] * x[i];
+  return fold(lanes, kLanes);
+}
+
+void normalize_row(const BdInput *in, const float *x, float *v) {
+  if (in->norm_weight == nullptr) {
+    for (int64_t i = 0; i < in->columns; ++i) v[i] = x[i];
+    return;
+  }
+  const float r = inverse_rms(sum_of_squares(x, in->columns), in->columns, in->epsilon);
+  for (int64_t i = 0; i < in->columns; ++i) v[i] = x[i] * r * in->norm_weight[i];
+}
+
+// v of one element, recomputed at each use: the same operations give the same bits.
+float element(const BdInput *in, const float *x, float r, int64_t i) {
+  return in->norm_weight == nullptr ? x[i] : x[i] * r * in->norm_weight[i];
+}
+
+void quantize_row(const BdInput *in, const BdTokens *out, int64_t token) {
+  const float *x = in->x + token * in->columns;
+  int8_t *q = out->q + token * out->stride;
+  memset(q, 0, static_cast<size_t>(out->stride));
+  const bool norm = in->norm_weight != nullptr;
+  const float r =
+      norm ? inverse_rms(sum_of_squares(x, in->columns), in->columns, in->epsilon) : 1.0f;
+  int32_t g = 0;
+  for (int64_t i = 0; i < in->columns; ++i) {
+    const int32_t m = magnitude(element(in, x, r, i));
+    if (m > g) g = m;
+  }
+  float up;
+  out->sum[token] = 0;
+  if (!token_scale(g, &up, &out->down[token])) return;
+  for (int64_t i = 0; i < in->columns; ++i) {
+    q[i] = static_cast<int8_t>(round_even(element(in, x, r, i) * up));
+    out->sum[token] += q[i];
+  }
+}
+
+void quantize(const BdInput *in, const BdTokens *out, int64_t first, int64_t last) {
+  for (int64_t token = first; token < last; ++token) quantize_row(in, out, token);
+}
+
+void normalize(const BdInput *in, const BdTokens *out, int64_t first, int64_t last) {
+  for (int64_t token = first; token < last; ++token) {
+    float *v = out->values + token * out->stride;
+    normalize_row(in, in->x + token * in->columns, v);
+    for (int64_t i = in->columns; i < out->stride; ++i) v[i] = 0.0f;
+  }
+}
+
+int code(const uint8_t *group, int row, int s, int j) { return group[4 * row + j] >> 2 * s & 3; }
+
+void block_dots(const uint8_t *packed, const int8_t *q, int64_t groups, int32_t *dots) {
+  for (int r = 0; r < BD_BLOCK_ROWS; ++r) dots[r] = 0;
+  for (int64_t g = 0; g < groups; ++g, packed += BD_BLOCK_BYTES, q += BD_BLOCK_COLUMNS)
+    for (int s = 0; s < 4; ++s)
+      for (int j = 0; j < 4; ++j)
+        for (int r = 0; r < BD_BLOCK_ROWS; ++r) dots[r] += code(packed, r, s, j) * q[4 * s + j];
+}
+
+void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
+  int32_t dots[BD_BLOCK_ROWS];
+  for (int64_t block = first; block < last; ++block)
+    for (int64_t token = 0; token < in->tokens; ++token) {
+      block_dots(block_bytes(w, block), in->q + token * in->stride, groups_of(w->columns), dots);
+      write_rows(w, block, dots, in->sum[token], in->down[token], y + token * w->rows);
+    }
+}
+
+void block_float_dots(const uint8_t *packed, const float *v, int64_t groups, float *dots) {
+  float sums[4][BD_BLOCK_ROWS] = {};
+  for (int64_t g = 0; g < groups; ++g, packed += BD_BLOCK_BYTES, v += BD_BLOCK_COLUMNS)
+    for (int s = 0; s < 4; ++s)
+      for (int j = 0; j < 4; ++j)
+        for (int r = 0; r < BD_BLOCK_ROWS; ++r)
+          sums[s][r] += v[4 * s + j] * static_cast<float>(code(packed, r, s, j) - 1);
+  for (int r = 0; r < BD_BLOCK_ROWS; ++r)
+    dots[r] = (sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r]);
+}
+
+void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
+  float dots[BD_BLOCK_ROWS];
+  for (int64_t block = first; block < last; ++block)
+    for (int64_t token = 0; token < in->tokens; ++token) {
+      const float *v = in->values + token * in->stride;
+      block_float_dots(block_bytes(w, block), v, groups_of(w->columns), dots);
+      write_float_rows(w, block, dots, y + token * w->rows);
+    }
+}
+
+float from_half(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16;
+  const uint32_t exponent = half >> 10 & 31;
+  const uint32_t fraction = half & 1023u;
+  uint32_t bits = sign | (exponent + 112) << 23 | fraction << 13;
+  if (exponent == 31) bits = sign | 0x7f800000u | fraction << 13;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  if (exponent != 0) return value;
+  const float small = static_cast<float>(fraction) * (1.0f / 16777216.0f);  // subnormal: 2^-24
+  return sign != 0 ? -small : small;
+}
+
+void head(const BdHead *w, const float *x, int64_t tokens, float *y, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row)
+    for (int64_t token = 0; token < tokens; ++token) {
+      const uint16_t *table = w->table + row * w->columns;
+      float lanes[kLanes] = {};
+      for (int64_t i = 0; i < w->columns; ++i)
+        lanes[i % kLanes] += x[token * w->columns + i] * from_half(table[i]);
+      y[token * w->rows + row] = fold(lanes, kLanes);
+    }
+}
+
+int supported() { return 1; }
+
+const BdKernels kTable = {"scalar", supported, quantize, normalize, ternary, ternary_float, head};
+
+}  // namespace
+
+namespace bitdistill {
+const BdKernels *scalar_kernels() { return &kTable; }
+}  // namespace bitdistill

@@ -1,0 +1,40 @@
+"""bitdistill: turn a language model into a 1.58-bit ternary student, and run it in stock runtimes.
+
+    bitdistill.train(config, out)        all stages of a recipe -> student directory
+    bitdistill.load(directory)           a teacher or student as a PyTorch model
+    bitdistill.load_config(recipe, ...)  a validated configuration
+    bitdistill.exporters.export(...)     student directory -> ONNX or MLX artifact
+    bitdistill.backends.load(directory)  an artifact, to score and generate with
+    bitdistill.evals.run(...)            a table of results
+
+Importing this package loads neither torch nor a runtime; each name is imported when it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from bitdistill import autoclasses
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "train": "bitdistill.recipe",
+    "load": "bitdistill.checkpoint",
+    "load_config": "bitdistill.config",
+}
+_SUBPACKAGES = ("backends", "evals", "exporters")
+
+__all__ = ["__version__", "backends", "evals", "exporters", "load", "load_config", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    if name in _SUBPACKAGES:
+        return import_module(f"bitdistill.{name}")
+    raise AttributeError(f"module 'bitdistill' has no attribute {name!r}")
+
+
+autoclasses.watch()

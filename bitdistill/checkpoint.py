@@ -1,0 +1,179 @@
+"""Model directories: written whole or not at all, read back exactly or refused.
+
+A student directory has the Hugging Face layout plus `bitdistill.json` (see manifest.py). Loading
+rebuilds the module tree from config.json and loads strictly: a missing SubLN gain is an error, not
+a norm of ones. Only safetensors are read; nothing is unpickled and no remote code runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from bitdistill import manifest
+from bitdistill.decoder import (
+    MODEL_TYPE_PREFIX,
+    DecoderSpec,
+    config_class,
+    decoder_spec,
+    family_of,
+)
+from bitdistill.quantize import ternarize
+from bitdistill.student import model_class
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def save(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    kind: str,
+    content: dict[str, Any],
+    card: str,
+) -> None:
+    """Write a teacher or student directory: weights, config, tokenizer, card, manifest.
+
+    `kind` is `teacher` or `student`; `content` becomes the manifest. FileExistsError if it exists.
+    """
+    with manifest.new_directory(path) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        manifest.write_manifest(partial, kind, content)
+
+
+class StudentFiles:
+    """A student directory opened for export: tensors are read one at a time, never all at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = manifest.read_manifest(path, "student")
+        self.config: dict[str, Any] = json.loads((path / "config.json").read_text("utf-8"))
+
+    @cached_property
+    def spec(self) -> DecoderSpec:
+        """Sizes and switches of the decoder."""
+        cls = config_class(family_of(self.config["model_type"]))
+        return decoder_spec(cls.from_pretrained(self.path))
+
+    @cached_property
+    def _index(self) -> dict[str, Path]:
+        index: dict[str, Path] = {}
+        for file in sorted(self.path.glob("*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                index |= dict.fromkeys(tensors.keys(), file)
+        return index
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor name in the directory."""
+        return list(self._index)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in fp32; FormatError if the directory lacks it."""
+        if name not in self._index:
+            raise manifest.FormatError(f"{self.path} has no tensor {name!r}: it is not complete")
+        with safe_open(self._index[name], "pt") as tensors:
+            return tensors.get_tensor(name).float()
+
+    def ternary(self, linear: str) -> tuple[NDArray[np.int8], float]:
+        """Trits (N, K) and scale of a linear, e.g. `model.layers.0.mlp.up_proj`."""
+        trits, scale = ternarize(self.tensor(f"{linear}.weight"))
+        return trits.numpy(), float(scale)
+
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files that exist, to be copied into an artifact."""
+        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the weight files, as the manifest lists them."""
+        files = self.manifest["files"]
+        weights = {n: f["sha256"] for n, f in files.items() if n.endswith(".safetensors")}
+        return manifest.fingerprint(weights)
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Ids that end a generation."""
+        path = self.path / "generation_config.json"
+        generation = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        stop = generation.get("eos_token_id", self.config.get("eos_token_id"))
+        if stop is None:
+            return []
+        return [stop] if isinstance(stop, int) else list(stop)
+
+
+def open_student(path: str | Path) -> StudentFiles:
+    """Open a student directory for export; FormatError says what is wrong with another one."""
+    return StudentFiles(Path(path))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory."""
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _all_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)
+
+
+def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A teacher or student directory as a PyTorch model in eval mode.
+
+    Raises FormatError when the directory is incomplete, of another format version, or does not
+    hold exactly the tensors its config describes.
+    """
+    path = Path(path)
+    content = manifest.read_manifest(path)
+    manifest.check_sizes(path, content)
+    if content["kind"] == "teacher":
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    config_path = path / "config.json"
+    model_type = json.loads(config_path.read_text("utf-8"))["model_type"]
+    if not model_type.startswith(MODEL_TYPE_PREFIX):
+        raise manifest.FormatError(f"{config_path} has model_type {model_type!r}, not a student's")
+    family = family_of(model_type)
+    model = model_class(family)(config_class(family).from_pretrained(path))
+    load_tensors(model, path)
+    return model.to(dtype).eval()
+
+
+def load_tensors(model: PreTrainedModel, path: Path) -> None:
+    """Copy every tensor of a directory into the model; FormatError unless the names match."""
+    tensors = dict(_all_tensors(path))
+    expected = set(model.state_dict())
+    if model.config.tie_word_embeddings:
+        expected.discard("lm_head.weight")
+        tensors.pop("lm_head.weight", None)
+    if difference := expected ^ set(tensors):
+        names = ", ".join(sorted(difference)[:3])
+        raise manifest.FormatError(
+            f"{path} does not hold exactly the tensors of its architecture ({len(difference)} "
+            f"differ: {names}); it was altered or written by another version"
+        )
+    model.load_state_dict(tensors, strict=False)

@@ -1,0 +1,312 @@
+"""The command line: thin click commands over the Python functions of the same names.
+
+Results go to stdout, talk and progress to stderr. Heavy packages are imported inside the commands,
+so `--help` answers at once. Library errors become one sentence and exit code 1; only an error that
+nobody foresaw shows a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bitdistill import __version__
+
+FORMATS = ("table", "markdown", "csv", "json")
+EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
+
+
+class Commands(click.Group):
+    """A group that suggests the command that was probably meant, and words expected errors."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from bitdistill.names import suggest
+
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise click.UsageError(f"no command {args[0]!r}{suggest(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EXPECTED as error:
+            if isinstance(error, RuntimeError) and not _is_ours(error):
+                raise
+            message = str(error) or type(error).__name__
+            raise click.ClickException(message) from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    return type(error).__module__.startswith("bitdistill.")
+
+
+def _quiet_libraries() -> None:
+    """Third-party chatter does not belong between a user and a result."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="bitdistill")
+def main() -> None:
+    """Turn a language model into a 1.58-bit ternary student, and run it in stock runtimes.
+
+    \b
+      bitdistill train                       the embedded example, or --recipe NAME
+      bitdistill export STUDENT --target onnx --out DIR
+      bitdistill eval DIR...                 a table of accuracy, speed, memory and size
+      bitdistill generate DIR "prompt"
+    """
+    _quiet_libraries()
+
+
+@main.command()
+@click.option("--recipe", default="tiny", show_default=True, help="A shipped name or a YAML file.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory [runs/NAME].")
+@click.option("--resume", is_flag=True, help="Continue an interrupted stage.")
+@click.option("--dry-run", is_flag=True, help="Check everything and run one step; write nothing.")
+def train(
+    recipe: str, settings: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool
+) -> None:
+    """Run a recipe's stages: teacher, baselines, refine, pre-train, distil.
+
+    Complete stages are skipped. Prints the student directory. `bitdistill recipes` lists the
+    recipes, and `--dry-run` prints every setting.
+    """
+    from bitdistill.config import load_config
+
+    config = load_config(recipe, settings)
+    if dry_run:
+        from bitdistill.dry_run import dry_run as check
+
+        click.echo(check(config))
+        return
+    from bitdistill.recipe import train as run
+
+    click.echo(run(config, out or Path("runs") / config.name, resume=resume))
+
+
+@main.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the shipped recipes, or print one (to copy and change)."""
+    from bitdistill.config import dump_config, load_config, recipe_names
+
+    if name:
+        click.echo(dump_config(load_config(name)), nl=False)
+        return
+    for known in recipe_names():
+        click.echo(known)
+
+
+@main.command()
+@click.argument("student", type=click.Path(path_type=Path))
+@click.option("--target", required=True, help="onnx or mlx.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Artifact directory.")
+@click.option("--embed-bits", default=16, show_default=True, help="Embedding and head: 16 or 32.")
+@click.option("--context", type=int, help="Longest sequence [the model's, at most 8192].")
+@click.option("--parity/--no-parity", default=True, help="Compare with PyTorch.  [default: parity]")
+@click.option("--force", is_flag=True, help="Replace an artifact that exists.")
+def export(
+    student: Path,
+    target: str,
+    out: Path,
+    embed_bits: int,
+    context: int | None,
+    parity: bool,
+    force: bool,
+) -> None:
+    """Write a student as an ONNX or MLX artifact, and compare it with PyTorch.
+
+    Every trit and scale is read back and compared; whole-model parity is measured against the
+    noise floor of PyTorch itself and stored in the artifact's manifest.
+    """
+    from bitdistill.exporters import export as write
+
+    check: Callable[[Path], dict[str, Any]] | None = None
+    if parity:
+        from bitdistill.evals import report
+
+        prompts = _task_prompts(student)
+
+        def check(artifact: Path) -> dict[str, Any]:
+            return report(student, artifact, prompts)
+
+    click.echo(write(
+        student, target, out, force=force, embed_bits=embed_bits, context=context, check=check
+    ))
+    if parity:
+        _say_parity(out)
+
+
+def _task_prompts(student: Path) -> list[str]:
+    """A few validation prompts of the student's task, where its data can be had."""
+    from bitdistill import manifest
+    from bitdistill.tasks import Task, load_examples
+
+    content = manifest.read_manifest(student)
+    if not content.get("task"):
+        return []
+    task, data = Task.from_json(content["task"]), content.get("validation")
+    if data is None and task.hub is not None or data is not None and not Path(data).is_file():
+        return []  # parity does not need the network: random tokens are compared too
+    examples = load_examples(task, data, limit=16, columns=content.get("columns"))
+    return [example.prompt for example in examples]
+
+
+def _say_parity(out: Path) -> None:
+    from bitdistill import manifest
+
+    parity = manifest.read_manifest(out)["parity"]
+    click.echo(f"parity with PyTorch: {_verdict(parity)}", err=True)
+
+
+def _verdict(parity: dict[str, Any]) -> str:
+    if parity.get("skipped"):
+        return f"not measured ({parity['skipped']})"
+    return "within the noise floor" if parity["passed"] else "NOT within the noise floor"
+
+
+@main.command("eval")
+@click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--task", help="A built-in task [the one the first directory was trained for].")
+@click.option("--data", type=click.Path(path_type=Path), help="A local file with the task's columns.")
+@click.option("--split", help="Split of the hub data set.")
+@click.option("--limit", type=click.IntRange(min=1), help="Evaluate the first N examples.")
+@click.option("--column", "columns", multiple=True, metavar="TASK=FILE", help="Map a column name.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the runtimes.")
+@click.option("--speed/--no-speed", default=True, help="Measure tokens/s.  [default: speed]")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--format", "form", default="table", type=click.Choice(FORMATS), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Append the results as JSON lines.")
+def evaluate(
+    directories: tuple[Path, ...],
+    task: str | None,
+    data: Path | None,
+    split: str | None,
+    limit: int | None,
+    columns: tuple[str, ...],
+    threads: int | None,
+    speed: bool,
+    seed: int,
+    form: str,
+    out: Path | None,
+) -> None:
+    """Score and time directories side by side: teachers, students, artifacts."""
+    from bitdistill import evals
+
+    results = evals.run(
+        list(directories),
+        task,
+        data,
+        split=split,
+        limit=limit,
+        columns=_column_map(columns),
+        threads=threads,
+        speed=speed,
+        seed=seed,
+        progress=_say_progress(),
+    )
+    if out is not None:
+        evals.write_jsonl(results, out)
+    if form == "table":
+        from rich.console import Console
+
+        Console().print(evals.rich_table(results))
+    else:
+        click.echo(evals.render(results, form), nl=False)
+
+
+def _column_map(columns: tuple[str, ...]) -> dict[str, str] | None:
+    pairs = [column.partition("=") for column in columns]
+    for name, equals, value in pairs:
+        if not equals or not value:
+            raise click.BadParameter(f"{name!r} is not of the form TASK=FILE", param_hint="--column")
+    return {name: value for name, _, value in pairs} or None
+
+
+def _say_progress() -> Callable[[str, int, int], None]:
+    """A rewritten line on a terminal; one line a stage elsewhere."""
+    terminal, seen = sys.stderr.isatty(), set()
+
+    def show(stage: str, done: int, total: int) -> None:
+        if terminal:
+            click.echo(f"\r\033[K{stage} {done}/{total}" + "\n" * (done == total), err=True, nl=False)
+        elif stage not in seen:
+            seen.add(stage)
+            click.echo(stage, err=True)
+
+    return show
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--top-k", default=0, show_default=True, help="0 is no limit.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1))
+@click.option("--task-prompt", is_flag=True, help="Put the prompt into the task's template.")
+def generate(
+    directory: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+    threads: int | None,
+    task_prompt: bool,
+) -> None:
+    """Continue a prompt with any teacher, student or artifact, as it is generated."""
+    from bitdistill import backends
+
+    model = backends.load(directory, threads=threads)
+    if task_prompt:
+        prompt = _in_template(model.manifest, prompt)
+    tokens = model.generate(
+        model.tokenizer.encode(prompt),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+    )
+    for text in model.tokenizer.stream(tokens):
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+def _in_template(content: dict[str, Any], text: str) -> str:
+    from bitdistill.tasks import Task
+
+    if not content.get("task"):
+        raise ValueError("this directory records no task; leave out --task-prompt")
+    task = Task.from_json(content["task"])
+    if len(task.columns) != 1:
+        raise ValueError(f"the task has {len(task.columns)} inputs; write the whole prompt yourself")
+    return task.prompt.format(**{task.columns[0]: text})
+
+
+@main.command()
+def doctor() -> None:
+    """Say what works on this machine: versions, runtimes, instruction sets, what is missing."""
+    from bitdistill.doctor import examine
+
+    report, healthy = examine()
+    click.echo(report)
+    if not healthy:
+        raise click.ClickException("something that is required is missing; see above")

@@ -1,0 +1,145 @@
+"""`bitdistill train --dry-run`: find out what a run would meet, before it takes hours.
+
+Checks packages, data and model, counts parameters, runs one distillation step on real data, and
+estimates time and memory from it. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import PreTrainedModel
+
+from bitdistill.config import Config, Distillation, Training, dump_config
+from bitdistill.data import TaskBatches, task_rows
+from bitdistill.objective import make_objective
+from bitdistill.progress import Reporter
+from bitdistill.quantize import BitLinear
+from bitdistill.student import make_student
+from bitdistill.teacher import ModelError, check_model, load_model
+from bitdistill.training import Fit, TrainingError
+
+# fp32 master weight, gradient and two AdamW moments
+STUDENT_BYTES = 16
+MIB = 1 << 20
+
+
+def check_packages(config: Config) -> list[str]:
+    """Packages that this run would need later; ImportError names what is missing and the remedy."""
+    needed = ["safetensors", "tokenizers", "transformers"]
+    local_or_hub = config.task.train is not None or config.task.resolve().hub is not None
+    if local_or_hub or set(config.corpus.sources) - {"task", "tiny"}:
+        needed.append("datasets")
+    if config.task.resolve().kind == "summary":
+        needed += ["rouge_score", "sacrebleu"]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"missing packages: {', '.join(missing)}; pip install bitdistill again")
+    return needed
+
+
+def _stages(config: Config) -> dict[str, Training]:
+    stages = {
+        "base": config.base,
+        "teacher": config.teacher,
+        "bitnet-sft": config.bitnet_sft,
+        "pretrained": config.pretrain,
+        "student": config.distill,
+    }
+    return {name: settings for name, settings in stages.items() if settings.enabled}
+
+
+def _parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """(ternary, all) parameters."""
+    ternary = sum(m.weight.numel() for m in model.modules() if isinstance(m, BitLinear))
+    return ternary, sum(p.numel() for p in model.parameters())
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _one_step(
+    config: Config, student: PreTrainedModel, base: PreTrainedModel, batches: TaskBatches
+) -> tuple[float, int, dict[str, float], int]:
+    """Seconds, tokens, terms and peak bytes of one distillation step, the base model as teacher."""
+    settings: Distillation = config.distill
+    with TemporaryDirectory() as folder:
+        fit = Fit(
+            "dry-run",
+            make_objective(student, base if settings.needs_teacher else None, settings),
+            batches,
+            settings,
+            config.machine,
+            Reporter(quiet=True),
+            Path(folder) / "state",
+        )
+        window = batches.window(0)
+        fit.optimize(window, {})  # the first step pays for allocations
+        sums: dict[str, torch.Tensor] = {}
+        start = time.perf_counter()
+        fit.optimize(window, sums)
+        terms = {key: float(value) for key, value in sums.items()}
+        seconds = time.perf_counter() - start
+    tokens = sum(batch["attention_mask"].numel() for batch in window)
+    return seconds, tokens, terms, _peak_bytes(fit.hardware.device)
+
+
+def _seconds(
+    name: str, stage: Training, examples: int, tokens_per_example: float, per_token: float
+) -> float:
+    """An estimate: every stage costs per token what a distillation step costs."""
+    size = stage.batch_size * stage.accumulate
+    if name in ("base", "pretrained"):
+        if stage.steps is None:
+            raise TrainingError(f"a corpus has no epochs: give steps for stage {name}")
+        return stage.steps * size * stage.max_length * per_token
+    steps = stage.steps or math.ceil((stage.epochs or 0) * examples / size)
+    return steps * size * tokens_per_example * per_token
+
+
+def dry_run(config: Config) -> str:
+    """Everything a run depends on, checked; a report for a person.
+
+    Raises what the run itself would raise: ModelError, ValueError, FileNotFoundError, ImportError.
+    """
+    packages = check_packages(config)
+    if config.model.source != "tiny":
+        check_model(config.model)
+    base, tokenizer = load_model(config.model, config.seed)
+    settings = config.distill
+    rows = task_rows(config.task, tokenizer, settings.max_length, config.seed)
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end-of-text token; set eos_token in its config")
+    pad = tokenizer.pad_token_id or 0
+    batches = TaskBatches(rows, pad, settings.batch_size, settings.accumulate, config.seed)
+    student = make_student(base, config.student.norm_style, config.student.activation_bits)
+    ternary, total = _parameters(student)
+    seconds, tokens, terms, peak = _one_step(config, student, base, batches)
+    lines = [
+        dump_config(config),
+        f"packages: {', '.join(packages)}: found",
+        f"data: {len(rows)} training examples, {sum(len(r.ids) for r in rows) / len(rows):.0f} "
+        "tokens on average",
+        f"student: {total / 1e6:.2f}M parameters, {ternary / 1e6:.2f}M of them ternary "
+        f"({ternary / 4 / MIB:.2f} MiB at 2 bits)",
+        f"one step: {seconds:.2f} s for {tokens} tokens; "
+        + ", ".join(f"{key} {value:.3f}" for key, value in terms.items()),
+        f"memory: {total * STUDENT_BYTES / MIB:.0f} MiB for the student's training state, "
+        f"{peak / MIB:.0f} MiB peak in that step",
+    ]
+    per_example = tokens / (settings.batch_size * settings.accumulate)
+    for name, stage in _stages(config).items():
+        cost = _seconds(name, stage, len(rows), per_example, seconds / tokens)
+        lines.append(f"time: stage {name} about {cost / 60:.1f} minutes")
+    return "\n".join(lines)

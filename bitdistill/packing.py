@@ -1,0 +1,109 @@
+"""Trits <-> bytes: the storage specification that every exporter and kernel obeys (NumPy only).
+
+Three layouts of one ternary matrix W = D * t, t in {-1, 0, +1}, shape (N, K) = (out, in):
+
+canonical   uint8 (N, ceil(K/4)). Row-major; byte j of a row holds the codes t+1 of k = 4j .. 4j+3,
+            the first in the lowest two bits. Padding codes are 1 (the trit 0). For exchange.
+kernel v1   uint8 (ceil(N/32), ceil(K/16), 32, 4). A block of 32 rows and 16 columns is 128 bytes:
+            byte j of row r holds codes t+1 of k = 16q + 4s + j at bits 2s, s = 0..3. Every SIMD
+            lane is an output row, so a matrix-vector product needs no horizontal sums, and the file
+            bytes are what the kernel reads: nothing is copied at load. Padding codes are 1.
+affine      uint32 (N, K/16): MLX's 2-bit affine `QuantizedLinear` layout, codes t+1 least
+            significant first; w = scale * code + bias with scale = D and bias = -D is exact.
+
+Left out: a 1.6-bit base-3 layout (storage only; it decodes slower than it saves on a CPU).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+KERNEL_LAYOUT_VERSION = 1
+BLOCK_ROWS = 32
+BLOCK_COLUMNS = 16
+
+Trits = NDArray[np.int8]
+Bytes = NDArray[np.uint8]
+
+
+def _codes(trits: Trits) -> Bytes:
+    """Codes 0, 1, 2 of a 2-D trit matrix; ValueError for anything that is not ternary."""
+    trits = np.asarray(trits)
+    if trits.ndim != 2 or trits.dtype != np.int8:
+        raise ValueError(f"trits must be a 2-D int8 matrix, got {trits.dtype} {trits.shape}")
+    if trits.size and (trits.min() < -1 or trits.max() > 1):
+        raise ValueError("trits must be -1, 0 or +1; ternarise the tensor before packing it")
+    return (trits + 1).astype(np.uint8)
+
+
+def _trits(codes: Bytes) -> Trits:
+    if codes.size and codes.max() > 2:
+        raise ValueError("code 3 found: these bytes are not a ternary matrix")
+    return codes.astype(np.int8) - np.int8(1)
+
+
+def _check_packed(packed: NDArray, shape: tuple[int, ...], dtype: type) -> None:
+    if packed.shape != shape or packed.dtype != dtype:
+        raise ValueError(
+            f"packed weights must be {np.dtype(dtype)} {shape}, got {packed.dtype} {packed.shape}"
+        )
+
+
+def _pad(codes: Bytes, rows: int, columns: int) -> Bytes:
+    n, k = codes.shape
+    return np.pad(codes, ((0, -n % rows), (0, -k % columns)), constant_values=1)
+
+
+def pack_canonical(trits_NK: Trits) -> Bytes:
+    """int8 (N, K) -> uint8 (N, ceil(K/4))."""
+    codes = _pad(_codes(trits_NK), 1, 4)
+    quads = codes.reshape(codes.shape[0], -1, 4)
+    return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+
+
+def unpack_canonical(packed: Bytes, columns: int) -> Trits:
+    """uint8 (N, ceil(K/4)) -> int8 (N, K); ValueError on a wrong size or a code 3."""
+    _check_packed(packed, (packed.shape[0], -(-columns // 4)), np.uint8)
+    codes = (packed[..., None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
+    return _trits(codes.reshape(packed.shape[0], -1)[:, :columns])
+
+
+def kernel_shape(rows: int, columns: int) -> tuple[int, int, int, int]:
+    """Shape of the kernel layout of an (N, K) matrix."""
+    return (-(-rows // BLOCK_ROWS), -(-columns // BLOCK_COLUMNS), BLOCK_ROWS, 4)
+
+
+def pack_kernel(trits_NK: Trits) -> Bytes:
+    """int8 (N, K) -> uint8 (ceil(N/32), ceil(K/16), 32, 4), the kernel layout, version 1."""
+    blocks, groups, *_ = kernel_shape(*trits_NK.shape)
+    codes = _pad(_codes(trits_NK), BLOCK_ROWS, BLOCK_COLUMNS)
+    # (block, row, group, s, j) -> (block, group, row, s, j)
+    codes = codes.reshape(blocks, BLOCK_ROWS, groups, 4, 4).transpose(0, 2, 1, 3, 4)
+    packed = codes[..., 0, :] | codes[..., 1, :] << 2 | codes[..., 2, :] << 4 | codes[..., 3, :] << 6
+    return np.ascontiguousarray(packed)
+
+
+def unpack_kernel(packed: Bytes, rows: int, columns: int) -> Trits:
+    """Kernel layout -> int8 (N, K); ValueError on a wrong size or a code 3."""
+    _check_packed(packed, kernel_shape(rows, columns), np.uint8)
+    codes = (packed[..., None, :] >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
+    blocks, groups = packed.shape[:2]
+    codes = codes.transpose(0, 2, 1, 3, 4).reshape(blocks * BLOCK_ROWS, groups * BLOCK_COLUMNS)
+    return _trits(codes[:rows, :columns])
+
+
+def pack_affine(trits_NK: Trits) -> NDArray[np.uint32]:
+    """int8 (N, K) -> uint32 (N, K/16), MLX's 2-bit affine codes; K must be divisible by 16."""
+    codes = _codes(trits_NK)
+    if codes.shape[1] % 16:
+        raise ValueError(f"MLX packs 16 codes a word: K = {codes.shape[1]} is not divisible by 16")
+    words = codes.reshape(codes.shape[0], -1, 16).astype(np.uint32)
+    return np.bitwise_or.reduce(words << (2 * np.arange(16, dtype=np.uint32)), axis=-1)
+
+
+def unpack_affine(packed: NDArray[np.uint32], columns: int) -> Trits:
+    """uint32 (N, K/16) -> int8 (N, K); ValueError on a wrong size or a code 3."""
+    _check_packed(packed, (packed.shape[0], columns // 16), np.uint32)
+    codes = (packed[..., None] >> (2 * np.arange(16, dtype=np.uint32))) & 3
+    return _trits(codes.reshape(packed.shape[0], columns).astype(np.uint8))

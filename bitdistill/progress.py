@@ -1,0 +1,84 @@
+"""What a person sees of a long stage (stderr), and what a program reads of it (log.jsonl)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINES_WITHOUT_TERMINAL = 5
+
+
+class Reporter:
+    """A progress bar on a terminal, a few lines elsewhere, and a JSON line for each record."""
+
+    def __init__(self, log: Path | None = None, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet)
+        self.log = log
+
+    def say(self, text: str) -> None:
+        """One line for the person."""
+        self.console.print(text, highlight=False)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """One JSON line for the log."""
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(values) + "\n")
+
+    @contextmanager
+    def stage(self, name: str, total: int, start: int = 0) -> Iterator[Meter]:
+        """A meter for one stage of `total` steps, of which `start` are done."""
+        progress = Progress(
+            TextColumn("[bold]{task.description:<12}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[terms]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        with progress:
+            yield Meter(self, progress, name, total, start)
+
+
+class Meter:
+    """Shows and records the steps of one stage."""
+
+    def __init__(
+        self, reporter: Reporter, progress: Progress, name: str, total: int, start: int
+    ) -> None:
+        self.reporter, self.progress, self.name, self.total = reporter, progress, name, total
+        self.task = progress.add_task(name, total=total, completed=start, terms="")
+        self._every = max(1, total // LINES_WITHOUT_TERMINAL)
+        self._clock, self._spoken = time.perf_counter(), start // self._every
+
+    def update(self, step: int, tokens: int, terms: dict[str, float], rate: float) -> None:
+        """`step` steps are done; `tokens` were processed since the last update."""
+        now = time.perf_counter()
+        speed = tokens / max(now - self._clock, 1e-9)
+        self._clock = now
+        text = " ".join(f"{key} {value:.3f}" for key, value in terms.items())
+        text += f"  {speed:,.0f} tok/s"
+        self.progress.update(self.task, completed=step, terms=text)
+        record = {"stage": self.name, "step": step, **terms}
+        self.reporter.record(
+            record | {"learning_rate": rate, "tokens_per_second": round(speed), "time": time.time()}
+        )
+        if not self.reporter.console.is_terminal and step // self._every > self._spoken:
+            self._spoken = step // self._every
+            self.reporter.say(f"{self.name}: step {step}/{self.total}  {text}")

@@ -1,0 +1,135 @@
+"""The numerical specification of 1.58-bit linear layers, in PyTorch.
+
+Weights, one scale a matrix (absmean):       D = bf16(mean |W|),  t = clip(round(W / (D + e)), -1, 1)
+Activations, one scale a token (absmax):     g = max |x|,  q = clip(round(x * 127 / (g + e)), -128, 127)
+Product:                                     y = (q . t) * (g / 127 * D) + bias
+
+(BitNet Distillation, arXiv 2510.13998, eq. 1-2.) D is computed in fp32 and rounded to the nearest
+bf16, so that every 16-bit format stores it exactly; t is taken with the rounded D. Rounding is
+half-to-even. `q . t` is a sum of integers of magnitude at most 127 K, exact in fp32 for K up to 2^17:
+the layer computes that product itself, not the product of dequantised values, so PyTorch, the C++
+kernels and MLX agree on it bit for bit, and only the fp32 scaling is rounded.
+
+Gradients pass straight through both roundings. `anneal` blends from full precision (0) to ternary
+(1): w + a (Q(w) - w), and the same for activations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WEIGHT_EPS = 1e-6
+ACTIVATION_EPS = 1e-5
+MAX_COLUMNS = 1 << 17  # 127 * K must stay below 2^24
+
+
+def _wide(x: Tensor) -> Tensor:
+    """fp32, or fp64 where the model runs in fp64 (the noise-floor reference)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def ternary_scale(weight: Tensor) -> Tensor:
+    """D of a matrix: mean |W| in fp32, rounded to bf16; a 0-d fp32 tensor."""
+    return weight.detach().float().abs().mean().bfloat16().float()
+
+
+def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Master weights (N, K) -> trits int8 (N, K) and their scale, a 0-d fp32 tensor.
+
+    Raises ValueError for weights that are not finite.
+    """
+    scale = ternary_scale(weight)
+    if not torch.isfinite(scale):
+        raise ValueError("a weight matrix holds NaN or infinity; the training diverged")
+    trits = torch.round(weight.detach().float() / (scale + WEIGHT_EPS)).clamp(-1, 1)
+    return trits.to(torch.int8), scale
+
+
+def absmax_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-token factors (..., 1) in fp32: `x * up` rounds to int8, `q * down` restores x."""
+    g = _wide(x.detach()).abs().amax(-1, keepdim=True)
+    return 127.0 / (g + ACTIVATION_EPS), g / 127.0
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations (..., K) -> integers in int8 range as fp32 (..., K), and their scale (..., 1)."""
+    up, down = absmax_scale(x)
+    return torch.round(_wide(x) * up).clamp(-128, 127), down
+
+
+def straight_through(value: Tensor, target: Tensor, amount: float | Tensor = 1.0) -> Tensor:
+    """`value + amount * (target - value)` whose gradient is that of `value`."""
+    return value + amount * (target - value).detach()
+
+
+class RMSNorm(nn.Module):
+    """The norm that SubLN and allnorm add: x / rms(x) * weight, computed in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _wide(x)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class BitLinear(nn.Linear):
+    """A linear layer that is trained and run at 1.58 bits a weight.
+
+    `norm` is the RMSNorm on the layer's own input, where the student's norm style puts one.
+    `activation_bits` is 8, or None to leave activations alone. `anneal` is a buffer, so that a
+    compiled layer reads it anew at each step; it is not saved: a saved student is fully ternary.
+    """
+
+    anneal: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        activation_bits: int | None = 8,
+        norm: RMSNorm | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        if activation_bits not in (8, None):
+            raise ValueError(f"activation_bits must be 8 or None, got {activation_bits}")
+        if in_features > MAX_COLUMNS:
+            raise ValueError(f"K = {in_features} is too wide for exact fp32 sums of int8 products")
+        self.activation_bits = activation_bits
+        self.norm = norm
+        self.register_buffer("anneal", torch.ones(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N), in the input's dtype."""
+        dtype = x.dtype
+        if self.norm is not None:
+            x = self.norm(x)
+        scale = ternary_scale(self.weight)
+        # always from fp32, as `ternarize`: an fp64 quotient could round to another trit
+        unit = self.weight.float() / (scale + WEIGHT_EPS)
+        weight = straight_through(unit, unit.round().clamp(-1, 1), self.anneal)
+        x = _wide(x)
+        weight = weight.to(x.dtype)
+        if self.activation_bits is None:
+            y = F.linear(x, weight) * scale
+        else:
+            up, down = absmax_scale(x)
+            x = x * up
+            x = straight_through(x, x.round().clamp(-128, 127), self.anneal)
+            y = F.linear(x, weight) * (down * scale)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(dtype)
+
+
+def set_anneal(model: nn.Module, amount: float) -> None:
+    """Set the share of quantisation, 0 to 1, of every BitLinear."""
+    for module in model.modules():
+        if isinstance(module, BitLinear):
+            module.anneal.fill_(amount)

@@ -1,0 +1,268 @@
+"""The stages of BitNet Distillation, top to bottom (arXiv 2510.13998).
+
+    base         (only the embedded `tiny` model) pre-train the base model
+    teacher      fine-tune the base model in full precision: the FP16-SFT baseline and the teacher
+    bitnet-sft   on request: fine-tune a ternary copy of the base model directly
+    refined      stage 1: ternary linears, SubLN with calibrated gains
+    pretrained   stage 2: continued pre-training, with the base model as teacher if asked for
+    student      stage 3: distil the teacher into the student on the task
+
+Each stage is a directory with a manifest, written when the stage is complete. A complete stage is
+skipped, an interrupted one continues with `resume`, and a stage made with another configuration is
+never overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from bitdistill import __version__, checkpoint, manifest
+from bitdistill.cards import model_card
+from bitdistill.config import Config, Training, dump_config
+from bitdistill.data import Batches, TaskBatches, corpus_batches, task_rows
+from bitdistill.objective import make_objective
+from bitdistill.progress import Reporter
+from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
+from bitdistill.teacher import licence_of, load_model
+from bitdistill.training import Fit, Hardware, TrainingError, discard_state
+
+LoadedModel = tuple[PreTrainedModel, Tokenizer]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What distinguishes a stage: where it is written and what configuration it depends on."""
+
+    directory: str
+    kind: str  # of the manifest: teacher or student
+    method: str
+    depends: tuple[str, ...]  # sections of the configuration
+    parent: str | None
+
+
+class Recipe:
+    """One run: resolved configuration, output directory, and the stages in order."""
+
+    def __init__(
+        self, config: Config, out: Path, *, resume: bool = False, quiet: bool = False
+    ) -> None:
+        self.config, self.out, self.resume = config, out, resume
+        out.mkdir(parents=True, exist_ok=True)
+        self.reporter = Reporter(out / "log.jsonl", quiet)
+        self.task = config.task.resolve()
+
+    def run(self) -> Path:
+        """All stages; returns the student directory."""
+        config = self.config
+        (self.out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        if config.machine.threads is not None:
+            torch.set_num_threads(config.machine.threads)
+        shared = ("model", "seed")
+        base = None
+        if config.base.enabled:
+            base = Stage("base", "teacher", "base", (*shared, "base", "corpus"), None)
+            self._stage(base, self._train_base)
+        parent = base and base.directory
+        task = (*shared, "task")
+        teacher = Stage("teacher", "teacher", "fp16-sft", (*task, "teacher"), parent)
+        self._stage(teacher, self._train_teacher)
+        if config.bitnet_sft.enabled:
+            direct = Stage("bitnet-sft", "student", "bitnet-sft", (*task, "bitnet_sft"), parent)
+            self._stage(direct, self._train_bitnet_sft)
+        start = teacher.directory if config.student.start == "teacher" else parent
+        refined = Stage("refined", "student", "refined", (*task, "student"), start)
+        self._stage(refined, self._refine)
+        last = refined
+        if config.pretrain.enabled:
+            parts = (*refined.depends, "pretrain", "corpus")
+            last = Stage("pretrained", "student", "pretrained", parts, refined.directory)
+            self._stage(last, self._pretrain)
+        parts = (*last.depends, "teacher", "distill", "method")
+        student = Stage("student", "student", config.method, parts, last.directory)
+        self._stage(student, self._distill)
+        return self.out / student.directory
+
+    # --- the stages -----------------------------------------------------------------------------
+
+    def _train_base(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
+        model, tokenizer = load_model(self.config.model, self.config.seed)
+        batches = self._corpus(self.config.base, tokenizer)
+        return (model, tokenizer), self._fit(stage, model, None, batches, self.config.base)
+
+    def _train_teacher(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
+        model, tokenizer = self._base()
+        settings = self.config.teacher
+        batches = self._examples(settings, tokenizer)
+        return (model, tokenizer), self._fit(stage, model, None, batches, settings)
+
+    def _train_bitnet_sft(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
+        model, tokenizer = self._base()
+        settings = self.config.bitnet_sft
+        student = make_student(model, "none", self.config.student.activation_bits)
+        batches = self._examples(settings, tokenizer)
+        return (student, tokenizer), self._fit(stage, student, None, batches, settings)
+
+    def _refine(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
+        options = self.config.student
+        source = self._load("teacher") if options.start == "teacher" else self._base()
+        model, tokenizer = source
+        hardware = Hardware.resolve(self.config.machine)
+        model.to(hardware.device).eval()
+        student = make_student(model, options.norm_style, options.activation_bits)
+        gains: dict[str, float] = {}
+        if options.calibrate and options.norm_style != "none":
+            batches = self._examples(self.config.distill, tokenizer)
+            windows = (batches.window(step) for step in range(options.calibration_batches))
+            moved = (hardware.move(batch) for window in windows for batch in window)
+            gains = measure_gains(model, options.norm_style, moved)
+            set_gains(student, gains)
+        return (student, tokenizer), {"gains": gains}
+
+    def _pretrain(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
+        student, tokenizer = self._load("refined")
+        settings = self.config.pretrain
+        teacher = self._base()[0] if settings.needs_teacher else None
+        batches = self._corpus(settings, tokenizer)
+        return (student, tokenizer), self._fit(stage, student, teacher, batches, settings)
+
+    def _distill(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
+        assert stage.parent is not None
+        student, tokenizer = self._load(stage.parent)
+        settings = self.config.distill
+        teacher = self._load("teacher")[0] if settings.needs_teacher else None
+        batches = self._examples(settings, tokenizer)
+        return (student, tokenizer), self._fit(stage, student, teacher, batches, settings)
+
+    # --- what the stages share ------------------------------------------------------------------
+
+    def _load(self, directory: str) -> LoadedModel:
+        path = self.out / directory
+        return checkpoint.load(path), checkpoint.load_tokenizer(path)
+
+    def _base(self) -> LoadedModel:
+        if self.config.base.enabled:
+            return self._load("base")
+        return load_model(self.config.model, self.config.seed)
+
+    def _examples(self, settings: Training, tokenizer: Tokenizer) -> TaskBatches:
+        rows = task_rows(self.config.task, tokenizer, settings.max_length, self.config.seed)
+        return TaskBatches(
+            rows,
+            pad=tokenizer.pad_token_id or 0,
+            batch_size=settings.batch_size,
+            accumulate=settings.accumulate,
+            seed=self.config.seed,
+            multiple=self.config.machine.pad_multiple,
+        )
+
+    def _corpus(self, settings: Training, tokenizer: Tokenizer) -> Batches:
+        return corpus_batches(
+            self.config, tokenizer, settings.max_length, settings.batch_size, settings.accumulate
+        )
+
+    def _fit(
+        self,
+        stage: Stage,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        batches: Batches,
+        settings: Training,
+    ) -> dict[str, Any]:
+        """Train, and return what the manifest should say of it."""
+        torch.manual_seed(self.config.seed)
+        state_dir = self.out / f"{stage.directory}.training"
+        fit = Fit(
+            stage.directory,
+            make_objective(model, teacher, settings),
+            batches,
+            settings,
+            self.config.machine,
+            self.reporter,
+            state_dir,
+        )
+        if state_dir.exists():
+            if not self.resume:
+                raise TrainingError(
+                    f"stage {stage.directory} was interrupted; pass --resume to continue it, or "
+                    f"remove {state_dir} to start it again"
+                )
+            fit.restore()
+            self.reporter.say(f"{stage.directory}: continuing at step {fit.step}")
+        terms = fit.run()
+        model.cpu()
+        weight = fit.objective.relation_weight
+        return {"steps": fit.total, "terms": terms, "relation_weight": weight}
+
+    def _stage(
+        self, stage: Stage, work: Callable[[Stage], tuple[LoadedModel, dict[str, Any]]]
+    ) -> None:
+        """Skip a complete stage, refuse one made otherwise, else do it and write its directory."""
+        path = self.out / stage.directory
+        mark = self._fingerprint(stage)
+        if path.exists():
+            content = manifest.read_manifest(path, stage.kind)
+            if content["fingerprint"] != mark:
+                raise TrainingError(
+                    f"{path} was made with another configuration; use another --out, or remove it "
+                    "and the stages after it"
+                )
+            self.reporter.say(f"{stage.directory}: complete, skipped")
+            return
+        self.reporter.say(f"{stage.directory}: started")
+        (model, tokenizer), metrics = work(stage)
+        if stage.kind == "student":
+            metrics |= quantization_statistics(model)
+        content = self._content(stage, model, mark, metrics)
+        card = model_card(content)
+        checkpoint.save(path, model, tokenizer, stage.kind, content, card)
+        discard_state(self.out / f"{stage.directory}.training")
+        self.reporter.say(f"{stage.directory}: written to {path}")
+
+    def _fingerprint(self, stage: Stage) -> str:
+        values = self.config.model_dump(mode="json")
+        parent = None
+        if stage.parent is not None:
+            parent = manifest.read_manifest(self.out / stage.parent)["fingerprint"]
+        return manifest.fingerprint([{key: values[key] for key in stage.depends}, parent])
+
+    def _content(
+        self, stage: Stage, model: PreTrainedModel, mark: str, metrics: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The manifest of a stage."""
+        student = getattr(model.config, "bitdistill", {})
+        return {
+            "stage": stage.directory,
+            "method": stage.method,
+            "base_model": self.config.model.source,
+            "family": model.config.model_type.removeprefix("bitdistill_"),
+            "licence": licence_of(self.config.model),
+            "norm_style": student.get("norm_style"),
+            "activation_bits": student.get("activation_bits"),
+            "task": None if stage.directory == "base" else self.task.to_json(),
+            "validation": self.config.task.validation,
+            "columns": self.config.task.columns,
+            "recipe": self.config.name,
+            "seed": self.config.seed,
+            "fingerprint": mark,
+            "parent": stage.parent,
+            "metrics": metrics,
+            "created_by": f"bitdistill {__version__}",
+        }
+
+
+def train(
+    config: Config, out: str | Path, *, resume: bool = False, quiet: bool = False
+) -> Path:
+    """Run every stage of a recipe and return the student directory.
+
+    Raises TrainingError, ConfigError, ModelError or FormatError with the remedy; what is complete
+    stays, and a later call continues after it.
+    """
+    return Recipe(config, Path(out), resume=resume, quiet=quiet).run()

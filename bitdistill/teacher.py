@@ -1,0 +1,97 @@
+"""Load an off-the-shelf model: a local directory, a hub id, or a GGUF file transformers can read."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from bitdistill.config import Model
+from bitdistill.decoder import family_of
+from bitdistill.student import layers_of
+
+LICENCE_UNKNOWN = "unknown"
+
+
+class ModelError(ValueError):
+    """A model that cannot be had or used; the message says what to do."""
+
+
+def check_model(model: Model) -> None:
+    """Find out cheaply whether `load_model` can work; ModelError says what is missing."""
+    if model.gguf_file is not None:
+        for package in ("gguf", "accelerate"):
+            if importlib.util.find_spec(package) is None:
+                raise ModelError(
+                    f"reading GGUF needs the package {package}: pip install 'bitdistill[gguf]'"
+                )
+    path = Path(model.source)
+    looks_local = path.is_absolute() or model.source.startswith((".", "~")) or path.exists()
+    if looks_local and not path.expanduser().is_dir():
+        raise ModelError(f"model directory {model.source} does not exist; check model.source")
+    needed = model.gguf_file or "config.json"
+    if looks_local and not (path.expanduser() / needed).is_file():
+        raise ModelError(f"{model.source} has no {needed}; it is not a Hugging Face model directory")
+
+
+def load_model(model: Model, seed: int = 0) -> tuple[PreTrainedModel, Tokenizer]:
+    """The base model (fp32) and its tokenizer. Remote code never runs.
+
+    Raises ModelError where the model cannot be had, and ValueError for an unknown architecture.
+    """
+    if model.source == "tiny":
+        from bitdistill.tiny import make_base
+
+        return make_base(seed)
+    check_model(model)
+    source = str(Path(model.source).expanduser()) if Path(model.source).exists() else model.source
+    options = {"revision": model.revision or "main"}
+    if model.gguf_file is not None:
+        options["gguf_file"] = model.gguf_file
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        family_of(config.model_type)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    except OSError as error:
+        raise ModelError(
+            f"model {model.source} cannot be had ({str(error).splitlines()[0]}); check the name "
+            "and the network, or give a local directory"
+        ) from error
+    if model.gguf_file is not None:
+        loaded = _without_gguf_traces(loaded)
+    check_layers(loaded)
+    return loaded, tokenizer
+
+
+def _without_gguf_traces(loaded: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that knows nothing of GGUF, and can therefore be saved."""
+    values = loaded.config.to_dict()
+    values.pop("quantization_config", None)
+    values.pop("_name_or_path", None)
+    plain = type(loaded)(type(loaded.config).from_dict(values))
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    return plain
+
+
+def check_layers(model: PreTrainedModel) -> None:
+    """ValueError for a causal LM whose module tree is not the one the surgery table names."""
+    family_of(model.config.model_type)
+    if not hasattr(getattr(model, "model", None), "layers") or not len(layers_of(model)):
+        raise ModelError(f"{type(model).__name__} has no decoder layers where they are expected")
+
+
+def licence_of(model: Model) -> str:
+    """The licence the student inherits: as configured, or as the model card's header says."""
+    if model.source == "tiny":
+        return "apache-2.0"
+    card = Path(model.source) / "README.md"
+    if model.licence is None and card.is_file():
+        for line in card.read_text(encoding="utf-8").splitlines()[:40]:
+            if line.startswith("license:"):
+                return line.partition(":")[2].strip()
+    return model.licence or LICENCE_UNKNOWN

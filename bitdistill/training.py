@@ -1,0 +1,256 @@
+"""The one training loop: every stage, teacher or student, runs through `fit`.
+
+A step takes a window of micro-batches, sums the weighted terms' gradients, clips and updates. The
+state that a resumed run needs (weights, optimizer, data position, random state) is written beside
+the stage directory on a time budget, atomically, as safetensors and JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitdistill import manifest
+from bitdistill.config import Machine, Training
+from bitdistill.data import Batch, Batches
+from bitdistill.objective import Objective, count_window
+from bitdistill.progress import Reporter
+from bitdistill.quantize import set_anneal
+from bitdistill.student import layers_of
+
+LOG_EVERY = 10
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to change."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The resolved device and arithmetic of a run."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def resolve(cls, machine: Machine) -> Hardware:
+        """`auto` takes CUDA with bfloat16 where there is one, else the CPU in fp32."""
+        name = machine.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and not torch.cuda.is_available():
+            raise TrainingError("machine.device is cuda, but torch sees no GPU; use cpu or auto")
+        precision = machine.precision
+        if precision == "auto":
+            precision = "bfloat16" if name == "cuda" else "float32"
+        return cls(torch.device(name), getattr(torch, precision))
+
+    def autocast(self) -> torch.autocast:
+        """The context in which a forward pass runs."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
+
+    def move(self, batch: Batch) -> Batch:
+        """A batch on the device."""
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+
+def schedule(settings: Training, step: int, total: int) -> float:
+    """The learning rate's factor at a step: linear warm-up, then cosine, linear or constant."""
+    warmup = max(1, round(settings.warmup * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    share = (step - warmup) / max(1, total - warmup)
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * share))
+    return 1 - share if settings.schedule == "linear" else 1.0
+
+
+def total_steps(settings: Training, batches: Batches) -> int:
+    """Optimizer steps of a stage; TrainingError where `epochs` is asked of a stream."""
+    if settings.steps is not None:
+        return settings.steps
+    per_epoch = batches.steps_per_epoch()
+    if per_epoch is None or settings.epochs is None:
+        raise TrainingError("a corpus has no epochs: give pretrain.steps")
+    return max(1, math.ceil(settings.epochs * per_epoch))
+
+
+class Fit:
+    """One stage in training: model, optimizer, data and position."""
+
+    def __init__(
+        self,
+        name: str,
+        objective: Objective,
+        batches: Batches,
+        settings: Training,
+        machine: Machine,
+        reporter: Reporter,
+        state_dir: Path,
+    ) -> None:
+        self.name, self.objective, self.batches = name, objective, batches
+        self.model: PreTrainedModel = objective.student
+        self.settings, self.machine, self.reporter = settings, machine, reporter
+        self.state_dir = state_dir
+        self.hardware = Hardware.resolve(machine)
+        self.total = total_steps(settings, batches)
+        self.step = 0
+        self.model.to(self.hardware.device).train()
+        if objective.teacher is not None:
+            teacher = objective.teacher.to(self.hardware.device, self.hardware.dtype)
+            teacher.eval().requires_grad_(False)
+        self.optimizer = self._make_optimizer()
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        """AdamW; matrices decay, vectors (norms, biases) do not."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": None},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        groups[0]["weight_decay"] = self.settings.weight_decay
+        fused = self.hardware.device.type == "cuda"
+        return torch.optim.AdamW(
+            groups, lr=self.settings.learning_rate, betas=(0.9, 0.98), fused=fused
+        )
+
+    def _compile_layers(self) -> None:
+        """Regional compilation: each decoder layer alone, which starts up far faster."""
+        if not self.machine.compile:
+            return
+        for model in filter(None, (self.model, self.objective.teacher)):
+            for layer in layers_of(model):
+                if layer not in self.objective.captured_layers:
+                    layer.compile(dynamic=False)
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+
+    def run(self) -> dict[str, float]:
+        """Train to the end; the mean terms of the last records."""
+        self._compile_layers()
+        if self.step == 0 and self.objective.relations.target_ratio is not None:
+            window = [self.hardware.move(b) for b in self.batches.window(0)]
+            with self.hardware.autocast():
+                self.objective.fit_relation_weight(window)
+        set_anneal(self.model, 1.0)
+        sums: dict[str, Tensor] = {}
+        tokens, last = 0, {"ce": math.nan}
+        saved = time.monotonic()
+        with self.reporter.stage(self.name, self.total, self.step) as meter:
+            while self.step < self.total:
+                window = self.batches.window(self.step)
+                tokens += sum(int(b["attention_mask"].sum()) for b in window)
+                self.optimize(window, sums)
+                self.step += 1
+                if self.step % LOG_EVERY == 0 or self.step == self.total:
+                    last = self._read_terms(sums, (self.step - 1) % LOG_EVERY + 1)
+                    meter.update(self.step, tokens, last, self._rate())
+                    tokens = 0
+                    if time.monotonic() - saved > 60 * self.machine.save_minutes:
+                        self.save()
+                        saved = time.monotonic()
+        set_anneal(self.model, 1.0)
+        self.model.eval()
+        return last
+
+    def _rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def optimize(self, window: list[Batch], sums: dict[str, Tensor]) -> None:
+        """One optimizer step over a window of micro-batches."""
+        settings = self.settings
+        if settings.anneal > 0:
+            set_anneal(self.model, min(1.0, (self.step + 1) / (settings.anneal * self.total)))
+        rate = settings.learning_rate * schedule(settings, self.step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.step >= settings.decay_until * self.total:
+            self.optimizer.param_groups[0]["weight_decay"] = 0.0
+        counts = count_window(window, self.objective.relations)
+        for batch in window:
+            with self.hardware.autocast():
+                terms = self.objective(self.hardware.move(batch), counts)
+                loss = torch.stack(list(terms.values())).sum()
+            loss.backward()
+            for key, term in terms.items():
+                sums[key] = sums.get(key, torch.zeros_like(term)) + term.detach()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _read_terms(self, sums: dict[str, Tensor], steps: int) -> dict[str, float]:
+        """Mean terms since the last reading; TrainingError as soon as one is not finite."""
+        terms = {key: float(value) / steps for key, value in sums.items()}
+        sums.clear()
+        if not all(math.isfinite(value) for value in terms.values()):
+            kept = f"; the state of an earlier step is kept in {self.state_dir}, --resume uses it"
+            raise TrainingError(
+                f"stage {self.name}: the loss is not finite at step {self.step} ("
+                + ", ".join(f"{key} {value}" for key, value in terms.items())
+                + f"); lower {self.name.replace('-', '_')}.learning_rate or raise warmup"
+                + (kept if self.state_dir.exists() else "")
+            )
+        return terms
+
+    def save(self) -> None:
+        """Write the training state, whole or not at all; it replaces the one before."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        tensors = {"random": torch.get_rng_state()}
+        for parameter, values in self.optimizer.state.items():
+            for key, value in values.items():
+                tensors[f"{names[id(parameter)]}:{key}"] = torch.as_tensor(value).contiguous()
+        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
+        with manifest.new_directory(self.state_dir, force=True) as partial:
+            save_file(weights, partial / "model.safetensors")
+            save_file(tensors, partial / "optimizer.safetensors")
+            position = {
+                "step": self.step,
+                "total": self.total,
+                "data": self.batches.state(),
+                "relation_weight": self.objective.relation_weight,
+            }
+            manifest.write_json(partial / "position.json", position)
+            manifest.write_manifest(partial, "training-state", {"stage": self.name})
+
+    def restore(self) -> None:
+        """Return to the state `save` wrote; FormatError if it is incomplete or altered."""
+        content = manifest.read_manifest(self.state_dir, "training-state")
+        manifest.verify_files(self.state_dir, content)
+        position: dict[str, Any] = json.loads((self.state_dir / "position.json").read_text("utf-8"))
+        if position["total"] != self.total:
+            raise TrainingError(
+                f"{self.state_dir} is from a run of {position['total']} steps, this one has "
+                f"{self.total}; remove it to start stage {self.name} again"
+            )
+        device = str(self.hardware.device)
+        weights = load_file(self.state_dir / "model.safetensors", device=device)
+        tensors = load_file(self.state_dir / "optimizer.safetensors", device=device)
+        torch.set_rng_state(tensors.pop("random").cpu())
+        states: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, field = key.rpartition(":")
+            states.setdefault(name, {})[field] = value
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(weights[name])
+                if name in states:
+                    self.optimizer.state[parameter] = states[name]
+        self.step = position["step"]
+        self.batches.restore(position["data"])
+        self.objective.relation_weight = position["relation_weight"]
+
+
+def discard_state(state_dir: Path) -> None:
+    """Remove a training state, once its stage directory is complete."""
+    if state_dir.exists():
+        shutil.rmtree(state_dir)

@@ -1,0 +1,49 @@
+"""Score and time whatever a backend runs: tasks, metrics, parity, speed, tables.
+
+Knows runtimes only through `bitdistill.backends`. Reading starts at runner.py. Everything here is
+imported when it is first used, so `import bitdistill.evals` loads no runtime, torch or datasets.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitdistill.evals.bench import Speed, measure
+    from bitdistill.evals.parity import report
+    from bitdistill.evals.process import WorkerError
+    from bitdistill.evals.results import Result, read_jsonl, write_jsonl
+    from bitdistill.evals.runner import run
+    from bitdistill.evals.tables import render, rich_table
+
+_HOME = {
+    "run": "runner",
+    "Result": "results",
+    "read_jsonl": "results",
+    "write_jsonl": "results",
+    "render": "tables",
+    "rich_table": "tables",
+    "report": "parity",
+    "measure": "bench",
+    "Speed": "bench",
+    "WorkerError": "process",
+}
+__all__ = [
+    "Result",
+    "Speed",
+    "WorkerError",
+    "measure",
+    "read_jsonl",
+    "render",
+    "report",
+    "rich_table",
+    "run",
+    "write_jsonl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

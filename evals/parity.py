@@ -1,0 +1,189 @@
+"""Does an artifact compute what its PyTorch student computes? The report made at export.
+
+Trits and scales are compared exactly by the exporter. Whole models are another matter: an int8
+activation that lies on a rounding boundary goes up under one order of summation and down under
+another, and everything after it differs a little. fp32 PyTorch differs from fp64 PyTorch in the
+same way. So the reference is the student in fp64, with the artifact's 16-bit storage of embedding
+and norms applied, and the yardstick ("floor") is how far the student in fp32 is from it.
+
+The verdict. Per position, the error is the root mean square over the vocabulary of the difference
+of logits, divided by the spread (standard deviation) of the reference's logits there.
+
+1. The artifact's median error is at most TWICE the floor's 75th percentile, or NEGLIGIBLE. The
+   quartile and not the median, because the share of positions with a flip varies by chance, and a
+   flip raises the error of a position by orders of magnitude.
+2. The artifact's share of positions with the reference's top token is at least the floor's, less
+   three standard errors of the difference of two such shares.
+
+Both hold for whole sequences at once and for tokens fed one by one through the cache. A wrong
+rotation, norm or scale moves every position by a large part of the spread and fails both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitdistill import manifest
+from bitdistill.decoder import LINEARS, DecoderSpec
+from bitdistill.evals.directories import weights_fingerprint
+
+LARGEST = 1e9
+LENGTHS = (8, 16, 32, 64, 128)
+SEQUENCES = 10
+PROMPTS = 16
+PROMPT_TOKENS = 128
+KEPT = 32  # positions compared per sequence, its last ones: logits of 150,000 words are large
+TWICE = 2.0
+NEGLIGIBLE = 1e-5
+TINY = 1e-30
+QUANTILES = {"median": 0.5, "quartile": 0.75, "percentile_95": 0.95}
+Logits = list[NDArray[np.float32]]
+Progress = Callable[[str, int, int], None]
+
+
+def report(
+    student_dir: str | Path,
+    artifact_dir: str | Path,
+    prompts: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare an artifact with its student: figures as plain JSON, and `passed`.
+
+    Fed are random tokens drawn with `seed`, and the ends of the first PROMPTS of `prompts`.
+    `passed` is None, with a reason under `skipped`, for a model of more than 1e9 parameters. Raises
+    FormatError where the artifact was made from other weights.
+    """
+    from bitdistill.backends import load
+
+    student, artifact = Path(student_dir), Path(artifact_dir)
+    content = manifest.read_manifest(artifact, "artifact")
+    if content["student_fingerprint"] != weights_fingerprint(manifest.read_manifest(student)):
+        raise manifest.FormatError(
+            f"{artifact} was not exported from the weights in {student}; export it again"
+        )
+    count = parameters(DecoderSpec.from_json(content["decoder"]))
+    if count > LARGEST:
+        reason = f"{count / 1e9:.1f}e9 parameters: an fp64 reference is made up to {LARGEST:.0e}"
+        return {"passed": None, "skipped": reason}
+    say = progress or (lambda stage, done, total: None)
+    say("parity", 0, 3)
+    runtime = load(artifact, threads=threads)
+    sequences = make_sequences(runtime, prompts, seed)
+    found, cached = _logits(runtime, sequences), _decode(runtime, sequences)
+    del runtime
+    references = []
+    for done, dtype in enumerate(("float32", "float64"), start=1):
+        say("parity", done, 3)
+        options = {"dtype": dtype, "storage": content["storage"]}
+        references.append(_logits(load(student, threads=threads, **options), sequences))
+    say("parity", 3, 3)
+    figures = compare(found, cached, *references)
+    return figures | {"sequences": len(sequences), "seed": seed}
+
+
+def parameters(spec: DecoderSpec) -> int:
+    """Weights of the linears, the embedding and an untied head; norms and biases left out."""
+    linears = sum(math.prod(spec.shape(name)) for name in LINEARS) * len(spec.layers)
+    return linears + spec.vocabulary * spec.hidden * (1 if spec.tied else 2)
+
+
+def make_sequences(runtime: Any, prompts: Sequence[str], seed: int) -> list[list[int]]:
+    """Random token ids of several lengths within the context, then the ends of the prompts."""
+    random = np.random.default_rng(seed)
+    lengths = [min(LENGTHS[i % len(LENGTHS)], runtime.context) for i in range(SEQUENCES)]
+    drawn = [random.integers(0, runtime.vocabulary, length).tolist() for length in lengths]
+    room = min(PROMPT_TOKENS, runtime.context)
+    prompts = list(prompts)[:PROMPTS]
+    encoded = [runtime.tokenizer.encode(prompt, special=True)[-room:] for prompt in prompts]
+    return drawn + [ids for ids in encoded if ids]
+
+
+def _logits(runtime: Any, sequences: Sequence[Sequence[int]]) -> Logits:
+    """Logits (P, V) of the last KEPT positions of each sequence, from one right-padded batch."""
+    lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+    tokens = np.zeros((len(sequences), lengths.max()), np.int64)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    kept = [range(max(0, end - KEPT), end) for end in lengths.tolist()]
+    rows = np.array([(b, t) for b, positions in enumerate(kept) for t in positions], np.int64)
+    logits = runtime.logits_at(tokens, lengths, rows)
+    return np.split(logits, np.cumsum([len(positions) for positions in kept])[:-1])
+
+
+def _decode(runtime: Any, sequences: Sequence[Sequence[int]]) -> Logits:
+    """The same logits by feeding the last tokens one by one, after the others at once."""
+    logits = []
+    for sequence in sequences:
+        first = max(1, len(sequence) - KEPT + 1)
+        cache = runtime.new_cache(len(sequence))
+        rows = [runtime.step(sequence[:first], cache)]
+        rows += [runtime.step([token], cache) for token in sequence[first:]]
+        logits.append(np.stack(rows))
+    return logits
+
+
+def compare(found: Logits, cached: Logits, fp32: Logits, fp64: Logits) -> dict[str, Any]:
+    """The figures and the verdict, from logits of the artifact, the floor and the reference.
+
+    Each argument holds one (P, V) array per sequence, of the same positions.
+    """
+    floor, whole, steps = (_difference(logits, fp64) for logits in (fp32, found, cached))
+    failures = _failures("whole sequences", whole, floor)
+    failures += _failures("cached decoding", steps, floor)
+    return {
+        "passed": not failures,
+        "failures": failures,
+        "floor": floor,
+        "artifact": whole,
+        "cached": steps,
+        "artifact_against_fp32": _difference(found, fp32),
+    }
+
+
+def _difference(logits: Logits, reference: Logits) -> dict[str, Any]:
+    """Errors relative to the spread of the reference, and the share of equal top tokens."""
+    errors, largest, same, positions = [], 0.0, 0, sum(map(len, logits))
+    for found_PV, expected_PV in zip(logits, reference, strict=True):
+        if not (np.isfinite(found_PV).all() and np.isfinite(expected_PV).all()):
+            return {"positions": positions, "finite": False}
+        same += int((found_PV.argmax(-1) == expected_PV.argmax(-1)).sum())
+        for found, expected in zip(found_PV, expected_PV.astype(np.float64), strict=True):
+            difference = np.abs(found - expected) / max(float(expected.std()), TINY)
+            errors.append(math.sqrt(float(np.square(difference).mean())))
+            largest = max(largest, float(difference.max()))
+    shares = {"positions": positions, "finite": True, "top_token_agreement": same / positions}
+    quantiles = zip(QUANTILES, np.quantile(errors, list(QUANTILES.values())), strict=True)
+    return shares | {name: float(value) for name, value in quantiles} | {"largest": largest}
+
+
+def _failures(what: str, found: dict[str, Any], floor: dict[str, Any]) -> list[str]:
+    """Sentences for each rule that is broken."""
+    if not floor["finite"] or not found["finite"]:
+        return [f"{what}: the logits are not finite"]
+    failures = []
+    allowed = max(TWICE * floor["quartile"], NEGLIGIBLE)
+    if found["median"] > allowed:
+        failures.append(f"{what}: median error {found['median']:.2e}, allowed {allowed:.2e}")
+    least = floor["top_token_agreement"] - _margin(floor, found)
+    if found["top_token_agreement"] < least:
+        failures.append(
+            f"{what}: top token agrees at {found['top_token_agreement']:.3f} of positions, "
+            f"at least {least:.3f} expected"
+        )
+    return failures
+
+
+def _margin(floor: dict[str, Any], found: dict[str, Any]) -> float:
+    """Three standard errors of the difference of two shares (Laplace's estimate: never zero)."""
+    n = floor["positions"]
+    p = (floor["top_token_agreement"] * n + 1) / (n + 2)
+    return 3.0 * math.sqrt(p * (1 - p) * (1 / n + 1 / found["positions"]))

@@ -1,0 +1,72 @@
+"""A result: one metric of one directory on one task, and everything needed to read it alone.
+
+Results travel as JSON lines; tables and plots are made from these lines only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """One JSON line.
+
+    `method` is fp16-sft, bitnet-sft, bitdistill-paper or bitdistill; `backend` torch, onnx or mlx;
+    `unit` is %, tokens/s or MiB. `stderr` is None where there is none. `artifact` is the
+    directory's name, `artifact_hash` a hash of its files' hashes, `student` the fingerprint of the
+    student's weights that it runs (None for a teacher).
+    """
+
+    method: str
+    model: str
+    backend: str
+    task: str
+    split: str
+    metric: str
+    value: float
+    unit: str
+    n: int
+    stderr: float | None
+    seed: int
+    artifact: str
+    artifact_hash: str
+    student: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def write_jsonl(results: Iterable[Result], path: str | Path) -> None:
+    """Append results to a file, one JSON object a line; the folder is made if it is missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(r.to_json(), ensure_ascii=False, allow_nan=False) for r in results]
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write("".join(line + "\n" for line in lines))
+
+
+def read_jsonl(path: str | Path) -> list[Result]:
+    """The results in a file; ValueError names the line that is not one."""
+    results = []
+    text = Path(path).read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            results.append(Result(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is not a result ({error}); remove the line, or "
+                "evaluate again"
+            ) from None
+    return results

@@ -1,0 +1,187 @@
+"""Student directory -> artifact directory: what is the same for every target.
+
+An exporter is a function `write(student, out, options, progress) -> dict`: it writes the runtime's
+own files into `out` and answers with its part of the manifest (`parts` in bytes, `storage`,
+`context`, ...). A target is a row in EXPORTERS and one file. `export` opens the student, builds the
+directory beside its destination, adds tokenizer, config and card, and seals it last, so that an
+interrupted export leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bitdistill import manifest
+from bitdistill.backends.registry import resolve
+from bitdistill.cards import header
+
+if TYPE_CHECKING:
+    from bitdistill.checkpoint import StudentFiles
+
+EXPORTERS = {
+    "onnx": "bitdistill.exporters.to_onnx:write",
+    "mlx": "bitdistill.exporters.to_mlx:write",
+}
+DEFAULT_CONTEXT = 8192
+INHERITED = ("family", "method", "task", "base_model", "licence")
+
+Progress = Callable[[str, int, int], None]  # name of a tensor, tensors done, tensors in all
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an exporter may be asked for.
+
+    `embed_bits`: bits of an element of the embedding and head, 16 or 32. `context`: the most tokens
+    a sequence may have (None: the model's own, at most 8192).
+    """
+
+    embed_bits: int = 16
+    context: int | None = None
+
+    def resolve_context(self, model_context: int) -> int:
+        """The context of the artifact; ValueError unless it is between 1 and the model's."""
+        context = min(model_context, DEFAULT_CONTEXT) if self.context is None else self.context
+        if not 0 < context <= model_context:
+            raise ValueError(f"context {context} is not between 1 and the model's {model_context}")
+        return context
+
+
+class Exporter(Protocol):
+    """Write a runtime's own files into `out`; the result is merged into the manifest."""
+
+    def __call__(
+        self, student: StudentFiles, out: Path, options: Options, progress: Progress
+    ) -> dict[str, Any]: ...
+
+
+def export(
+    student: str | Path,
+    target: str,
+    out: str | Path,
+    *,
+    force: bool = False,
+    embed_bits: int = 16,
+    context: int | None = None,
+    progress: Progress | None = None,
+    check: Callable[[Path], dict[str, Any]] | None = None,
+) -> Path:
+    """Export a student directory for `target` ("onnx", "mlx") to the directory `out`.
+
+    `check`, if given, is called on the complete directory before it takes its place; its result is
+    stored in the manifest as `parity`. Raises FormatError when `student` is not a complete student,
+    FileExistsError when `out` exists (with `force`: unless it is an artifact), ValueError for an
+    unknown target or option.
+    """
+    write: Exporter = resolve(EXPORTERS, target, "target")
+    files = _open(Path(student))
+    out = Path(out)
+    _guard(out, force)
+    with manifest.new_directory(out, force=force) as partial:
+        part = write(files, partial, Options(embed_bits, context), progress or _silent)
+        content = _describe(files, target) | part
+        _complete(files, partial, content)
+        manifest.write_manifest(partial, "artifact", content)
+        if check is not None:
+            content["parity"] = check(partial)
+            manifest.write_manifest(partial, "artifact", content)
+    return out
+
+
+def _silent(name: str, done: int, total: int) -> None:
+    """The progress callback that shows nothing."""
+
+
+def _open(path: Path) -> StudentFiles:
+    kind = manifest.read_manifest(path)["kind"]
+    if kind != "student":
+        raise manifest.FormatError(
+            f"{path} holds a {kind}, only a student can be exported; give the student directory "
+            "that `bitdistill train` wrote"
+        )
+    from bitdistill.checkpoint import open_student  # imports torch
+
+    student = open_student(path)
+    manifest.check_sizes(path, student.manifest)
+    return student
+
+
+def _guard(out: Path, force: bool) -> None:
+    """With `force`, only an artifact may be replaced: a student or teacher is hours of work."""
+    if force and (out / manifest.MANIFEST).is_file():
+        kind = manifest.read_manifest(out)["kind"]
+        if kind != "artifact":
+            raise FileExistsError(f"{out} holds a {kind} and is not replaced; choose another --out")
+
+
+def _describe(student: StudentFiles, target: str) -> dict[str, Any]:
+    """The part of the manifest that no target changes."""
+    from bitdistill import __version__
+
+    return {
+        "target": target,
+        **{key: student.manifest.get(key) for key in INHERITED},
+        "student_fingerprint": student.fingerprint,
+        "decoder": student.spec.to_json(),
+        "context": student.spec.context,
+        "stop_tokens": student.stop_tokens,
+        "created_by": f"bitdistill {__version__}",
+    }
+
+
+def _complete(student: StudentFiles, out: Path, content: dict[str, Any]) -> None:
+    """Add tokenizer, config and card, where the exporter has not written its own."""
+    for file in (*student.tokenizer_files(), student.path / "config.json"):
+        if not (out / file.name).exists():
+            shutil.copyfile(file, out / file.name)
+    if not (out / "README.md").exists():
+        (out / "README.md").write_text(card(content), encoding="utf-8")
+
+
+def card(content: dict[str, Any]) -> str:
+    """The model card of an artifact, from its manifest."""
+    runtime = {"onnx": "ONNX Runtime (CPU)", "mlx": "MLX"}.get(content["target"], content["target"])
+    task = (content.get("task") or {}).get("name", "language modelling")
+    mib = {k: v / 2**20 for k, v in content["parts"].items() if "bits" not in k}
+    sizes = "\n".join(f"| {name} | {size:.2f} |" for name, size in mib.items())
+    return f"""{header(content, tags="[bitdistill, ternary]")}
+# A 1.58-bit model for {runtime}
+
+Every linear layer of every block is ternary (-1, 0, +1, one scale a matrix), with activations at
+{content["decoder"]["activation_bits"] or 32} bits; the embedding, norms and LM head are not.
+Method: {content["method"]}. Task: {task}. Base model: {content["base_model"]}, whose licence
+({content["licence"]}) this model inherits.
+
+## Run it
+
+```
+bitdistill generate DIRECTORY "your prompt"
+```
+
+```python
+from bitdistill import backends
+
+model = backends.load("DIRECTORY")
+prompt = model.tokenizer.encode("your prompt")
+print(model.tokenizer.decode(list(model.generate(prompt))))
+```
+
+## Size
+
+| part | MiB |
+| --- | --- |
+{sizes}
+
+Weights of the blocks: {content["parts"]["body_bits_per_weight"]:.3f} bits each, scales included.
+
+## Limits
+
+The longest sequence is {content["context"]} tokens. A student is good at the task it was distilled
+for and should be measured again on any other. Nothing was measured on Apple hardware.
+`bitdistill.json` holds the hash of every file and, where a parity check was made at export, how the
+artifact compared with PyTorch.
+"""

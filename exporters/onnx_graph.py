@@ -1,0 +1,297 @@
+"""The decoder as an ONNX graph, built node by node (IR 10, opset 21); nothing is traced.
+
+Inputs   input_ids int64 (B, T)            right-padded where B > 1
+         seqlens_k int32 (B)               length of each sequence, past included, minus 1
+         total_sequence_length int32 ()    the longest of them, past included
+         logit_rows int64 (P)              positions of B * T whose logits are wanted
+         past_key_values.{i}.key/.value    float32 (B, KV heads, S, head size)
+Outputs  logits float32 (P, V), present.{i}.key/.value; a present may share its past's buffer.
+
+Every ternary matrix is one `bitdistill.TernaryLinear`; its RMSNorm prologue is the linear's own
+norm, or the block's norm where nothing else reads that. Matrices that read the same input are
+stacked (`qkv_proj`, `gate_up_proj`). Attention, with rotation and cache, is ONNX Runtime's
+`com.microsoft.GroupQueryAttention`. The norms that remain are a model-local function, which Netron
+shows as one node and ONNX Runtime fuses into one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bitdistill import packing
+from bitdistill.decoder import DecoderSpec
+from bitdistill.exporters.onnx_layout import FUSED, rotary_tables, stored_linears
+from bitdistill.exporters.onnx_nodes import (
+    IR_VERSION,
+    OPSETS,
+    NodeBuilder,
+    rms_norm_function,
+    typed_value,
+)
+from bitdistill.exporters.onnx_tensors import TensorFile
+
+ReadTensor = Callable[[str], NDArray[np.float32]]
+ReadTernary = Callable[[str], tuple[NDArray[np.int8], float]]
+
+
+class DecoderGraph(NodeBuilder):
+    """Builds the graph of one decoder; `build` is the whole, read top to bottom."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        context: int,
+        embed_bits: int,
+        tensor: ReadTensor,
+        ternary: ReadTernary,
+        data: TensorFile,
+    ) -> None:
+        super().__init__(data)
+        self.spec, self.context, self.embed_bits = spec, context, embed_bits
+        self.tensor, self.ternary = tensor, ternary
+        self.stored = stored_linears(spec)
+        self.outputs: list[ir.Value] = []
+
+    def build(self) -> ir.Model:
+        """The model, its tensors written to the data file."""
+        self.inputs = self._inputs()
+        rotary = [self._rotary(i) for i in range(len(self.spec.rotary))]
+        x = self.embedding()
+        for index, layer in enumerate(self.spec.layers):
+            x = self.attention(x, index, rotary[layer.rotary], layer.window)
+            x = self.mlp(x, index)
+        logits = self.head(x)
+        return self._model([logits, *self.outputs])
+
+    # The parts of a decoder
+
+    def embedding(self) -> ir.Value:
+        """Token ids -> (B, T, hidden)."""
+        self.table = self._table("model.embed_tokens.weight", "embedding")
+        x = self.op("Gather", [self.table, self.inputs["input_ids"]], "embed_tokens", axis=0)
+        if self.embed_bits != 32:
+            x = self.op("Cast", [x], "embed_tokens/float", to=ir.DataType.FLOAT.value)
+        if self.spec.embedding_scale != 1.0:
+            scale = self.constant("embedding_scale", np.float32(self.spec.embedding_scale))
+            x = self.op("Mul", [x, scale], "embed_tokens/scale")
+        return x
+
+    def attention(
+        self, x: ir.Value, index: int, rotary: tuple[ir.Value, ir.Value], window: int | None
+    ) -> ir.Value:
+        """x + [norm] o_proj(attention of input_norm(x))."""
+        names, block = self.spec.names, f"layers.{index}.self_attn"
+        projected = self._project(x, index, names.input_norm, "self_attn.qkv_proj")
+        if self.spec.qk_norm:
+            q, k, v = self._split_qkv(projected, block)
+            projected = [
+                self._head_norm(q, f"{block}.q_norm", self.spec.heads),
+                self._head_norm(k, f"{block}.k_norm", self.spec.kv_heads),
+                v,
+            ]
+        y = self._attend(projected, index, rotary, window)
+        y = self.linear("self_attn.o_proj", y, index)
+        return self._residual(x, y, index, names.post_attention_norm, "attention")
+
+    def mlp(self, x: ir.Value, index: int) -> ir.Value:
+        """x + [norm] down_proj(act(gate) * up) of mlp_norm(x)."""
+        names, block = self.spec.names, f"layers.{index}.mlp"
+        projected = self._project(x, index, names.mlp_norm, "mlp.gate_up_proj")
+        if len(projected) == 1:
+            projected = self.split(projected[0], [self.spec.intermediate] * 2, f"{block}.split")
+        gate, up = projected
+        product = self.op("Mul", [self._activate(gate, block), up], f"{block}.product")
+        y = self.linear("mlp.down_proj", product, index)
+        return self._residual(x, y, index, names.post_mlp_norm, "mlp")
+
+    def head(self, x: ir.Value) -> ir.Value:
+        """Hidden states -> logits (P, V) of the asked positions alone."""
+        flat = self.constant("flat_shape", np.array([-1, self.spec.hidden], np.int64))
+        x = self.op("Reshape", [x, flat], "flatten")
+        x = self.op("Gather", [x, self.inputs["logit_rows"]], "asked_rows", axis=0)
+        x = self.norm(x, "model.norm", "norm")
+        table = self.table if self.spec.tied else self._table("lm_head.weight", "head")
+        if self.embed_bits == 32:
+            return self.op("Gemm", [x, table], "lm_head", output="logits", transB=1)
+        return self.op("HeadLinear", [x, table], "lm_head", "bitdistill", output="logits")
+
+    # Pieces of the parts
+
+    def _project(self, x: ir.Value, index: int, norm: str, fused: str) -> list[ir.Value]:
+        """Projections of norm(x): one stacked matrix with the norm inside, or each on its own."""
+        block_norm = f"model.layers.{index}.{norm}"
+        if fused in self.stored:
+            return [self.linear(fused, x, index, block_norm)]
+        normed = self.norm(x, block_norm, f"layers.{index}.{norm}")
+        return [self.linear(part, normed, index) for part in FUSED[fused]]
+
+    def linear(self, name: str, x: ir.Value, index: int, block_norm: str | None = None) -> ir.Value:
+        """One stored ternary matrix, with the norm on its input if it has one."""
+        spec, prefix = self.spec, f"model.layers.{index}"
+        parts = self.stored[name]
+        weights, scales = self._ternary_weights(f"{prefix}.{name}", prefix, parts)
+        norm, epsilon = self._prologue(f"{prefix}.{name}", parts[0], block_norm)
+        inputs = [x, weights, scales, norm, self._bias(f"{prefix}.{name}", prefix, parts)]
+        while inputs[-1] is None:
+            inputs.pop()
+        return self.op(
+            "TernaryLinear",
+            inputs,
+            f"layers.{index}.{name}",
+            "bitdistill",
+            N=sum(spec.shape(part)[0] for part in parts),
+            K=spec.shape(parts[0])[1],
+            layout=packing.KERNEL_LAYOUT_VERSION,
+            epsilon=epsilon,
+            activation_bits=spec.activation_bits or 0,
+        )
+
+    def _prologue(
+        self, name: str, part: str, block_norm: str | None
+    ) -> tuple[ir.Value | None, float]:
+        """Weight and epsilon of the norm inside a ternary node: the block's, its own, or none."""
+        if block_norm is not None:
+            return self._norm_weight(block_norm), self.spec.norm_eps
+        if not self.spec.has_norm(part):
+            return None, self.spec.norm_eps
+        weight = self.tensor(f"{name}.norm.weight")
+        return self.data.add(f"{name}.norm.weight", weight, "norms"), self.spec.added_norm_eps
+
+    def _bias(self, name: str, prefix: str, parts: Sequence[str]) -> ir.Value | None:
+        if not self.spec.has_bias(parts[0]):
+            return None
+        biases = [self.tensor(f"{prefix}.{part}.bias") for part in parts]
+        return self.data.add(f"{name}.bias", np.concatenate(biases), "body")
+
+    def _ternary_weights(
+        self, name: str, prefix: str, parts: Sequence[str]
+    ) -> tuple[ir.Value, ir.Value]:
+        """The packed trits and the scale of every row of stacked linears."""
+        read = [self.ternary(f"{prefix}.{part}") for part in parts]
+        scales = [np.full(len(trits), scale, np.float32) for trits, scale in read]
+        packed = packing.pack_kernel(np.concatenate([trits for trits, _ in read]))
+        return (
+            self.data.add(f"{name}.weight", packed, "body"),
+            self.data.add(f"{name}.scale", np.concatenate(scales), "body"),
+        )
+
+    def _split_qkv(self, projected: list[ir.Value], block: str) -> list[ir.Value]:
+        if len(projected) == 3:
+            return projected
+        queries, keys = (n * self.spec.head_dim for n in (self.spec.heads, self.spec.kv_heads))
+        return self.split(projected[0], [queries, keys, keys], f"{block}.split")
+
+    def _head_norm(self, x: ir.Value, name: str, heads: int) -> ir.Value:
+        """RMSNorm over each head of (B, T, heads * head_dim)."""
+        size = self.spec.head_dim
+        by_head = self.constant(f"heads_{heads}", np.array([0, 0, heads, size], np.int64))
+        flat = self.constant(f"flat_{heads}", np.array([0, 0, heads * size], np.int64))
+        x = self.op("Reshape", [x, by_head], f"{name}.heads")
+        x = self.norm(x, f"model.{name}", name)
+        return self.op("Reshape", [x, flat], f"{name}.flat")
+
+    def _attend(
+        self,
+        projected: list[ir.Value],
+        index: int,
+        rotary: tuple[ir.Value, ir.Value],
+        window: int | None,
+    ) -> ir.Value:
+        """Rotation, cache update and causal attention, by one operator."""
+        past = [self.inputs[f"past_key_values.{index}.{part}"] for part in ("key", "value")]
+        lengths = [self.inputs["seqlens_k"], self.inputs["total_sequence_length"]]
+        # A packed projection (q, k and v in one tensor) leaves the key and value inputs empty.
+        inputs = [*projected, *([None] * (3 - len(projected))), *past, *lengths, *rotary]
+        shape: list[int | str] = ["batch", self.spec.kv_heads, "present", self.spec.head_dim]
+        y = ir.Value(name=f"layers.{index}.self_attn.attention")
+        present = [typed_value(f"present.{index}.{part}", shape) for part in ("key", "value")]
+        attributes: dict[str, Any] = {
+            "num_heads": self.spec.heads,
+            "kv_num_heads": self.spec.kv_heads,
+            "scale": self.spec.attention_scale,
+            "do_rotary": 1,
+        }
+        if window is not None and window < self.context:
+            attributes["local_window_size"] = window
+        self.append("GroupQueryAttention", inputs, [y, *present], "com.microsoft", attributes)
+        self.outputs += present
+        return y
+
+    def _activate(self, gate: ir.Value, block: str) -> ir.Value:
+        if self.spec.activation == "gelu_tanh":
+            return self.op("Gelu", [gate], f"{block}.gelu", approximate="tanh")
+        sigmoid = self.op("Sigmoid", [gate], f"{block}.sigmoid")
+        return self.op("Mul", [gate, sigmoid], f"{block}.silu")
+
+    def _residual(
+        self, x: ir.Value, y: ir.Value, index: int, norm: str | None, part: str
+    ) -> ir.Value:
+        if norm is not None:
+            y = self.norm(y, f"model.layers.{index}.{norm}", f"layers.{index}.{norm}")
+        return self.op("Add", [x, y], f"layers.{index}.{part}_residual")
+
+    def norm(self, x: ir.Value, weight: str, name: str) -> ir.Value:
+        """A norm of the teacher's architecture, over the last axis."""
+        inputs = [x, self._norm_weight(weight)]
+        return self.op("RMSNorm", inputs, name, "bitdistill.functions", epsilon=self.spec.norm_eps)
+
+    # Tensors
+
+    def _norm_weight(self, module: str) -> ir.Value:
+        """The factor a block norm multiplies by: gemma's 1 + w is stored as such."""
+        weight = self.tensor(f"{module}.weight") + np.float32(self.spec.norm_offset)
+        return self.data.add(f"{module}.weight", weight, "norms")
+
+    def _table(self, name: str, part: str) -> ir.Value:
+        """The embedding or head (V, hidden); ValueError if it does not fit float16."""
+        table = self.tensor(name)
+        if self.embed_bits == 16:
+            with np.errstate(over="ignore"):
+                table = table.astype(np.float16)
+            if not np.isfinite(table).all():
+                raise ValueError(f"{name} holds values beyond float16; export with embed_bits=32")
+        return self.data.add(name, table, part)
+
+    def _rotary(self, index: int) -> tuple[ir.Value, ir.Value]:
+        cos, sin = rotary_tables(self.spec.rotary[index], self.context)
+        add = self.data.add
+        return add(f"rotary.{index}.cos", cos, "rotary"), add(f"rotary.{index}.sin", sin, "rotary")
+
+    # The model
+
+    def _inputs(self) -> dict[str, ir.Value]:
+        spec = self.spec
+        past: list[int | str] = ["batch", spec.kv_heads, "past", spec.head_dim]
+        values = [
+            typed_value("input_ids", ["batch", "sequence"], ir.DataType.INT64),
+            typed_value("seqlens_k", ["batch"], ir.DataType.INT32),
+            typed_value("total_sequence_length", [], ir.DataType.INT32),
+            typed_value("logit_rows", ["rows"], ir.DataType.INT64),
+            *(
+                typed_value(f"past_key_values.{i}.{part}", past)
+                for i in range(len(spec.layers))
+                for part in ("key", "value")
+            ),
+        ]
+        return {str(value.name): value for value in values}
+
+    def _model(self, outputs: list[ir.Value]) -> ir.Model:
+        logits = outputs[0]
+        logits.shape = ir.Shape(["rows", self.spec.vocabulary])
+        logits.type = ir.TensorType(ir.DataType.FLOAT)
+        graph = ir.Graph(
+            list(self.inputs.values()),
+            outputs,
+            nodes=self.nodes,
+            initializers=[*self.data.values.values(), *self.constants.values()],
+            opset_imports=OPSETS,
+            name=f"{self.spec.family}_decoder",
+        )
+        model = ir.Model(graph, ir_version=IR_VERSION, functions=[rms_norm_function()])
+        model.producer_name = "bitdistill"
+        return model

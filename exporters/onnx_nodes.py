@@ -1,0 +1,101 @@
+"""Building ONNX graphs by hand: nodes, small constants, and the one function of our own.
+
+Everything is named after the module it comes from, which is what a reader sees in Netron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bitdistill.exporters.onnx_tensors import TensorFile
+
+IR_VERSION = 10
+OPSETS = {"": 21, "com.microsoft": 1, "bitdistill": 1, "bitdistill.functions": 1}
+
+
+def typed_value(
+    name: str, shape: Sequence[int | str], dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Value:
+    """A typed input or output of the graph."""
+    return ir.Value(name=name, shape=ir.Shape(list(shape)), type=ir.TensorType(dtype))
+
+
+def rms_norm_function() -> ir.Function:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, in stock operators."""
+    x, weight = ir.Value(name="x"), ir.Value(name="weight")
+    nodes: list[ir.Node] = []
+
+    def op(kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        output = ir.Value(name=f"{kind.lower()}_{len(nodes)}")
+        nodes.append(ir.node(kind, inputs, attributes=attributes, outputs=[output]))
+        return output
+
+    two = op("Constant", value_float=2.0)
+    axis = op("Constant", value_ints=[-1])
+    epsilon = ir.Value(name="epsilon_value")
+    reference = ir.RefAttr("value_float", "epsilon", ir.AttributeType.FLOAT)
+    nodes.append(ir.Node("", "Constant", [], [reference], outputs=[epsilon]))
+    mean = op("ReduceMean", op("Pow", x, two), axis, keepdims=1)
+    normed = op("Div", x, op("Sqrt", op("Add", mean, epsilon)))
+    result = op("Mul", normed, weight)
+    graph = ir.Graph([x, weight], [result], nodes=nodes, opset_imports={"": OPSETS[""]})
+    declared = ir.Attr("epsilon", ir.AttributeType.FLOAT, None)
+    return ir.Function("bitdistill.functions", "RMSNorm", graph=graph, attributes=[declared])
+
+
+class NodeBuilder:
+    """Nodes in order, constants inside the model, and the data file for everything large."""
+
+    def __init__(self, data: TensorFile) -> None:
+        self.data = data
+        self.nodes: list[ir.Node] = []
+        self.constants: dict[str, ir.Value] = {}
+
+    def constant(self, name: str, value: NDArray[Any] | np.generic) -> ir.Value:
+        """A small initializer inside the model file, made once."""
+        if name not in self.constants:
+            tensor = ir.tensor(np.asarray(value), name=name)
+            kind = ir.TensorType(tensor.dtype)
+            self.constants[name] = ir.Value(
+                name=name, shape=tensor.shape, type=kind, const_value=tensor
+            )
+        return self.constants[name]
+
+    def op(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        domain: str = "",
+        output: str | None = None,
+        **attributes: Any,
+    ) -> ir.Value:
+        """Append a node with one output, which has the node's name."""
+        value = ir.Value(name=output or name)
+        self.append(kind, inputs, [value], domain, attributes, name)
+        return value
+
+    def split(self, x: ir.Value, sizes: list[int], name: str) -> list[ir.Value]:
+        """Cut the last axis into pieces of the given sizes."""
+        pieces = [ir.Value(name=f"{name}.{i}") for i in range(len(sizes))]
+        cuts = self.constant("split_" + "_".join(map(str, sizes)), np.array(sizes, np.int64))
+        self.append("Split", [x, cuts], pieces, "", {"axis": -1}, name)
+        return pieces
+
+    def append(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: list[ir.Value],
+        domain: str,
+        attributes: dict[str, Any],
+        name: str | None = None,
+    ) -> None:
+        node = ir.node(kind, inputs, attributes=attributes, domain=domain, outputs=outputs)
+        node.name = name or outputs[0].name
+        self.nodes.append(node)

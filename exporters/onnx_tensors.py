@@ -1,0 +1,69 @@
+"""The external data file of an ONNX model, written one tensor at a time.
+
+Tensors go to the file as they are made, so an export holds one of them in memory, whatever the
+model's size. Large ones start on a page boundary: ONNX Runtime maps the file and reads the weights
+where they lie.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+PAGE = 4096
+CACHE_LINE = 64
+
+
+class TensorFile:
+    """A data file beside the model; `parts` counts the bytes stored for each part of the model."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.parts: Counter[str] = Counter()
+        self.values: dict[str, ir.Value] = {}
+        self._stream = path.open("wb")
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+
+    def add(self, name: str, array: NDArray[Any], part: str) -> ir.Value:
+        """Append an array and return the initializer that refers to it."""
+        if name in self.values:
+            raise ValueError(f"tensor {name!r} is stored twice")
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        alignment = PAGE if array.nbytes >= PAGE else CACHE_LINE
+        self._stream.write(bytes(-self._stream.tell() % alignment))
+        offset = self._stream.tell()
+        self._stream.write(array.data)
+        self.parts[part] += array.nbytes
+        tensor = ir.ExternalTensor(
+            self.path.name,
+            offset,
+            array.nbytes,
+            ir.DataType.from_numpy(array.dtype),
+            shape=ir.Shape(array.shape),
+            name=name,
+            base_dir=self.path.parent,
+        )
+        value = ir.Value(
+            name=name,
+            shape=tensor.shape,
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        self.values[name] = value
+        return value

@@ -1,0 +1,156 @@
+"""Student -> ONNX Runtime (CPU): model.onnx, its weights in model.onnx.data.
+
+The graph is built directly (onnx_graph.py) and its tensors are streamed to the data file, so the
+memory needed is that of the largest tensor. What was written is then read back: every trit and
+scale is recovered from the packed bytes and compared with the student, and every tensor of the
+student must have been used. The model needs the custom-op library that bitdistill installs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bitdistill import packing
+from bitdistill.checkpoint import StudentFiles
+from bitdistill.decoder import LINEARS, DecoderSpec
+from bitdistill.exporters.base import Options, Progress
+from bitdistill.exporters.onnx_graph import DecoderGraph
+from bitdistill.exporters.onnx_layout import stored_linears
+from bitdistill.exporters.onnx_tensors import TensorFile
+from bitdistill.manifest import FormatError
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+HEAD_SIZE_MULTIPLE = 16  # what GroupQueryAttention can rotate
+
+
+class _Reader:
+    """Reads a student's tensors, notes which were used, and reports progress."""
+
+    def __init__(self, student: StudentFiles, progress: Progress) -> None:
+        self.student, self.progress = student, progress
+        self.unread = {
+            name
+            for name in student.names
+            if not (student.spec.tied and name == "lm_head.weight")  # a copy of the embedding
+        }
+        self.done = 0
+        # Every linear is read a second time, to be compared with what was written.
+        self.total = len(self.unread) + len(student.spec.layers) * len(LINEARS)
+
+    def step(self, name: str) -> None:
+        self.done += 1
+        self.progress(name, self.done, self.total)
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        value: NDArray[np.float32] = self.student.tensor(name).numpy()
+        self.unread.discard(name)
+        self.step(name)
+        return value
+
+    def ternary(self, linear: str) -> tuple[NDArray[np.int8], float]:
+        value = self.student.ternary(linear)
+        self.unread.discard(f"{linear}.weight")
+        self.step(linear)
+        return value
+
+
+def write(student: StudentFiles, out: Path, options: Options, progress: Progress) -> dict[str, Any]:
+    """Write model.onnx and model.onnx.data into `out`; the result is its part of the manifest.
+
+    Raises ValueError for a model or option that this target cannot represent, FormatError when the
+    student holds tensors of another architecture, RuntimeError when what was written is not what
+    the student says (a broken disk or a bug; the directory is discarded).
+    """
+    spec = student.spec
+    check_supported(spec, options)
+    context = options.resolve_context(spec.context)
+    reader = _Reader(student, progress)
+    with TensorFile(out / DATA) as data:
+        graph = DecoderGraph(spec, context, options.embed_bits, reader.tensor, reader.ternary, data)
+        ir.save(graph.build(), out / MODEL)
+    if reader.unread:
+        raise FormatError(
+            f"{student.path} holds tensors that its architecture has no place for "
+            f"({', '.join(sorted(reader.unread)[:3])}); it was altered or another version wrote it"
+        )
+    verify(student, out, reader)
+    return {
+        "context": context,
+        "kernel_layout": packing.KERNEL_LAYOUT_VERSION,
+        "scale_granularity": "row",
+        "storage": {"embedding": f"float{options.embed_bits}", "norms": "float32"},
+        "parts": _parts(spec, data, out),
+    }
+
+
+def check_supported(spec: DecoderSpec, options: Options) -> None:
+    """ValueError for what this target cannot represent."""
+    if options.embed_bits not in (16, 32):
+        raise ValueError(f"embed_bits must be 16 or 32 for onnx, got {options.embed_bits}")
+    if spec.head_dim % HEAD_SIZE_MULTIPLE:
+        raise ValueError(
+            f"head size {spec.head_dim} is not a multiple of {HEAD_SIZE_MULTIPLE}, which ONNX "
+            "Runtime's attention needs; export with target mlx, or use another teacher"
+        )
+
+
+def _parts(spec: DecoderSpec, data: TensorFile, out: Path) -> dict[str, int | float]:
+    """Bytes of each part; bits per ternary weight include scales, biases and padding."""
+    names = ("body", "embedding", "head", "norms", "rotary")
+    parts: dict[str, int | float] = {name: data.parts[name] for name in names}
+    weights = len(spec.layers) * sum(n * k for n, k in map(spec.shape, LINEARS))
+    parts["total"] = sum((out / name).stat().st_size for name in (MODEL, DATA))
+    parts["body_bits_per_weight"] = 8 * data.parts["body"] / weights
+    return parts
+
+
+def read_linears(out: Path, spec: DecoderSpec) -> Iterator[tuple[str, NDArray[np.int8], float]]:
+    """(name, trits (N, K), scale) of every linear, recovered from an artifact's model file.
+
+    Raises FormatError when packed bytes, scales or the nodes that use them are not well-formed.
+    """
+    graph = ir.load(out / MODEL).graph
+    nodes = {node.inputs[1].name: node for node in graph if node.op_type == "TernaryLinear"}
+    for index in range(len(spec.layers)):
+        prefix = f"model.layers.{index}"
+        for stored, parts in stored_linears(spec).items():
+            node = nodes.get(f"{prefix}.{stored}.weight")
+            if node is None:
+                raise FormatError(f"{out / MODEL} has no matrix {prefix}.{stored}; export it again")
+            yield from _unstack(node, prefix, parts, spec)
+
+
+def _unstack(
+    node: ir.Node, prefix: str, parts: tuple[str, ...], spec: DecoderSpec
+) -> Iterator[tuple[str, NDArray[np.int8], float]]:
+    """The linears that are stacked in one node's matrix."""
+    packed, scales = (node.inputs[i].const_value.numpy() for i in (1, 2))
+    rows, columns = (node.attributes[name].as_int() for name in ("N", "K"))
+    trits = packing.unpack_kernel(packed, rows, columns)
+    start = 0
+    for part in parts:
+        stop = start + spec.shape(part)[0]
+        scale = np.unique(scales[start:stop])
+        if len(scale) != 1:
+            raise FormatError(f"the rows of {prefix}.{part} have {len(scale)} scales, not one")
+        yield f"{prefix}.{part}", trits[start:stop], float(scale[0])
+        start = stop
+
+
+def verify(student: StudentFiles, out: Path, reader: _Reader) -> None:
+    """RuntimeError unless the written files hold every trit and scale of the student."""
+    for name, trits, scale in read_linears(out, student.spec):
+        expected, expected_scale = student.ternary(name)
+        if scale != expected_scale or not np.array_equal(trits, expected):
+            raise RuntimeError(
+                f"{name} read back from {out / DATA} is not what was written; check the disk "
+                "and export again"
+            )
+        reader.step(f"verify {name}")

@@ -1,0 +1,28 @@
+"""Artifacts of tiny random students, exported once each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitdistill import exporters
+
+
+@pytest.fixture(scope="session")
+def onnx_pair(
+    student_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
+    """`onnx_pair(family, norm_style, activation_bits, **config)`: (student, artifact)."""
+    root = tmp_path_factory.mktemp("onnx")
+    made: dict[Path, Path] = {}
+
+    def make(*args: Any, **overrides: Any) -> tuple[Path, Path]:
+        student = student_dir(*args, **overrides)
+        if student not in made:
+            made[student] = exporters.export(student, "onnx", root / student.name)
+        return student, made[student]
+
+    return make

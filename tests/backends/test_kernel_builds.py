@@ -1,0 +1,103 @@
+"""The kernels under other compilers, sanitizers, an old CPU, and as a wheel (all slow)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "backends" / "kernels"
+DRIVER = Path(__file__).with_name("kernels_driver.cpp")
+X86 = os.uname().machine in ("x86_64", "amd64")
+COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
+STRICT = [
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wpedantic",
+    "-Wshadow",
+    "-Werror",
+]
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def build_driver(compiler: str, folder: Path, *flags: str) -> Path:
+    """Compile kernels (each file with its machine flags) and driver; warnings are errors."""
+    objects = []
+    for source in [*sorted(KERNELS.glob("*.cpp")), DRIVER]:
+        machine = ["-mavx2", "-mf16c"] if X86 and source.name.startswith("avx2_") else []
+        target = folder / f"{source.stem}.o"
+        result = run(compiler, *STRICT, *flags, *machine, "-I", KERNELS, "-c", source, "-o", target)
+        assert result.returncode == 0, result.stderr
+        objects.append(target)
+    program = folder / "driver"
+    result = run(compiler, *flags, *objects, "-pthread", "-o", program)
+    assert result.returncode == 0, result.stderr
+    return program
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread", ""])
+def test_tables_agree_under_sanitizers(compiler: str, sanitizers: str, tmp_path: Path) -> None:
+    flags = ["-O3"]
+    if sanitizers:
+        flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    result = run(build_driver(compiler, tmp_path, *flags))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("best ")
+    assert result.stdout.rstrip().endswith("scalar")
+
+
+@pytest.mark.skipif(not (X86 and shutil.which("qemu-x86_64")), reason="needs qemu-x86_64")
+def test_a_cpu_without_avx2_takes_the_scalar_path(tmp_path: Path) -> None:
+    """Emulates a CPU of 2010: no illegal instruction, and a request for AVX2 is refused."""
+    program = build_driver(COMPILERS[0], tmp_path, "-O2", "-static")
+    emulator = ("qemu-x86_64", "-cpu", "Westmere", program)
+    assert "this CPU lacks that instruction set" in run(*emulator, "avx2").stdout
+    assert run(*emulator, "scalar").stdout.strip() == "yes"
+    result = run(*emulator)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "best scalar, compared scalar"
+
+
+def test_the_wheel_holds_the_library(tmp_path: Path) -> None:
+    result = run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path,
+        "-Cbuild-dir=" + str(tmp_path / "build"), "-Ccmake.define.BITDISTILL_WERROR=ON", ROOT,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("bitdistill/backends/kernels/libbitdistill_ops.") for name in names)
+    assert "bitdistill/backends/kernels/__init__.py" in names
+    assert not any(name.startswith(("backends/", "exporters/", "evals/")) for name in names)
+
+
+def test_without_a_compiler_the_build_says_what_to_install(tmp_path: Path) -> None:
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("needs cmake")
+    result = run(
+        cmake, "-S", ROOT, "-B", tmp_path, "-G", "Unix Makefiles",
+        CXX="/nonexistent/c++", PATH=str(Path(cmake).parent),
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "needs a C++17 compiler" in " ".join(result.stderr.split())

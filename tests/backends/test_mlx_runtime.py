@@ -1,0 +1,284 @@
+"""MLX artifacts at run time: parity with PyTorch, cache, padding, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+from bitdistill import backends, checkpoint, manifest
+from bitdistill.backends import mlx_runtime
+from bitdistill.backends.mlx_runtime import MlxRuntime
+from bitdistill.exporters import export
+
+StudentDir = Callable[..., Path]
+Artifact = Callable[..., tuple[Path, Path]]
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+STYLES = ("paper", "allnorm", "none")
+CLOSE = 1e-5  # of the logits' spread: fp32 in another order of summation, no rounding flip
+
+
+@pytest.fixture(scope="module")
+def artifact(student_dir: StudentDir, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """`artifact(family, norm_style, bits, **config)`: (student, exported directory), made once."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(*arguments: Any, **overrides: Any) -> tuple[Path, Path]:
+        key = f"{arguments}{overrides}"
+        if key not in made:
+            student = student_dir(*arguments, **overrides)
+            out = tmp_path_factory.mktemp("mlx") / "artifact"
+            made[key] = (student, export(student, "mlx", out))
+        return made[key]
+
+    return make
+
+
+def sequences(count: int = 24, length: int = 5, vocabulary: int = 260) -> np.ndarray:
+    """Random token ids (count, length)."""
+    return np.random.default_rng(0).integers(0, vocabulary, (count, length))
+
+
+def torch_logits(student: Path, tokens: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Logits of the student in PyTorch, its tables rounded to float16 as in the artifact."""
+    model = checkpoint.load(student)
+    with torch.no_grad():
+        for table in {model.get_input_embeddings(), model.get_output_embeddings()}:
+            table.weight.copy_(table.weight.half().float())
+        return model.to(dtype)(torch.from_numpy(tokens)).logits.double().numpy()
+
+
+def sequence_errors(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Largest error of each sequence (B, T, V), relative to the spread of the reference."""
+    return np.abs(logits - reference).max(axis=(1, 2)) / np.ptp(reference)
+
+
+def check_noise_floor(student: Path, tokens: np.ndarray, logits: np.ndarray) -> None:
+    """int8 logits equal fp32 PyTorch's, but for rounding flips as common as fp32 has against fp64.
+
+    A flip, legitimate in any order of summation, changes one sequence and not the others; a wrong
+    formula changes all. So sequences are counted, and predictions compared.
+    """
+    reference = torch_logits(student, tokens, torch.float32)
+    noise = sequence_errors(torch_logits(student, tokens, torch.float64), reference) > CLOSE
+    flipped = sequence_errors(logits, reference) > CLOSE
+    assert flipped.sum() <= noise.sum() + len(tokens) // 6
+    agreement = (logits.argmax(-1) == reference.argmax(-1))[~flipped].mean()
+    assert agreement == 1.0
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parity_without_activation_quantisation(
+    artifact: Artifact, family: str, style: str
+) -> None:
+    student, path = artifact(family, style, None)
+    tokens = sequences(3, 24)  # longer than gemma's window of 8
+    reference = torch_logits(student, tokens, torch.float32)
+    for dequantize in (True, False):
+        runtime = backends.load(path, dequantize=dequantize)
+        logits = np.stack(runtime.logits(tokens.tolist()))
+        assert sequence_errors(logits, reference).max() < CLOSE
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parity_with_int8_activations(artifact: Artifact, family: str, style: str) -> None:
+    student, path = artifact(family, style, 8)
+    tokens = sequences()
+    logits = np.stack(backends.load(path).logits(tokens.tolist()))
+    check_noise_floor(student, tokens, logits)
+
+
+def test_the_noise_floor_check_can_fail(artifact: Artifact) -> None:
+    """The same artifact run without its int8 activations is not within the noise floor."""
+    student, path = artifact("qwen3", "paper", 8)
+    content = manifest.read_manifest(path)
+    content["decoder"]["activation_bits"] = None
+    tokens = sequences()
+    logits = np.stack(MlxRuntime(path, content).logits(tokens.tolist()))
+    with pytest.raises(AssertionError):
+        check_noise_floor(student, tokens, logits)
+
+
+ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 16}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "norm_eps": {"norm_style": "allnorm", "rms_norm_eps": 0.01},  # the added norms keep 1e-8
+    "untied": {"tie_word_embeddings": False},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "llama3": {
+        "rope_parameters": ROPE
+        | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    },
+    "yarn": {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parity_of_variants(artifact: Artifact, variant: str) -> None:
+    student, path = artifact("llama", activation_bits=None, **VARIANTS[variant])
+    tokens = sequences(2, 40)
+    logits = np.stack(backends.load(path).logits(tokens.tolist()))
+    reference = torch_logits(student, tokens, torch.float32)
+    assert sequence_errors(logits, reference).max() < CLOSE
+
+
+@pytest.mark.parametrize("dequantize", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_equals_the_full_forward(
+    artifact: Artifact, family: str, dequantize: bool
+) -> None:
+    """Token by token and in chunks, across the edge of the sliding window."""
+    _, path = artifact(family, "paper", None)
+    runtime = backends.load(path, dequantize=dequantize)
+    tokens = sequences(1, 30)[0].tolist()
+    full = runtime.logits([tokens])[0]
+    cache = runtime.new_cache(30)
+    end = 0
+    for size in (5, 1, 1, 1, 1, 7, 1, 12, 1):
+        logits = runtime.step(tokens[end : end + size], cache)
+        end += size
+        assert cache.length == end
+        assert np.abs(logits - full[end - 1]).max() < CLOSE * np.ptp(full)
+    with pytest.raises(ValueError, match="1 tokens do not fit, there is room for 0"):
+        runtime.step([1], cache)
+
+
+def test_int8_decoding_equals_the_full_forward(artifact: Artifact) -> None:
+    student, path = artifact("qwen3", "paper", 8)
+    runtime = backends.load(path)
+    tokens = sequences()
+    logits = []
+    for sequence in tokens.tolist():
+        cache = runtime.new_cache(len(sequence))
+        logits.append([runtime.step([token], cache) for token in sequence])
+    check_noise_floor(student, tokens, np.array(logits))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_right_padded_batches_equal_single_sequences(artifact: Artifact, family: str) -> None:
+    _, path = artifact(family, "paper", None)
+    runtime = backends.load(path)
+    lengths = (20, 3, 11, 1)
+    tokens = [list(sequences(1, length)[0]) for length in lengths]
+    for sequence, logits in zip(tokens, runtime.logits(tokens), strict=True):
+        alone = runtime.logits([sequence])[0]
+        assert alone.shape == (len(sequence), runtime.vocabulary)
+        assert np.abs(logits - alone).max() < CLOSE * np.ptp(alone)
+
+
+def test_padding_is_never_looked_at(artifact: Artifact) -> None:
+    _, path = artifact("gemma3_text", "paper", 8)
+    runtime = backends.load(path)
+    tokens, lengths, rows = sequences(2, 12), np.array([12, 4]), np.array([[1, 3], [0, 11], [1, 0]])
+    other = tokens.copy()
+    other[1, 4:] = 7
+    first, second = (runtime.logits_at(t, lengths, rows) for t in (tokens, other))
+    assert first.shape == (3, runtime.vocabulary)
+    assert first.dtype == np.float32
+    assert np.array_equal(first, second)
+
+
+def test_greedy_generation_follows_the_full_forward(artifact: Artifact) -> None:
+    _, path = artifact("llama", "paper", None)
+    runtime = backends.load(path)
+    prompt = [5, 6, 7]
+    made = list(runtime.generate(prompt, max_new_tokens=6, stop=()))
+    logits = runtime.logits([prompt + made])[0]
+    assert made == logits[2:-1].argmax(-1).tolist()
+
+
+def test_shards_are_read(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, whole = artifact("qwen3", "paper", 8)
+    monkeypatch.setattr("bitdistill.exporters.tensor_files.SHARD_BYTES", 20_000)
+    shards = export(student, "mlx", tmp_path / "shards")
+    tokens = sequences(2, 6).tolist()
+    first, second = (backends.load(path).logits(tokens) for path in (whole, shards))
+    assert np.array_equal(first, second)
+
+
+def test_half_precision(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, path = artifact("llama", "paper", None)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="without Metal, MLX sums in half precision"):
+        runtime = backends.load(path, dtype="float16")
+    tokens = sequences(2, 12)
+    reference = torch_logits(student, tokens, torch.float32)
+    errors = sequence_errors(np.stack(runtime.logits(tokens.tolist())), reference)
+    assert errors.max() < 2**-6  # a few units in float16's last place, over two layers
+    with pytest.raises(ValueError, match="dtype 'float17' is not one of MLX's; did you mean"):
+        backends.load(path, dtype="float17")
+
+
+def test_metal_computes_in_float16_on_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    chosen = mlx_runtime.precision(None, None)
+    assert (chosen.dtype, chosen.dequantize) == (mx.float16, False)
+    monkeypatch.setattr(mlx_runtime, "version", lambda _: "0.32.3")
+    with pytest.raises(ValueError, match=r"mlx 0\.32\.3 sums .* pip install -U 'mlx>=0\.32\.4'"):
+        mlx_runtime.precision(None, None)
+    assert mlx_runtime.precision("float32", None).dtype == mx.float32
+
+
+def copy(path: Path, out: Path) -> Path:
+    out.mkdir()
+    for file in path.iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    return out
+
+
+def test_altered_and_truncated_files_are_refused(artifact: Artifact, tmp_path: Path) -> None:
+    path = copy(artifact("llama", "paper", 8)[1], tmp_path / "copy")
+    file = path / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(manifest.FormatError, match="does not match the hash"):
+        backends.load(path)
+    file.write_bytes(data[:-100])
+    with pytest.raises(manifest.FormatError, match="truncated or altered"):
+        backends.load(path, verify=False)
+    with pytest.raises(manifest.FormatError):
+        MlxRuntime(path, manifest.read_manifest(path))
+    file.write_bytes(b"not tensors")
+    with pytest.raises(manifest.FormatError, match="cannot be read"):
+        MlxRuntime(path, manifest.read_manifest(path))
+    file.unlink()
+    with pytest.raises(manifest.FormatError, match=r"has no model\.safetensors"):
+        MlxRuntime(path, manifest.read_manifest(path))
+
+
+@pytest.mark.parametrize("part", ["weight", "scales", "biases"])
+def test_weights_that_are_not_ternary_are_refused(
+    artifact: Artifact, tmp_path: Path, part: str
+) -> None:
+    """A code 3, a group of another scale, a bias that is not -D."""
+    path = copy(artifact("llama", "paper", 8)[1], tmp_path / "copy")
+    file = path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    _, end = json.loads(data[8 : 8 + size])[name]["data_offsets"]
+    data[8 + size + end - 1] |= 0xC3
+    file.write_bytes(data)
+    with pytest.raises(manifest.FormatError, match=r"up_proj: .*not one ternary matrix.*export"):
+        backends.load(path, verify=False)
+
+
+def test_tensors_of_another_shape_are_refused(artifact: Artifact) -> None:
+    path = artifact("llama", "paper", 8)[1]
+    content = manifest.read_manifest(path)
+    content["decoder"]["vocabulary"] += 1
+    with pytest.raises(manifest.FormatError, match=r"embed_tokens\.weight"):
+        MlxRuntime(path, content)
+    content = manifest.read_manifest(path)
+    content["decoder"]["norm_style"] = "none"
+    with pytest.raises(manifest.FormatError, match=r"o_proj\.norm\.weight"):
+        MlxRuntime(path, content)

@@ -1,0 +1,278 @@
+"""ONNX artifacts against PyTorch, by the numerical contract, and against themselves.
+
+Errors are per position: the largest difference of a logit, over the standard deviation of all
+logits. Without int8 activations nothing is rounded discontinuously and 1e-4 must hold everywhere.
+With them, an activation on a rounding boundary may flip between two orders of summation, as it does
+between fp32 and fp64 PyTorch: then most positions must still be within 1e-4, and the share that is
+not must be explained by the share that fp64 shows.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from bitdistill import backends, exporters, manifest
+from bitdistill.backends import onnx_runtime
+
+TIGHT = 1e-4
+Pair = Callable[..., tuple[Path, Path]]
+CASES = [
+    ("llama", "paper", {}),
+    ("qwen2", "paper", {}),
+    ("qwen3", "paper", {}),
+    ("gemma3_text", "paper", {}),
+    ("qwen3", "allnorm", {}),
+    ("gemma3_text", "allnorm", {}),
+    ("qwen2", "allnorm", {"tie_word_embeddings": False}),
+    ("llama", "none", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
+    ("qwen3", "none", {"intermediate_size": 100}),
+]
+IDS = ["-".join([family, style, *config]) for family, style, config in CASES]
+INT8_CASES = [CASES[0], CASES[3], CASES[4], CASES[6]]
+INT8_IDS = [IDS[0], IDS[3], IDS[4], IDS[6]]
+
+
+def sequences(count: int = 4) -> list[list[int]]:
+    """Random tokens; 40 of them reach far beyond the window of 8."""
+    random = np.random.default_rng(3)
+    return [random.integers(3, 280, n).tolist() for n in (40, 17, 1, 29)[:count]]
+
+
+def flat(runtime: backends.Runtime, tokens: list[list[int]]) -> NDArray[np.float32]:
+    return np.concatenate(runtime.logits(tokens))
+
+
+def error(logits: NDArray[Any], reference: NDArray[Any]) -> NDArray[Any]:
+    """Per position, as said above."""
+    return np.abs(logits - reference).max(-1) / reference.std()
+
+
+def reference(student: Path, artifact: Path, dtype: str = "float32") -> backends.Runtime:
+    """PyTorch with the weights as the artifact stores them."""
+    storage = manifest.read_manifest(artifact)["storage"]
+    return backends.load(student, dtype=dtype, storage=storage)
+
+
+def violations(logits: NDArray[Any], fp32: NDArray[Any], fp64: NDArray[Any]) -> list[str]:
+    """What breaks the contract for models with int8 activations; empty if nothing does."""
+    off, floor = error(logits, fp32) > TIGHT, error(fp64, fp32) > TIGHT
+    broken = []
+    if np.median(error(logits, fp32)) > TIGHT:
+        broken.append("most positions differ")
+    if off.mean() > 2 * floor.mean() + 0.1:
+        broken.append(f"{off.mean():.0%} of positions differ, {floor.mean():.0%} explained")
+    agree = (logits.argmax(-1) == fp32.argmax(-1)).mean()
+    if agree < (fp64.argmax(-1) == fp32.argmax(-1)).mean() - 0.02:
+        broken.append(f"predictions agree on {agree:.1%}")
+    return broken
+
+
+@pytest.mark.parametrize(("family", "style", "config"), CASES, ids=IDS)
+def test_equals_pytorch_without_activation_rounding(
+    onnx_pair: Pair, family: str, style: str, config: dict[str, Any]
+) -> None:
+    student, artifact = onnx_pair(family, style, None, **config)
+    runtime, tokens = backends.load(artifact), sequences()
+    logits = flat(runtime, tokens)
+    expected = flat(reference(student, artifact), tokens)
+    assert expected.std() > 0.1
+    assert error(logits, expected).max() < TIGHT
+    # The cache: a prompt in two pieces, then token by token, is the full forward.
+    cache, whole = runtime.new_cache(64), logits[:40]
+    steps = [runtime.step(tokens[0][:7], cache), runtime.step(tokens[0][7:20], cache)]
+    steps += [runtime.step([token], cache) for token in tokens[0][20:]]
+    assert error(np.array(steps), whole[[6, *range(19, 40)]]).max() < TIGHT
+
+
+@pytest.mark.parametrize(("family", "style", "config"), INT8_CASES, ids=INT8_IDS)
+def test_equals_pytorch_by_the_contract_with_int8_activations(
+    onnx_pair: Pair, family: str, style: str, config: dict[str, Any]
+) -> None:
+    student, artifact = onnx_pair(family, style, 8, **config)
+    runtime, tokens = backends.load(artifact), sequences()
+    fp32 = flat(reference(student, artifact), tokens)
+    fp64 = flat(reference(student, artifact, "float64"), tokens)
+    assert violations(flat(runtime, tokens), fp32, fp64) == []
+    cache = runtime.new_cache(40)
+    steps = np.array([runtime.step([token], cache) for token in tokens[0]])
+    assert violations(steps, fp32[:40], fp64[:40]) == []
+
+
+def test_the_contract_notices_missing_activation_rounding(onnx_pair: Pair) -> None:
+    student, artifact = onnx_pair("llama", "paper", 8)
+    unrounded = backends.load(onnx_pair("llama", "paper", None)[1])
+    tokens = sequences()
+    fp32 = flat(reference(student, artifact), tokens)
+    fp64 = flat(reference(student, artifact, "float64"), tokens)
+    assert "most positions differ" in violations(flat(unrounded, tokens), fp32, fp64)
+
+
+def test_a_window_that_is_off_by_one_is_noticed(onnx_pair: Pair, tmp_path: Path) -> None:
+    student, artifact = onnx_pair("gemma3_text", "paper", None)
+    tokens = sequences(1)
+    expected = flat(reference(student, artifact), tokens)
+    for window in (7, 9):
+        changed = shutil.copytree(artifact, tmp_path / str(window))
+        edit(changed, lambda node, w=window: set_attribute(node, "local_window_size", w))
+        logits = flat(backends.load(changed, verify=False), tokens)
+        assert error(logits, expected).max() > 1e-2
+        assert error(logits, expected)[:7].max() < TIGHT  # nothing has left the window yet
+
+
+def edit(artifact: Path, change: Callable[[onnx.NodeProto], None]) -> None:
+    """Change nodes of model.onnx, keeping its size."""
+    model = onnx.load(artifact / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        change(node)
+    (artifact / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def set_attribute(node: onnx.NodeProto, name: str, value: int) -> None:
+    for attribute in node.attribute:
+        if attribute.name == name:
+            attribute.i = value
+
+
+def test_batches_with_padding_equal_single_sequences(onnx_pair: Pair) -> None:
+    runtime = backends.load(onnx_pair("gemma3_text", "paper", None)[1])
+    tokens = sequences()
+    single = np.concatenate([runtime.logits([sequence])[0] for sequence in tokens])
+    assert error(flat(runtime, tokens), single).max() < TIGHT
+
+
+def test_only_asked_positions_are_computed(onnx_pair: Pair) -> None:
+    runtime = backends.load(onnx_pair("qwen3", "paper", None)[1])
+    tokens_BT = np.array([sequences(1)[0][:9], [5] * 9], np.int64)
+    rows = np.array([[1, 3], [0, 8], [1, 0]], np.int64)
+    logits = runtime.logits_at(tokens_BT, np.array([9, 4]), rows)
+    full = runtime.logits([tokens_BT[0].tolist(), [5] * 4])
+    assert logits.shape == (3, runtime.vocabulary)
+    expected = np.stack([full[1][3], full[0][8], full[1][0]])
+    assert error(logits, expected).max() < TIGHT
+
+
+def test_the_cache_is_written_in_place(onnx_pair: Pair) -> None:
+    runtime = backends.load(onnx_pair("qwen3", "paper", 8)[1])
+    assert isinstance(runtime, onnx_runtime.OnnxRuntime)
+    cache = runtime.new_cache(16)
+    runtime.step([5, 6, 7], cache)
+    runtime.step([8], cache)
+    assert cache.length == 4
+    for memory in cache.memory:
+        written = np.abs(memory.numpy()).sum(axis=(0, 1, 3)) > 0
+        assert written.tolist() == [True] * 4 + [False] * 12
+
+
+def test_logits_of_a_step_survive_the_next(onnx_pair: Pair) -> None:
+    runtime = backends.load(onnx_pair("qwen3", "paper", 8)[1])
+    cache = runtime.new_cache(8)
+    first = runtime.step([5], cache)
+    copy = first.copy()
+    runtime.step([6], cache)
+    np.testing.assert_array_equal(first, copy)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_generates_what_pytorch_generates(onnx_pair: Pair, threads: int) -> None:
+    student, artifact = onnx_pair("gemma3_text", "paper", None)
+    prompt = sequences()[1]
+    tokens = list(backends.load(artifact, threads=threads).generate(prompt, max_new_tokens=12))
+    assert tokens == list(reference(student, artifact).generate(prompt, max_new_tokens=12))
+    assert len(tokens) > 3
+
+
+def test_a_32_bit_embedding_equals_the_unrounded_student(onnx_pair: Pair, tmp_path: Path) -> None:
+    student, half = onnx_pair("llama", "paper", None)
+    full = exporters.export(student, "onnx", tmp_path / "full", embed_bits=32)
+    tokens = sequences()
+    expected = flat(backends.load(student), tokens)
+    assert error(flat(backends.load(full), tokens), expected).max() < TIGHT
+    assert error(flat(backends.load(half), tokens), expected).max() > TIGHT
+
+
+def test_the_context_is_a_limit(onnx_pair: Pair, tmp_path: Path) -> None:
+    student, _ = onnx_pair("llama", "paper", 8)
+    artifact = exporters.export(student, "onnx", tmp_path / "short", context=10)
+    runtime = backends.load(artifact)
+    assert runtime.context == 10
+    assert len(list(runtime.generate([5] * 8, max_new_tokens=50, stop=()))) == 3
+    with pytest.raises(ValueError, match="cache capacity 11 is not between 1 and 10"):
+        runtime.new_cache(11)
+    with pytest.raises(ValueError, match="11 tokens do not fit, there is room for 10"):
+        runtime.logits([[5] * 11])
+    cache = runtime.new_cache(2)
+    runtime.step([5, 6], cache)
+    with pytest.raises(ValueError, match="1 tokens do not fit, there is room for 0"):
+        runtime.step([7], cache)
+
+
+@pytest.fixture
+def damaged(onnx_pair: Pair, tmp_path: Path) -> Path:
+    """A copy of an artifact, to be damaged."""
+    return shutil.copytree(onnx_pair("qwen3", "paper", 8)[1], tmp_path / "copy")
+
+
+def test_a_truncated_data_file_is_refused(damaged: Path) -> None:
+    data = damaged / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-100])
+    for verify in (True, False):
+        with pytest.raises(manifest.FormatError, match="truncated or altered; make or copy"):
+            backends.load(damaged, verify=verify)
+    with pytest.raises(manifest.FormatError, match=r"model.onnx cannot be loaded: damaged"):
+        onnx_runtime.open_session(damaged / "model.onnx", None)
+
+
+def test_an_altered_byte_is_refused(damaged: Path) -> None:
+    data = damaged / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(bytes(content))
+    with pytest.raises(manifest.FormatError, match="does not match the hash in its manifest"):
+        backends.load(damaged)
+
+
+def test_packed_weights_that_are_not_ternary_are_refused_by_the_operator(damaged: Path) -> None:
+    model = onnx.load(damaged / "model.onnx", load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name.endswith("qkv_proj.weight"))
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    with (damaged / "model.onnx.data").open("r+b") as stream:
+        stream.seek(int(place["offset"]))
+        stream.write(b"\xff")
+    with pytest.raises(manifest.FormatError, match=r"cannot be loaded: .*export it again"):
+        backends.load(damaged, verify=False)
+
+
+def test_an_operator_of_another_version_is_explained(damaged: Path) -> None:
+    def rename(node: onnx.NodeProto) -> None:
+        node.op_type = node.op_type.replace("TernaryLinear", "TernaryMatrix")
+
+    edit(damaged, rename)
+    with pytest.raises(RuntimeError, match="uses an operator that this installation lacks"):
+        backends.load(damaged, verify=False)
+
+
+def test_a_library_that_cannot_be_loaded_is_explained(
+    damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "libbitdistill_ops.so"
+    library.write_bytes(b"not a library")
+    monkeypatch.setattr(onnx_runtime, "library_path", lambda: library)
+    with pytest.raises(RuntimeError, match=r"cannot be loaded .*reinstall bitdistill"):
+        backends.load(damaged)
+
+
+def test_an_old_onnxruntime_is_refused_where_windows_would_be_wrong(
+    onnx_pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_runtime.ort, "__version__", "1.23.2")
+    with pytest.raises(RuntimeError, match=r"pip install -U 'onnxruntime>=1.24'"):
+        backends.load(onnx_pair("gemma3_text", "paper", 8)[1])
+    assert backends.load(onnx_pair("qwen3", "paper", 8)[1]).context == 128

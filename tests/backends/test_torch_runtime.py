@@ -1,0 +1,136 @@
+"""The PyTorch backend: the reference must be the model as it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bitdistill import backends, checkpoint
+from bitdistill.backends.torch_runtime import TorchRuntime
+from bitdistill.quantize import BitLinear, ternarize
+
+TOKENS = [[5, 90, 13, 201, 44, 7, 8, 9, 120, 33, 4, 6], [17, 18, 19]]
+
+
+@pytest.fixture(scope="module")
+def plain_dir(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, make_teacher: Callable[..., Any]
+) -> Path:
+    """A Hugging Face directory that bitdistill did not write."""
+    path = tmp_path_factory.mktemp("plain") / "teacher"
+    make_teacher("qwen3").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def whole(model: Any, tokens: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].float().numpy()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_student_runs_as_it_was_trained(student_dir: Callable[..., Path], family: str) -> None:
+    path = student_dir(family, "paper", None)
+    runtime = backends.load(path)
+    model = checkpoint.load(path)
+    for tokens, logits in zip(TOKENS, runtime.logits(TOKENS), strict=True):
+        np.testing.assert_allclose(logits, whole(model, tokens), atol=1e-4)
+    assert runtime.name == "torch"
+    assert runtime.stop_tokens == [2]
+    assert runtime.context == 128
+
+
+def test_decoding_with_the_cache_is_the_full_forward(student_dir: Callable[..., Path]) -> None:
+    runtime = backends.load(student_dir("gemma3_text", "paper", None))
+    full = runtime.logits(TOKENS[:1])[0]
+    cache = runtime.new_cache(len(full))
+    steps = [runtime.step(TOKENS[0][:3], cache)]
+    steps += [runtime.step([token], cache) for token in TOKENS[0][3:]]
+    np.testing.assert_allclose(steps, full[2:], atol=1e-4 * full.std())
+    with pytest.raises(ValueError, match="1 tokens do not fit, there is room for 0"):
+        runtime.step([5], cache)
+
+
+def test_a_plain_hugging_face_directory_is_a_teacher(plain_dir: Path) -> None:
+    runtime = backends.load(plain_dir)
+    assert runtime.manifest == {}
+    from transformers import AutoModelForCausalLM
+
+    expected = whole(AutoModelForCausalLM.from_pretrained(plain_dir), TOKENS[0])
+    np.testing.assert_allclose(runtime.logits(TOKENS)[0], expected, atol=1e-4)
+    prompt = runtime.tokenizer.encode("the film is good")
+    assert len(list(runtime.generate(prompt, max_new_tokens=3, stop=()))) == 3
+
+
+def test_a_teacher_directory_of_ours(
+    tmp_path: Path, tokenizer: Any, make_teacher: Callable[..., Any]
+) -> None:
+    model = make_teacher("llama")
+    checkpoint.save(tmp_path / "teacher", model, tokenizer, "teacher", {}, "card")
+    logits = backends.load(tmp_path / "teacher").logits(TOKENS)[0]
+    np.testing.assert_allclose(logits, whole(model, TOKENS[0]), atol=1e-4)
+
+
+def test_storage_rounds_embedding_and_norms_and_nothing_else(
+    student_dir: Callable[..., Path],
+) -> None:
+    path = student_dir("qwen3", "paper", 8, tie_word_embeddings=False)
+    storage = {"embedding": "float16", "norms": "bfloat16"}
+    rounded = backends.load(path, storage=storage)
+    assert isinstance(rounded, TorchRuntime)
+    types = {"embed_tokens.weight": torch.float16, "lm_head.weight": torch.float16}
+    changed = 0
+    for name, weight in checkpoint.load(path).state_dict().items():
+        kind = torch.bfloat16 if "norm" in name else torch.float32
+        kind = next((types[key] for key in types if name.endswith(key)), kind)
+        expected = weight.to(kind).float()
+        changed += not torch.equal(expected, weight)
+        assert torch.equal(rounded.model.state_dict()[name], expected), name
+    assert changed >= 10
+
+
+def test_float64_is_the_same_model_and_more_exact(student_dir: Callable[..., Path]) -> None:
+    path = student_dir("llama", "paper", None)
+    wide = backends.load(path, dtype="float64")
+    assert isinstance(wide, TorchRuntime)
+    assert {p.dtype for p in wide.model.parameters()} == {torch.float64}
+    narrow, exact = backends.load(path).logits(TOKENS)[0], wide.logits(TOKENS)[0]
+    difference = np.abs(narrow - exact).max()
+    assert 0 < difference < 1e-4 * exact.std()
+
+
+def test_bfloat16_keeps_trits_and_rotation(student_dir: Callable[..., Path]) -> None:
+    path = student_dir("llama", "paper", 8)
+    half, full = backends.load(path, dtype="bfloat16"), backends.load(path)
+    assert isinstance(half, TorchRuntime)
+    assert isinstance(full, TorchRuntime)
+    assert half.model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert half.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    for a, b in zip(half.model.modules(), full.model.modules(), strict=True):
+        if isinstance(a, BitLinear):
+            assert torch.equal(ternarize(a.weight)[0], ternarize(b.weight)[0])
+    x, y = half.logits(TOKENS)[0], full.logits(TOKENS)[0]
+    assert np.corrcoef(x.ravel(), y.ravel())[0, 1] > 0.98
+
+
+def test_options_are_checked(student_dir: Callable[..., Path], plain_dir: Path) -> None:
+    path = student_dir()
+    with pytest.raises(ValueError, match="unknown dtype 'float33'; did you mean 'float32'"):
+        backends.load(path, dtype="float33")
+    with pytest.raises(ValueError, match="unknown storage part 'norm'; did you mean 'norms'"):
+        backends.load(path, storage={"norm": "float16"})
+    with pytest.raises(ValueError, match="unknown storage type 'int8'"):
+        backends.load(path, storage={"norms": "int8"})
+
+
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="architecture 'gpt2' is not supported; known: llama"):
+        backends.load(tmp_path)

@@ -1,0 +1,123 @@
+"""The whole objective: accumulation, captured states, target ratio, relative layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bitdistill.config import Distillation, RelationLoss
+from bitdistill.data import IGNORED, Batch
+from bitdistill.objective import Capture, count_window, layer_index, make_objective, related_layers
+from bitdistill.student import make_student
+
+SETTINGS = Distillation(
+    steps=1,
+    logits={"weight": 2.0, "temperature": 5.0},  # type: ignore[arg-type]
+    relations={"weight": 3.0, "layer": 0.5, "split_heads": 4},  # type: ignore[arg-type]
+)
+
+
+def make_batch(rows: int, lengths: list[int], seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 200, (rows, max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    labels = torch.where(mask.bool(), ids, IGNORED)
+    labels[:, :2] = IGNORED
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_terms_do_not_depend_on_accumulation(make_teacher: Callable[..., Any], family: str) -> None:
+    """One batch of four rows, or four of one row with unequal counts: the same loss and gradient."""
+    teacher = make_teacher(family)
+    whole = make_batch(4, [9, 4, 7, 5])
+    parts = [{key: value[i : i + 1] for key, value in whole.items()} for i in range(4)]
+
+    def run(window: list[Batch]) -> tuple[dict[str, float], torch.Tensor]:
+        student = make_student(teacher).train()
+        objective = make_objective(student, teacher, SETTINGS)
+        counts = count_window(window, SETTINGS.relations)
+        sums: dict[str, float] = {}
+        for batch in window:
+            terms = objective(batch, counts)
+            torch.stack(list(terms.values())).sum().backward()
+            for key, value in terms.items():
+                sums[key] = sums.get(key, 0.0) + float(value)
+        gradient = student.model.layers[0].mlp.up_proj.weight.grad
+        assert gradient is not None
+        return sums, gradient
+
+    (one, gradient), (four, accumulated) = run([whole]), run(parts)
+    assert set(one) == {"ce", "logits", "relations"}
+    for key, value in one.items():
+        assert value > 0
+        assert four[key] == pytest.approx(value, rel=2e-4)
+    error = (gradient - accumulated).norm() / gradient.norm()
+    assert float(error) < 2e-3  # an int8 rounding may flip between batch shapes
+
+
+def test_a_student_equal_to_its_teacher_has_no_distillation_loss(
+    make_teacher: Callable[..., Any],
+) -> None:
+    teacher = make_teacher("qwen3")
+    objective = make_objective(teacher, teacher, SETTINGS)
+    window = [make_batch(2, [6, 5])]
+    terms = objective(window[0], count_window(window, SETTINGS.relations))
+    assert float(terms["logits"]) == pytest.approx(0.0, abs=1e-5)
+    assert float(terms["relations"]) == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
+def test_captured_states(make_teacher: Callable[..., Any], family: str) -> None:
+    """`projection` is what the projections give; `attention` is after rotary embedding."""
+    model = make_teacher(family)
+    attention = model.model.layers[1].self_attn
+    outputs: dict[str, torch.Tensor] = {}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(attention, name).register_forward_hook(
+            lambda _, args, output, key=name: outputs.__setitem__(key, output)
+        )
+    before = Capture(model, 1, RelationLoss(weight=1))
+    batch = make_batch(2, [7, 6])
+    model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    for mine, name in zip(before.take(), outputs, strict=True):
+        assert torch.equal(mine, outputs[name])
+    reference = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits
+    after = Capture(model, 1, RelationLoss(weight=1, states="attention"))
+    output = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits
+    torch.testing.assert_close(output, reference)  # capturing does not change the model
+    q, k, v = after.take()
+    assert q.shape == outputs["q_proj"].shape
+    assert k.shape == outputs["k_proj"].shape  # before key and value heads are repeated
+    torch.testing.assert_close(v, outputs["v_proj"])  # nothing rotates values
+    assert not torch.allclose(k[:, 1:], outputs["k_proj"][:, 1:])
+
+
+def test_weight_by_target_ratio(make_teacher: Callable[..., Any]) -> None:
+    settings = SETTINGS.model_copy(
+        update={"relations": RelationLoss(target_ratio=0.25, layer=1, split_heads=4)}
+    )
+    teacher = make_teacher("qwen3")
+    objective = make_objective(make_student(teacher), teacher, settings)
+    batch = make_batch(3, [8, 8, 6])
+    objective.fit_relation_weight([batch])
+    terms = objective(batch, count_window([batch], settings.relations))
+    assert float(terms["relations"] / terms["ce"]) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_layers_by_index_and_by_depth() -> None:
+    assert layer_index(0.75, 28) == 21
+    assert layer_index(1.0, 28) == 27
+    assert layer_index(-1, 28) == 27
+    with pytest.raises(ValueError, match="layers 0..3"):
+        layer_index(4, 4)
+
+
+def test_relative_depth(make_teacher: Callable[..., Any]) -> None:
+    deep, shallow = make_teacher("llama", num_hidden_layers=5), make_teacher("llama")
+    assert related_layers(RelationLoss(layer=2), shallow, deep) == (round(2 / 4), 2)
+    assert related_layers(RelationLoss(layer=4), shallow, deep) == (1, 4)
+    assert related_layers(RelationLoss(layer=0.75), deep, deep) == (3, 3)

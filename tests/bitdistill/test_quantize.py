@@ -1,0 +1,123 @@
+"""The quantiser against hand-derived values and an independent NumPy reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bitdistill.quantize import (
+    ACTIVATION_EPS,
+    BitLinear,
+    RMSNorm,
+    quantize_activations,
+    set_anneal,
+    ternarize,
+    ternary_scale,
+)
+
+
+def bf16(x: float) -> float:
+    """Round to the nearest bf16, ties to even, by integer arithmetic."""
+    bits = int(np.float32(x).view(np.uint32))
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return float(np.uint32(bits).view(np.float32))
+
+
+def numpy_linear(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The specification, written again in float64 NumPy with integer sums."""
+    scale = bf16(np.abs(weight).mean())
+    trits = np.clip(np.rint(weight / np.float32(np.float32(scale) + np.float32(1e-6))), -1, 1)
+    g = np.abs(x).max(-1, keepdims=True).astype(np.float32)
+    q = np.clip(np.rint(x * (np.float32(127) / (g + np.float32(ACTIVATION_EPS)))), -128, 127)
+    total = q.astype(np.int64) @ trits.T.astype(np.int64)
+    return total * (g / np.float32(127)).astype(np.float64) * scale
+
+
+def test_ternarize_by_hand() -> None:
+    # mean |W| = 0.5 exactly; 0.25 / 0.5 is just below 1/2 because of eps, 0.26 is above
+    weight = torch.tensor([[1.0, -0.74, 0.25, -0.26], [0.0, 0.75, -0.5, 0.5]])
+    trits, scale = ternarize(weight)
+    assert float(scale) == 0.5
+    assert trits.tolist() == [[1, -1, 0, -1], [0, 1, -1, 1]]
+
+
+def test_scale_is_the_nearest_bf16() -> None:
+    weight = torch.randn(33, 65, generator=torch.Generator().manual_seed(1))
+    mean = float(weight.abs().mean())
+    assert float(ternary_scale(weight)) == bf16(mean)
+    assert float(ternary_scale(weight).half()) == bf16(mean)  # every 16-bit format holds it
+
+
+def test_zero_matrix_and_non_finite_weights() -> None:
+    trits, scale = ternarize(torch.zeros(4, 4))
+    assert float(scale) == 0.0
+    assert not trits.any()
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        ternarize(torch.tensor([[float("nan"), 1.0]]))
+
+
+def test_activations_by_hand() -> None:
+    # g = 2: up is 127 / 2.00001, so 1.0 -> 63.4997 -> 63, -2 -> -126.999 -> -127
+    q, down = quantize_activations(torch.tensor([[2.0, 1.0, -2.0, 0.0]]))
+    assert q.tolist() == [[127, 63, -127, 0]]
+    assert float(down) == pytest.approx(2 / 127, rel=1e-7)
+
+
+def test_rounding_is_half_to_even() -> None:
+    g = 127.0 - ACTIVATION_EPS
+    q, _ = quantize_activations(torch.tensor([[g, 0.5, 1.5, 2.5, -0.5]], dtype=torch.float64))
+    assert q.tolist() == [[127, 0, 2, 2, 0]]
+
+
+@pytest.mark.parametrize(("tokens", "k", "n"), [(1, 3, 5), (7, 64, 33), (4, 1000, 16)])
+def test_layer_matches_numpy(tokens: int, k: int, n: int) -> None:
+    torch.manual_seed(k)
+    layer, x = BitLinear(k, n), torch.randn(tokens, k)
+    expected = numpy_linear(x.numpy(), layer.weight.detach().numpy())
+    np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=3e-7, atol=1e-12)
+
+
+def test_gradients_pass_straight_through() -> None:
+    torch.manual_seed(0)
+    layer, x = BitLinear(32, 8), torch.randn(5, 32, requires_grad=True)
+    upstream = torch.randn(5, 8)
+    (layer(x) * upstream).sum().backward()
+    q, down = quantize_activations(x)
+    trits, scale = ternarize(layer.weight)
+    assert layer.weight.grad is not None
+    assert x.grad is not None
+    # as if the layer had been x_hat W_hat^T with both hats treated as their own inputs
+    torch.testing.assert_close(layer.weight.grad, upstream.T @ (q * down), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.grad, upstream @ (trits * scale), rtol=1e-4, atol=1e-5)
+
+
+def test_anneal_blends_from_full_precision() -> None:
+    torch.manual_seed(0)
+    layer, x = BitLinear(64, 16), torch.randn(3, 64)
+    hard = layer(x)
+    set_anneal(layer, 0.0)
+    exact = torch.nn.functional.linear(x, layer.weight)
+    torch.testing.assert_close(layer(x), exact, rtol=1e-4, atol=1e-5)
+    set_anneal(layer, 0.5)
+    assert (layer(x) - exact).norm() < (hard - exact).norm()
+    set_anneal(layer, 1.0)
+    assert torch.equal(layer(x), hard)
+    assert "anneal" not in layer.state_dict()
+
+
+def test_norm_and_bias() -> None:
+    torch.manual_seed(0)
+    norm = RMSNorm(16, eps=1e-6)
+    torch.nn.init.uniform_(norm.weight)
+    layer = BitLinear(16, 8, bias=True, norm=norm)
+    plain = BitLinear(16, 8)
+    plain.weight = layer.weight
+    x = torch.randn(2, 16)
+    scaled = x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt() * norm.weight
+    torch.testing.assert_close(layer(x), plain(scaled) + layer.bias)
+
+
+def test_widths_whose_sums_are_not_exact_are_refused() -> None:
+    with pytest.raises(ValueError, match="too wide"):
+        BitLinear(1 << 18, 1)

@@ -1,0 +1,97 @@
+"""The parity report on real artifacts, and on models that are a little wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitdistill import backends, manifest
+from bitdistill.decoder import DecoderSpec
+from bitdistill.evals import parity
+from bitdistill.exporters.base import export
+
+PROMPTS = ["the film is not good", "very dull and bright and we liked it"]
+
+
+@pytest.mark.parametrize("target", ["onnx", "mlx"])
+def test_an_exported_artifact_passes(
+    student_dir: Callable[..., Path], tmp_path: Path, target: str
+) -> None:
+    student = student_dir("qwen2", "paper")  # its fp32 run rounds otherwise than fp64 in places
+    steps: list[int] = []
+
+    def check(path: Path) -> dict[str, Any]:
+        return parity.report(
+            student, path, PROMPTS, progress=lambda stage, done, total: steps.append(done)
+        )
+
+    out = export(student, target, tmp_path / "out", check=check)
+    report = json.loads((out / "bitdistill.json").read_text())["parity"]
+    assert report["failures"] == []
+    assert report["passed"] is True
+    assert report["sequences"] == parity.SEQUENCES + len(PROMPTS)
+    assert report["artifact"]["positions"] == report["cached"]["positions"] > 200
+    assert steps == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("part", "factor"),
+    [("layers.1.mlp.down_proj.norm.weight", 1.01), ("layers.0.self_attn.q_norm.weight", 0.98)],
+)
+def test_a_model_that_is_a_little_wrong_fails(
+    student_dir: Callable[..., Path], part: str, factor: float
+) -> None:
+    student = student_dir("qwen3", "paper")
+    exact = backends.load(student, dtype="float64")
+    floor, wrong = backends.load(student), backends.load(student)
+    dict(wrong.model.named_parameters())[f"model.{part}"].data *= factor
+    sequences = parity.make_sequences(exact, PROMPTS, seed=0)
+    logits = {name: parity._logits(r, sequences) for name, r in
+              (("exact", exact), ("floor", floor), ("wrong", wrong))}  # fmt: skip
+    fine = parity.compare(logits["floor"], logits["floor"], logits["floor"], logits["exact"])
+    assert fine["passed"]
+    report = parity.compare(logits["wrong"], logits["floor"], logits["floor"], logits["exact"])
+    assert not report["passed"]
+    assert report["failures"][0].startswith("whole sequences: median error")
+
+
+def test_cached_logits_are_those_of_the_same_positions(student_dir: Callable[..., Path]) -> None:
+    runtime = backends.load(student_dir("llama", "none"), dtype="float64")
+    sequences = parity.make_sequences(runtime, PROMPTS, seed=0)
+    whole, cached = parity._logits(runtime, sequences), parity._decode(runtime, sequences)
+    assert [len(rows) for rows in whole] == [min(parity.KEPT, len(s)) for s in sequences]
+    agree = [np.abs(a - b).max() < 1e-4 for a, b in zip(whole, cached, strict=True)]
+    assert np.mean(agree) > 0.8  # a flip of a rounding is legitimate even here
+
+
+def test_an_artifact_of_other_weights_is_refused(
+    student_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = export(student_dir("qwen3", "paper"), "onnx", tmp_path / "out")
+    with pytest.raises(manifest.FormatError, match=r"not exported from the weights in .*again"):
+        parity.report(student_dir("llama", "none"), out)
+
+
+def test_a_large_model_is_skipped_with_a_reason(
+    student_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = student_dir("qwen3", "paper")
+    out = export(student, "onnx", tmp_path / "out")
+    monkeypatch.setattr(parity, "LARGEST", 1000)
+    report = parity.report(student, out)
+    assert report["passed"] is None
+    assert "parameters: an fp64 reference is made up to 1e+03" in report["skipped"]
+
+
+def test_parameters_are_those_of_pytorch(student_dir: Callable[..., Path]) -> None:
+    from bitdistill import checkpoint
+
+    student = student_dir("qwen3", "paper")
+    spec: DecoderSpec = checkpoint.open_student(student).spec
+    counted = sum(p.numel() for p in checkpoint.load(student).parameters() if p.ndim == 2)
+    assert parity.parameters(spec) == counted

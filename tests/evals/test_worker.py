@@ -1,0 +1,207 @@
+"""Evaluation in processes of their own: real students, honest memory, failures in one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitdistill import manifest
+from bitdistill.evals import environment, run
+from bitdistill.evals.process import WorkerError, run_worker
+from bitdistill.evals.worker import execute
+from bitdistill.tasks import Task
+
+TASK = Task(
+    "mood", "label", "{text}\nMood:", ("text",), "label", (" not bad", " good", " dull"),
+    max_new_tokens=4,
+)  # fmt: skip
+TEXTS = ["the film is not good", "we liked it a plot", "very dull and bright", "it is bad"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "test.jsonl"
+    rows = [{"text": text, "label": i % 3} for i, text in enumerate(TEXTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def job(path: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "path": str(path), "task": TASK.to_json(), "examples": [], "threads": 1, "speed": False,
+        "seed": 0, "batch_size": 4, "max_length": None, "bench": {},
+    } | changes  # fmt: skip
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def test_importing_evals_loads_no_runtime_and_no_data_package() -> None:
+    code = (
+        "import sys, bitdistill.evals.runner, bitdistill.evals.tables, bitdistill.evals.worker\n"
+        "import bitdistill.evals.predict, bitdistill.evals.bench, bitdistill.evals.parity\n"
+        "heavy = ['torch', 'transformers', 'onnxruntime', 'mlx', 'datasets', 'sacrebleu', 'nltk']\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_peak_memory_is_not_inherited_from_a_large_parent() -> None:
+    ballast = bytearray(400 * environment.MIB)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    code = "from bitdistill.evals.environment import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert environment.peak_memory() > 400
+    assert float(done.stdout) < 300
+
+
+def test_a_student_and_its_artifacts_side_by_side(
+    student_dir: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    from bitdistill.exporters.base import export
+
+    path = student_dir("qwen3", "paper")
+    artifacts = [export(path, target, tmp_path / target) for target in ("onnx", "mlx")]
+    stages: set[str] = set()
+    results = run(
+        [path, *artifacts], TASK, data, threads=1, bench={"repeats": 1},
+        progress=lambda stage, done, total: stages.add(stage.split(": ")[1]),
+    )  # fmt: skip
+    table = {(r.backend, r.metric): r for r in results}
+    assert stages == {"load", "time", "predict"}
+    for backend, package in (("torch", "torch"), ("onnx", "onnxruntime"), ("mlx", "mlx")):
+        accuracy = table[backend, "accuracy"]
+        assert accuracy.n == 4
+        assert accuracy.value == pytest.approx(100 * _hits(path, data) / 4)
+        assert package in accuracy.versions
+        assert ("torch" in accuracy.versions) == (backend == "torch")
+        memory = accuracy.settings["memory"]
+        assert 0 < memory["bare"] < 60
+        assert memory["bare"] < memory["load"] <= memory["serve"] <= memory["evaluate"]
+        assert table[backend, "decode_speed"].value > 0
+        assert accuracy.settings["max_length"] == 128
+    assert ("torch", "agreement") not in table
+    assert table["onnx", "agreement"].value == table["mlx", "agreement"].value == 100.0
+    assert table["onnx", "size_on_disk"].value < table["torch", "size_on_disk"].value
+
+
+def _hits(path: Path, data: Path) -> int:
+    """Correct predictions by a plain loop over the student in PyTorch."""
+    import torch
+
+    from bitdistill import checkpoint
+
+    model, tokenizer = checkpoint.load(path), checkpoint.load_tokenizer(path)
+    hits = 0
+    for row in map(json.loads, data.read_text().splitlines()):
+        prompt = tokenizer(TASK.prompt.format(**row)).input_ids
+        scores = []
+        for label in TASK.labels:
+            answer = tokenizer(label, add_special_tokens=False).input_ids
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            tail = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+            scores.append(sum(float(logits[t, a]) for t, a in zip(tail, answer, strict=True)))
+        hits += scores.index(max(scores)) == row["label"]
+    return hits
+
+
+def in_process(job: dict[str, Any], progress: Any) -> dict[str, Any]:
+    """A worker's work without its process, whose start takes seconds."""
+    from bitdistill.backends import load
+
+    return execute(job, progress, load)
+
+
+def test_a_summary_task_gives_rouge_and_bleu(student_dir: Callable[..., Path], data: Path) -> None:
+    task = dataclasses.replace(TASK, kind="summary", labels=(), target="text", name="echo")
+    path = student_dir("qwen3", "paper")
+    results = run([path], task, data, speed=False, limit=2, execute=in_process)
+    names = [r.metric for r in results]
+    assert names[:5] == ["rouge1", "rouge2", "rougeL", "rougeLsum", "bleu"]
+    assert all(r.n == 2 and 0 <= r.value <= 100 for r in results[:5])
+
+
+def test_an_altered_file_gives_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "artifact"
+    path.mkdir()
+    (path / "model.onnx").write_bytes(b"one")
+    manifest.write_manifest(path, "artifact", {"target": "onnx"})
+    (path / "model.onnx").write_bytes(b"two")
+    with pytest.raises(WorkerError, match="does not match the hash in its manifest") as caught:
+        run_worker(job(path), silent)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_worker_that_breaks_leaves_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"failed \(exit status 1\): .*No module named") as caught:
+        run_worker(job(tmp_path), silent, module="bitdistill.evals.nothing")
+    assert "No module named" in caught.value.tail
+
+
+def test_a_killed_worker_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "suicide.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(
+        WorkerError, match=r"was killed \(signal 9\), most likely for lack of memory"
+    ):
+        run_worker(job(tmp_path), silent, module="suicide")
+
+
+def test_progress_is_passed_on_and_other_output_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "talker.py").write_text(
+        "import json, pathlib, sys\n"
+        "print('a library says hello')\n"
+        "print(json.dumps({'stage': 'load', 'done': 1, 'total': 2}))\n"
+        "print('[1]')\n"
+        "pathlib.Path(sys.argv[1]).with_name('outcome.json').write_text('{\"backend\": \"x\"}')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    seen: list[Any] = []
+    outcome = run_worker(job(tmp_path), lambda *event: seen.append(event), module="talker")
+    assert (outcome, seen) == ({"backend": "x"}, [("load", 1, 2)])
+
+
+def test_an_interrupted_run_ends_its_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import json, os, time\n"
+        "print(json.dumps({'stage': 'x', 'done': os.getpid(), 'total': 1}), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pids: list[int] = []
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        pids.append(done)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_worker(job(tmp_path), interrupt, module="slow")
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def test_weights_fingerprint_is_that_of_the_exporter(student_dir: Callable[..., Path]) -> None:
+    from bitdistill import checkpoint
+    from bitdistill.evals.directories import weights_fingerprint
+
+    path = student_dir("qwen3", "paper")
+    assert weights_fingerprint(manifest.read_manifest(path)) == (
+        checkpoint.open_student(path).fingerprint
+    )

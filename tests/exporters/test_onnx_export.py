@@ -1,0 +1,312 @@
+"""Exporting to ONNX: what is in the files, and what happens when it cannot be done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitdistill import checkpoint, exporters, manifest, packing
+from bitdistill.decoder import LINEARS, RotarySpec
+from bitdistill.exporters import onnx_layout, to_onnx
+
+Students = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def student(student_dir: Students) -> Path:
+    return student_dir("qwen3", "paper", 8)
+
+
+@pytest.fixture(scope="module")
+def artifact(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exporters.export(student, "onnx", tmp_path_factory.mktemp("onnx") / "artifact")
+
+
+def graph_of(artifact: Path) -> onnx.GraphProto:
+    return onnx.load(artifact / "model.onnx", load_external_data=False).graph
+
+
+@pytest.mark.parametrize("style", ["paper", "allnorm", "none"])
+def test_trits_and_scales_are_the_students(
+    student_dir: Students, style: str, tmp_path: Path
+) -> None:
+    # 100 is divisible neither by the 32 rows nor by the 16 columns of a block
+    student = checkpoint.open_student(student_dir("llama", style, intermediate_size=100))
+    out = exporters.export(student.path, "onnx", tmp_path / "out")
+    seen = set()
+    for name, trits, scale in to_onnx.read_linears(out, student.spec):
+        weight = student.tensor(f"{name}.weight").numpy()
+        mean = torch.tensor(np.abs(weight).mean(dtype=np.float64)).bfloat16().item()
+        assert scale == pytest.approx(mean, rel=2**-7)  # an independent scale, to one bf16 step
+        np.testing.assert_array_equal(trits, np.rint(weight / np.float32(scale + 1e-6)).clip(-1, 1))
+        seen.add(name)
+    assert seen == {f"model.layers.{i}.{linear}" for i in range(2) for linear in LINEARS}
+
+
+def test_the_graph_is_valid_and_portable(artifact: Path) -> None:
+    onnx.checker.check_model(str(artifact / "model.onnx"), full_check=True)
+    model = onnx.load(artifact / "model.onnx", load_external_data=False)
+    assert model.ir_version == 10
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    assert opsets == {"": 21, "com.microsoft": 1, "bitdistill": 1, "bitdistill.functions": 1}
+    names = [value.name for value in model.graph.input]
+    assert names[:4] == ["input_ids", "seqlens_k", "total_sequence_length", "logit_rows"]
+    assert names[4:6] == ["past_key_values.0.key", "past_key_values.0.value"]
+    assert [value.name for value in model.graph.output][:2] == ["logits", "present.0.key"]
+
+
+def test_nodes_are_fused_and_named_after_modules(artifact: Path) -> None:
+    graph = graph_of(artifact)
+    ternary = {node.name: node for node in graph.node if node.op_type == "TernaryLinear"}
+    parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    assert set(ternary) == {f"layers.{i}.{part}" for i in range(2) for part in parts}
+    # the block's norm is the prologue of the stacked projections
+    assert ternary["layers.1.self_attn.qkv_proj"].input[3].endswith("1.input_layernorm.weight")
+    kinds = Counter(node.op_type for node in graph.node)
+    assert kinds["GroupQueryAttention"] == 2
+    assert kinds["RMSNorm"] == 2 * 2 + 1  # q and k of each layer, and the last
+    assert len(graph.node) < 25 * 2
+
+
+def test_allnorm_keeps_seven_matrices_with_their_own_norms(
+    student_dir: Students, tmp_path: Path
+) -> None:
+    out = exporters.export(student_dir("qwen3", "allnorm"), "onnx", tmp_path / "out")
+    nodes = [node for node in graph_of(out).node if node.op_type == "TernaryLinear"]
+    assert len(nodes) == 14
+    for node in nodes:
+        epsilon = next(a.f for a in node.attribute if a.name == "epsilon")
+        assert node.input[3] == f"model.{node.name}.norm.weight"
+        assert epsilon == np.float32(1e-8)
+
+
+def test_windows_are_only_where_the_model_has_them(student_dir: Students, tmp_path: Path) -> None:
+    out = exporters.export(student_dir("gemma3_text"), "onnx", tmp_path / "out")
+    nodes = [node for node in graph_of(out).node if node.op_type == "GroupQueryAttention"]
+    windows = [{a.name: a.i for a in node.attribute}.get("local_window_size") for node in nodes]
+    assert windows == [8, None]
+    assert nodes[0].input[7] != nodes[1].input[7]  # a rotary table for each kind of layer
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_table_is_stored_once(student_dir: Students, tied: bool, tmp_path: Path) -> None:
+    student = student_dir("llama", "paper", 8, tie_word_embeddings=tied)
+    out = exporters.export(student, "onnx", tmp_path / "out")
+    rows = checkpoint.open_student(student).spec.vocabulary
+    tables = [t.name for t in graph_of(out).initializer if list(t.dims) == [rows, 64]]
+    assert tables == ["model.embed_tokens.weight"] + ([] if tied else ["lm_head.weight"])
+    parts = manifest.read_manifest(out)["parts"]
+    assert parts["embedding"] == rows * 64 * 2
+    assert parts["head"] == (0 if tied else rows * 64 * 2)
+
+
+def test_parts_and_manifest(artifact: Path, student: Path) -> None:
+    content = manifest.read_manifest(artifact, "artifact")
+    manifest.verify_files(artifact, content)
+    parts = content["parts"]
+    weights = 2 * (64 * 128 + 2 * 64 * 64 + 128 * 64 + 3 * 64 * 96)
+    rows = 2 * (128 + 64 + 64 + 64 + 96 + 96 + 64)
+    # 96 is padded to whole blocks nowhere here, so the body is 2 bits a weight and its scales
+    assert parts["body"] == weights // 4 + 4 * rows
+    assert parts["body_bits_per_weight"] == pytest.approx(2 + 32 * rows / weights)
+    stored = sum(parts[name] for name in ("body", "embedding", "head", "norms", "rotary"))
+    assert stored <= parts["total"] <= stored + 80_000
+    assert content["storage"] == {"embedding": "float16", "norms": "float32"}
+    assert content["student_fingerprint"] == checkpoint.open_student(student).fingerprint
+    assert content["stop_tokens"] == [2]
+    assert content["context"] == 128
+    assert content["licence"] == "apache-2.0"
+    assert content["scale_granularity"] == "row"
+    assert content["kernel_layout"] == packing.KERNEL_LAYOUT_VERSION
+    for name in ("README.md", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert name in content["files"]
+    text = (artifact / "README.md").read_text()
+    assert "apache-2.0" in text
+    assert "Nothing was measured on Apple hardware" in text
+
+
+def test_large_tensors_start_on_a_page(artifact: Path) -> None:
+    for tensor in graph_of(artifact).initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place:
+            length = int(place["length"])
+            assert int(place["offset"]) % (4096 if length >= 4096 else 64) == 0
+
+
+def test_rotary_tables_equal_hugging_face_far_out() -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2, max_position_embeddings=8192)
+    module = LlamaRotaryEmbedding(config)
+    cos, sin = module(torch.zeros(1), torch.arange(8192)[None])
+    spec = RotarySpec(tuple(module.inv_freq.tolist()), 1.0)
+    ours = onnx_layout.rotary_tables(spec, 8192)
+    np.testing.assert_allclose(ours[0], cos[0, :, :16].numpy(), atol=2e-7)
+    np.testing.assert_allclose(ours[1], sin[0, :, :16].numpy(), atol=2e-7)
+
+
+def test_progress_reaches_its_total(student: Path, tmp_path: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    exporters.export(student, "onnx", tmp_path / "out", progress=lambda *call: calls.append(call))
+    names = len(checkpoint.open_student(student).names)
+    assert [done for _, done, _ in calls] == list(range(1, names + 14 + 1))
+    assert {total for *_, total in calls} == {names + 14}
+
+
+def test_the_check_sees_a_complete_directory_and_is_stored(student: Path, tmp_path: Path) -> None:
+    def check(directory: Path) -> dict[str, Any]:
+        manifest.verify_files(directory, manifest.read_manifest(directory, "artifact"))
+        return {"agreement": 1.0}
+
+    out = exporters.export(student, "onnx", tmp_path / "out", check=check)
+    content = manifest.read_manifest(out)
+    assert content["parity"] == {"agreement": 1.0}
+    manifest.verify_files(out, content)
+
+
+def listing(directory: Path) -> dict[str, str]:
+    return {p.name: manifest.hash_file(p) for p in directory.iterdir()}
+
+
+def test_an_existing_directory_is_replaced_only_with_force(
+    student: Path, artifact: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(artifact, tmp_path / "out")
+    before = listing(out)
+    with pytest.raises(FileExistsError, match="exists; pass --force to replace it"):
+        exporters.export(student, "onnx", out)
+    assert listing(out) == before
+    exporters.export(student, "onnx", out, force=True, context=64)
+    assert manifest.read_manifest(out)["context"] == 64
+
+
+def test_force_does_not_replace_a_student(student: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(student, tmp_path / "student")
+    with pytest.raises(FileExistsError, match="holds a student and is not replaced"):
+        exporters.export(out, "onnx", out, force=True)
+    assert listing(out) == listing(student)
+
+
+@pytest.mark.parametrize("stop_at", [1, 12, 30])
+def test_an_interrupted_export_leaves_nothing(student: Path, tmp_path: Path, stop_at: int) -> None:
+    def interrupt(name: str, done: int, total: int) -> None:
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        exporters.export(student, "onnx", tmp_path / "out", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_replacement_keeps_the_old(
+    student: Path, artifact: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(artifact, tmp_path / "out")
+
+    def fail(directory: Path) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        exporters.export(student, "onnx", out, force=True, check=fail)
+    assert listing(out) == listing(artifact)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_students_are_exported(
+    tmp_path: Path, tokenizer: Any, make_teacher: Callable[..., Any], artifact: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    model = make_teacher("llama")
+    checkpoint.save(teacher, model, tokenizer, "teacher", {}, "card")
+    for path, kind in ((teacher, "teacher"), (artifact, "artifact")):
+        with pytest.raises(manifest.FormatError, match=f"holds a {kind}, only a student can be"):
+            exporters.export(path, "onnx", tmp_path / "out")
+    with pytest.raises(manifest.FormatError, match="does not exist; check the path"):
+        exporters.export(tmp_path / "absent", "onnx", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_options_are_refused_before_anything_is_written(student: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="unknown target 'onx'; did you mean 'onnx'"):
+        exporters.export(student, "onx", out)
+    with pytest.raises(ValueError, match="embed_bits must be 16 or 32 for onnx, got 8"):
+        exporters.export(student, "onnx", out, embed_bits=8)
+    for context in (0, 129):
+        with pytest.raises(ValueError, match=f"context {context} is not between 1 and"):
+            exporters.export(student, "onnx", out, context=context)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_size_that_the_runtime_cannot_rotate(student_dir: Students, tmp_path: Path) -> None:
+    student = student_dir("llama", "paper", 8, hidden_size=32)
+    with pytest.raises(ValueError, match="head size 8 is not a multiple of 16"):
+        exporters.export(student, "onnx", tmp_path / "out")
+
+
+def altered(student: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a student with other tensors and a manifest that agrees with them."""
+    shutil.copytree(student, out)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    content = json.loads((out / manifest.MANIFEST).read_text())
+    manifest.write_manifest(out, "student", content)
+    return out
+
+
+def test_a_tensor_without_a_place_is_refused(student: Path, tmp_path: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.q_proj.norm.weight"] = torch.ones(64)
+
+    path = altered(student, tmp_path / "student", add)
+    with pytest.raises(manifest.FormatError, match=r"has no place for \(.*q_proj.norm.weight\)"):
+        exporters.export(path, "onnx", tmp_path / "out")
+
+
+def test_a_missing_gain_is_refused(student: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.norm.weight"
+    path = altered(student, tmp_path / "student", lambda tensors: tensors.pop(name))
+    with pytest.raises(manifest.FormatError, match=f"has no tensor '{name}'"):
+        exporters.export(path, "onnx", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_student_is_refused(student: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(student, tmp_path / "student")
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(manifest.FormatError, match="truncated or altered"):
+        exporters.export(path, "onnx", tmp_path / "out")
+
+
+def test_an_embedding_beyond_float16_needs_32_bits(student: Path, tmp_path: Path) -> None:
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.embed_tokens.weight"][3, 3] = 1e5
+
+    path = altered(student, tmp_path / "student", enlarge)
+    with pytest.raises(ValueError, match="values beyond float16; export with embed_bits=32"):
+        exporters.export(path, "onnx", tmp_path / "out")
+    out = exporters.export(path, "onnx", tmp_path / "out", embed_bits=32)
+    assert manifest.read_manifest(out)["storage"]["embedding"] == "float32"
+
+
+def test_what_was_written_is_compared_with_the_student(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = packing.pack_kernel
+    monkeypatch.setattr(packing, "pack_kernel", lambda trits: pack(-trits))
+    with pytest.raises(RuntimeError, match=r"read back from .*data is not what was written"):
+        exporters.export(student, "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
