@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from bitdistill.backends.mlx_layout import BITS, group_size
@@ -142,7 +143,7 @@ class TernaryLinear(nn.Module):
         constant = mx.all(scales == scales[0, 0]) & mx.all(biases == -scales)
         if bad_codes.item() or not (constant & mx.isfinite(scale) & (scale >= 0)).item():
             raise ValueError("the packed weights are not one ternary matrix with one scale")
-        return float(scale.item())
+        return float(np.array(scale))
 
     def quantize(self, x: mx.array) -> Quantized:
         """Norm (if the layer has one) and quantise an input (..., K)."""

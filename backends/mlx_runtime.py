@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -69,7 +69,7 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     tensors: dict[str, mx.array] = {}
     for file in files:
         try:
-            tensors |= mx.load(str(file))
+            tensors |= cast(dict[str, mx.array], mx.load(str(file)))
         except (RuntimeError, ValueError) as error:
             raise FormatError(f"{file} cannot be read ({error}); export it again") from None
     return tensors

@@ -64,6 +64,9 @@ class TorchRuntime(Runtime):
         if storage is not None:
             round_storage(self.model, storage)
         cast(self.model, DTYPES[dtype])
+        for module in self.model.modules():
+            if isinstance(module, BitLinear):
+                module.freeze()
         self.vocabulary = int(self.model.config.vocab_size)
         self.context = int(self.model.config.max_position_embeddings)
         self.stop_tokens = _stop_tokens(self.model)

@@ -138,7 +138,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _all_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
+            for name in sorted(tensors.keys()):
                 yield name, tensors.get_tensor(name)
 
 

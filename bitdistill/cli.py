@@ -142,9 +142,11 @@ def export(
         def check(artifact: Path) -> dict[str, Any]:
             return report(student, artifact, prompts)
 
-    click.echo(write(
-        student, target, out, force=force, embed_bits=embed_bits, context=context, check=check
-    ))
+    click.echo(
+        write(
+            student, target, out, force=force, embed_bits=embed_bits, context=context, check=check
+        )
+    )
     if parity:
         _say_parity(out)
 
@@ -158,7 +160,7 @@ def _task_prompts(student: Path) -> list[str]:
     if not content.get("task"):
         return []
     task, data = Task.from_json(content["task"]), content.get("validation")
-    if data is None and task.hub is not None or data is not None and not Path(data).is_file():
+    if (data is None and task.hub is not None) or (data is not None and not Path(data).is_file()):
         return []  # parity does not need the network: random tokens are compared too
     examples = load_examples(task, data, limit=16, columns=content.get("columns"))
     return [example.prompt for example in examples]
@@ -180,7 +182,9 @@ def _verdict(parity: dict[str, Any]) -> str:
 @main.command("eval")
 @click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--task", help="A built-in task [the one the first directory was trained for].")
-@click.option("--data", type=click.Path(path_type=Path), help="A local file with the task's columns.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="A local file with the task's columns."
+)
 @click.option("--split", help="Split of the hub data set.")
 @click.option("--limit", type=click.IntRange(min=1), help="Evaluate the first N examples.")
 @click.option("--column", "columns", multiple=True, metavar="TASK=FILE", help="Map a column name.")
@@ -231,7 +235,9 @@ def _column_map(columns: tuple[str, ...]) -> dict[str, str] | None:
     pairs = [column.partition("=") for column in columns]
     for name, equals, value in pairs:
         if not equals or not value:
-            raise click.BadParameter(f"{name!r} is not of the form TASK=FILE", param_hint="--column")
+            raise click.BadParameter(
+                f"{name!r} is not of the form TASK=FILE", param_hint="--column"
+            )
     return {name: value for name, _, value in pairs} or None
 
 
@@ -241,7 +247,9 @@ def _say_progress() -> Callable[[str, int, int], None]:
 
     def show(stage: str, done: int, total: int) -> None:
         if terminal:
-            click.echo(f"\r\033[K{stage} {done}/{total}" + "\n" * (done == total), err=True, nl=False)
+            click.echo(
+                f"\r\033[K{stage} {done}/{total}" + "\n" * (done == total), err=True, nl=False
+            )
         elif stage not in seen:
             seen.add(stage)
             click.echo(stage, err=True)
@@ -297,7 +305,9 @@ def _in_template(content: dict[str, Any], text: str) -> str:
         raise ValueError("this directory records no task; leave out --task-prompt")
     task = Task.from_json(content["task"])
     if len(task.columns) != 1:
-        raise ValueError(f"the task has {len(task.columns)} inputs; write the whole prompt yourself")
+        raise ValueError(
+            f"the task has {len(task.columns)} inputs; write the whole prompt yourself"
+        )
     return task.prompt.format(**{task.columns[0]: text})
 
 

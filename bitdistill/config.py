@@ -161,7 +161,7 @@ class RelationLoss(Section):
 
 
 class Distillation(Training):
-    """A training stage with a teacher: L = ce * L_CE + logits.weight * L_LD + relations.weight * L_AD."""
+    """A stage with a teacher: L = ce L_CE + logits.weight L_LD + relations.weight L_AD."""
 
     ce: float = Field(1.0, ge=0)
     logits: LogitsLoss = LogitsLoss()
@@ -222,7 +222,9 @@ class Config(Section):
 def recipe_names() -> list[str]:
     """The recipes that ship with the package."""
     folder = resources.files("bitdistill") / "recipes"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def _read_yaml(text: str, where: str) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class TaskBatches:
 
 
 class TextStream:
-    """Documents of a corpus, again from the start at its end, with a position that can be restored."""
+    """Documents of a corpus, round and round, from a position that can be restored."""
 
     def __init__(self, documents: Iterable[str]) -> None:
         self.documents = documents

@@ -2,8 +2,8 @@
 
 Exporters and runtimes read a `DecoderSpec` and never a Hugging Face config, so a family is added
 here once: a row in FAMILIES, and the lines in `decoder_spec` that say how its config spells it.
-The spec is plain JSON (it is stored in every artifact's manifest); only
-`config_class` and `decoder_spec` need transformers, because the rotary frequencies are taken from the family's own module.
+The spec is plain JSON (it is stored in every artifact's manifest). Only `config_class` and
+`decoder_spec` need transformers: rotary frequencies are taken from the family's own module.
 
 A block, with the parts a family may lack in brackets:
 
@@ -26,7 +26,9 @@ NormStyle = Literal["paper", "allnorm", "none"]
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
-LINEARS = tuple(f"self_attn.{n}" for n in ATTENTION_LINEARS) + tuple(f"mlp.{n}" for n in MLP_LINEARS)
+LINEARS = tuple(f"self_attn.{n}" for n in ATTENTION_LINEARS) + tuple(
+    f"mlp.{n}" for n in MLP_LINEARS
+)
 NORMED_LINEARS: dict[str, frozenset[str]] = {
     "paper": frozenset({"self_attn.o_proj", "mlp.down_proj"}),
     "allnorm": frozenset(LINEARS),
@@ -186,7 +188,9 @@ def _activation(config: dict[str, Any]) -> Literal["silu", "gelu_tanh"]:
     known: dict[str | None, Literal["silu", "gelu_tanh"]]
     known = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
     if name not in known:
-        raise ValueError(f"activation {name!r} is not supported; known: {', '.join(map(str, known))}")
+        raise ValueError(
+            f"activation {name!r} is not supported; known: {', '.join(map(str, known))}"
+        )
     return known[name]
 
 

@@ -52,20 +52,19 @@ def _onnx() -> str:
     import onnxruntime
 
     from bitdistill.backends.kernels import library_path
-    from bitdistill.backends.kernels.binding import Kernels
+    from bitdistill.backends.kernels.binding import Kernels, available_isas
 
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(library_path()))
-    kernels = Kernels()
-    return f"usable; instruction sets {', '.join(kernels.available())}, in use: {kernels.isa()}"
+    return f"usable; instruction sets {', '.join(available_isas())}, in use: {Kernels().isa}"
 
 
 def _mlx() -> str:
     import mlx.core as mx
 
-    total = float(mx.sum(mx.ones(8)).item())
+    total = mx.sum(mx.ones(8)).item()
     if total != 8.0:
-        raise RuntimeError(f"summed 8 ones to {total}")
+        raise RuntimeError(f"MLX summed 8 ones to {total}")
     device = "Metal" if mx.metal.is_available() else "CPU only (for checking; slow)"
     return f"usable, {device}"
 

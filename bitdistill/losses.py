@@ -3,7 +3,8 @@
 Every term is a sum over tokens divided by a count that the caller takes over the whole optimizer
 step, so that no term's weight depends on gradient accumulation or on the number of devices.
 
-Legend: B batch, T tokens, P counted tokens, C chunk, D hidden, V vocabulary, H split heads, R = D / H.
+Legend: B batch, T tokens, P counted tokens, C chunk, D hidden, V vocabulary, H split heads,
+R = D / H.
 """
 
 from __future__ import annotations

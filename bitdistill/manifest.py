@@ -82,9 +82,11 @@ def _missing(directory: Path) -> str:
     if not directory.exists():
         return f"{directory} does not exist; check the path"
     inside = sorted(p.parent.name for p in directory.glob(f"*/{MANIFEST}"))
-    hint = f"; did you mean {directory / ('student' if 'student' in inside else inside[-1])}?" if (
-        inside
-    ) else "; give a directory written by `bitdistill train` or `bitdistill export`"
+    hint = (
+        f"; did you mean {directory / ('student' if 'student' in inside else inside[-1])}?"
+        if (inside)
+        else "; give a directory written by `bitdistill train` or `bitdistill export`"
+    )
     return f"{directory} has no {MANIFEST}{hint}"
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 KERNEL_LAYOUT_VERSION = 1
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 16
+SHIFTS = np.array([0, 2, 4, 6], np.uint8)
 
 Trits = NDArray[np.int8]
 Bytes = NDArray[np.uint8]
@@ -59,13 +60,13 @@ def pack_canonical(trits_NK: Trits) -> Bytes:
     """int8 (N, K) -> uint8 (N, ceil(K/4))."""
     codes = _pad(_codes(trits_NK), 1, 4)
     quads = codes.reshape(codes.shape[0], -1, 4)
-    return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+    return np.bitwise_or.reduce(quads << SHIFTS, axis=-1)
 
 
 def unpack_canonical(packed: Bytes, columns: int) -> Trits:
     """uint8 (N, ceil(K/4)) -> int8 (N, K); ValueError on a wrong size or a code 3."""
     _check_packed(packed, (packed.shape[0], -(-columns // 4)), np.uint8)
-    codes = (packed[..., None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
+    codes = (packed[..., None] >> SHIFTS) & np.uint8(3)
     return _trits(codes.reshape(packed.shape[0], -1)[:, :columns])
 
 
@@ -80,14 +81,14 @@ def pack_kernel(trits_NK: Trits) -> Bytes:
     codes = _pad(_codes(trits_NK), BLOCK_ROWS, BLOCK_COLUMNS)
     # (block, row, group, s, j) -> (block, group, row, s, j)
     codes = codes.reshape(blocks, BLOCK_ROWS, groups, 4, 4).transpose(0, 2, 1, 3, 4)
-    packed = codes[..., 0, :] | codes[..., 1, :] << 2 | codes[..., 2, :] << 4 | codes[..., 3, :] << 6
+    packed = np.bitwise_or.reduce(codes << SHIFTS[:, None], axis=-2)
     return np.ascontiguousarray(packed)
 
 
 def unpack_kernel(packed: Bytes, rows: int, columns: int) -> Trits:
     """Kernel layout -> int8 (N, K); ValueError on a wrong size or a code 3."""
     _check_packed(packed, kernel_shape(rows, columns), np.uint8)
-    codes = (packed[..., None, :] >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
+    codes = (packed[..., None, :] >> SHIFTS[:, None]) & np.uint8(3)
     blocks, groups = packed.shape[:2]
     codes = codes.transpose(0, 2, 1, 3, 4).reshape(blocks * BLOCK_ROWS, groups * BLOCK_COLUMNS)
     return _trits(codes[:rows, :columns])

@@ -1,14 +1,14 @@
 """The numerical specification of 1.58-bit linear layers, in PyTorch.
 
-Weights, one scale a matrix (absmean):       D = bf16(mean |W|),  t = clip(round(W / (D + e)), -1, 1)
-Activations, one scale a token (absmax):     g = max |x|,  q = clip(round(x * 127 / (g + e)), -128, 127)
-Product:                                     y = (q . t) * (g / 127 * D) + bias
+Weights, one scale a matrix:     D = bf16(mean |W|),  t = clip(round(W / (D + e)), -1, 1)
+Activations, one scale a token:  g = max |x|,  q = clip(round(x * 127 / (g + e)), -128, 127)
+Product:                         y = (q . t) * (g / 127 * D) + bias
 
 (BitNet Distillation, arXiv 2510.13998, eq. 1-2.) D is computed in fp32 and rounded to the nearest
 bf16, so that every 16-bit format stores it exactly; t is taken with the rounded D. Rounding is
-half-to-even. `q . t` is a sum of integers of magnitude at most 127 K, exact in fp32 for K up to 2^17:
-the layer computes that product itself, not the product of dequantised values, so PyTorch, the C++
-kernels and MLX agree on it bit for bit, and only the fp32 scaling is rounded.
+half-to-even. `q . t` is a sum of integers of magnitude at most 127 K, exact in fp32 for K up to
+2^17: the layer computes that product itself, not the product of dequantised values, so PyTorch, the
+C++ kernels and MLX agree on it bit for bit, and only the fp32 scaling is rounded.
 
 Gradients pass straight through both roundings. `anneal` blends from full precision (0) to ternary
 (1): w + a (Q(w) - w), and the same for activations.
@@ -104,18 +104,30 @@ class BitLinear(nn.Linear):
         self.activation_bits = activation_bits
         self.norm = norm
         self.register_buffer("anneal", torch.ones(()), persistent=False)
+        self.frozen_scale: Tensor | None = None
+
+    def freeze(self) -> None:
+        """Replace the master weights by their trits, for inference: nothing is rounded again."""
+        trits, self.frozen_scale = ternarize(self.weight)
+        self.weight.requires_grad_(False).copy_(trits)
+
+    def _unit_weight(self) -> tuple[Tensor, Tensor]:
+        """Trits (with the master weights' gradient) in units of D, and D."""
+        if self.frozen_scale is not None:
+            return self.weight, self.frozen_scale
+        scale = ternary_scale(self.weight)
+        # always from fp32, as `ternarize`: an fp64 quotient could round to another trit
+        unit = self.weight.float() / (scale + WEIGHT_EPS)
+        return straight_through(unit, unit.round().clamp(-1, 1), self.anneal), scale
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), in the input's dtype."""
         dtype = x.dtype
         if self.norm is not None:
             x = self.norm(x)
-        scale = ternary_scale(self.weight)
-        # always from fp32, as `ternarize`: an fp64 quotient could round to another trit
-        unit = self.weight.float() / (scale + WEIGHT_EPS)
-        weight = straight_through(unit, unit.round().clamp(-1, 1), self.anneal)
         x = _wide(x)
-        weight = weight.to(x.dtype)
+        unit, scale = self._unit_weight()
+        weight = unit.to(x.dtype)
         if self.activation_bits is None:
             y = F.linear(x, weight) * scale
         else:

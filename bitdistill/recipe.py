@@ -69,7 +69,7 @@ class Recipe:
         if config.base.enabled:
             base = Stage("base", "teacher", "base", (*shared, "base", "corpus"), None)
             self._stage(base, self._train_base)
-        parent = base and base.directory
+        parent = base.directory if base is not None else None
         task = (*shared, "task")
         teacher = Stage("teacher", "teacher", "fp16-sft", (*task, "teacher"), parent)
         self._stage(teacher, self._train_teacher)
@@ -257,9 +257,7 @@ class Recipe:
         }
 
 
-def train(
-    config: Config, out: str | Path, *, resume: bool = False, quiet: bool = False
-) -> Path:
+def train(config: Config, out: str | Path, *, resume: bool = False, quiet: bool = False) -> Path:
     """Run every stage of a recipe and return the student directory.
 
     Raises TrainingError, ConfigError, ModelError or FormatError with the remedy; what is complete

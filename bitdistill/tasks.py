@@ -42,8 +42,11 @@ class Task:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Task:
         """The inverse of `to_json`, through JSON text or not."""
-        tuples = {"columns", "labels", "splits", "hub"}
-        return cls(**{k: tuple(v) if k in tuples and v is not None else v for k, v in value.items()})
+        fields: dict[str, Any] = dict(value)
+        for key in ("columns", "labels", "splits", "hub"):
+            if fields.get(key) is not None:
+                fields[key] = tuple(fields[key])
+        return cls(**fields)
 
 
 @dataclass(frozen=True)

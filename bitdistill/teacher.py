@@ -1,4 +1,4 @@
-"""Load an off-the-shelf model: a local directory, a hub id, or a GGUF file transformers can read."""
+"""Load an off-the-shelf model: a local directory, a hub id, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def check_model(model: Model) -> None:
         raise ModelError(f"model directory {model.source} does not exist; check model.source")
     needed = model.gguf_file or "config.json"
     if looks_local and not (path.expanduser() / needed).is_file():
-        raise ModelError(f"{model.source} has no {needed}; it is not a Hugging Face model directory")
+        raise ModelError(
+            f"{model.source} has no {needed}; it is not a Hugging Face model directory"
+        )
 
 
 def load_model(model: Model, seed: int = 0) -> tuple[PreTrainedModel, Tokenizer]:

@@ -115,11 +115,11 @@ class Fit:
     def _make_optimizer(self) -> torch.optim.AdamW:
         """AdamW; matrices decay, vectors (norms, biases) do not."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": None},
+        decay = self.settings.weight_decay
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        groups[0]["weight_decay"] = self.settings.weight_decay
         fused = self.hardware.device.type == "cuda"
         return torch.optim.AdamW(
             groups, lr=self.settings.learning_rate, betas=(0.9, 0.98), fused=fused

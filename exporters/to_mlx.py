@@ -18,7 +18,7 @@ dropping the norms inside the linears and running without quantised activations.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -147,7 +147,7 @@ def _compare(student: StudentFiles, out: Path, embed_bits: int, progress: Progre
     """Read the written files through MLX and compare every value with the student."""
     tensors: dict[str, mx.array] = {}
     for file in sorted(out.glob("model*.safetensors")):
-        tensors |= mx.load(str(file))
+        tensors |= cast(dict[str, mx.array], mx.load(str(file)))
     paths = dict(linears(student.spec))
     for done, path in enumerate(paths):
         progress(f"checking {path}", len(paths) + done, 2 * len(paths))

@@ -93,7 +93,8 @@ def _session(case: Case) -> tuple[onnxruntime.InferenceSession, int]:
     """A session of independent copies of the layer, and their number."""
     rng = np.random.default_rng(0)
     copies = max(2, STREAMED_BYTES // case.weight_bytes)
-    nodes, arrays = [], {}
+    nodes: list[object] = []
+    arrays: dict[str, NDArray] = {}
     for copy in range(copies):
         named = {f"{name}{copy}": array for name, array in _weights(case, rng).items()}
         nodes.append(_node(case, copy, list(named)))

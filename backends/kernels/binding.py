@@ -102,7 +102,7 @@ def library() -> c.CDLL:
 
 def built_isas() -> list[str]:
     """Instruction sets compiled into the library, best first."""
-    names = []
+    names: list[str] = []
     while (name := library().bd_isa_name(len(names))) is not None:
         names.append(name.decode())
     return names

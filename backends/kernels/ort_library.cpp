@@ -1,4 +1,7 @@
 // The symbol ONNX Runtime looks for in a custom-op library.
+#include <stdlib.h>
+#include <string.h>
+
 #include <mutex>
 #include <new>
 
@@ -22,16 +25,25 @@ struct Registration {
 std::mutex mutex;
 Registration *registrations = nullptr;
 
-ort::Status *fill(Registration *r, const ort::Api *api) {
+// ONNX Runtime before 1.24 crashes in the shape inference of custom operators when an optional
+// input is absent. There TernaryLinear does without: its shapes are known when it runs.
+bool infers_safely(const char *version) {
+  const char *dot = strchr(version, '.');
+  const int minor = dot != nullptr ? atoi(dot + 1) : 0;
+  return atoi(version) > 1 || minor >= 24;
+}
+
+ort::Status *fill(Registration *r, const ort::Api *api, const char *version) {
   r->api = api;
   fill_ternary(&r->ternary, api);
   fill_head(&r->head, api);
+  if (!infers_safely(version)) r->ternary.InferOutputShape = nullptr;
   BD_TRY(api->CreateCustomOpDomain(kDomain, &r->domain));
   BD_TRY(api->CustomOpDomain_Add(r->domain, &r->ternary));
   return api->CustomOpDomain_Add(r->domain, &r->head);
 }
 
-ort::Status *domain_of(const ort::Api *api, ort::Domain **out) {
+ort::Status *domain_of(const ort::Api *api, const char *version, ort::Domain **out) {
   const std::lock_guard<std::mutex> lock(mutex);
   for (Registration *r = registrations; r != nullptr; r = r->next)
     if (r->api == api) {
@@ -40,7 +52,7 @@ ort::Status *domain_of(const ort::Api *api, ort::Domain **out) {
     }
   Registration *r = new (std::nothrow) Registration();
   if (r == nullptr) return refuse(api, "bitdistill: out of memory");
-  ort::Status *status = fill(r, api);
+  ort::Status *status = fill(r, api, version);
   if (status != nullptr) {
     delete r;
     return status;
@@ -63,6 +75,6 @@ extern "C" BD_API ort::Status *RegisterCustomOps(ort::SessionOptions *options,
         ort::kFail, "bitdistill needs ONNX Runtime 1.17 or later: pip install -U onnxruntime");
   if (bd_kernels(nullptr) == nullptr) return refuse(api, "%s", bd_kernels_error(nullptr));
   ort::Domain *domain = nullptr;
-  BD_TRY(domain_of(api, &domain));
+  BD_TRY(domain_of(api, base->GetVersionString(), &domain));
   return api->AddCustomOpDomain(options, domain);
 }

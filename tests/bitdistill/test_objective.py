@@ -31,7 +31,7 @@ def make_batch(rows: int, lengths: list[int], seed: int = 0) -> Batch:
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_terms_do_not_depend_on_accumulation(make_teacher: Callable[..., Any], family: str) -> None:
-    """One batch of four rows, or four of one row with unequal counts: the same loss and gradient."""
+    """One batch of four rows, or four of one with unequal counts: one loss, one gradient."""
     teacher = make_teacher(family)
     whole = make_batch(4, [9, 4, 7, 5])
     parts = [{key: value[i : i + 1] for key, value in whole.items()} for i in range(4)]
@@ -45,7 +45,7 @@ def test_terms_do_not_depend_on_accumulation(make_teacher: Callable[..., Any], f
             terms = objective(batch, counts)
             torch.stack(list(terms.values())).sum().backward()
             for key, value in terms.items():
-                sums[key] = sums.get(key, 0.0) + float(value)
+                sums[key] = sums.get(key, 0.0) + value.item()
         gradient = student.model.layers[0].mlp.up_proj.weight.grad
         assert gradient is not None
         return sums, gradient
@@ -112,7 +112,7 @@ def test_layers_by_index_and_by_depth() -> None:
     assert layer_index(0.75, 28) == 21
     assert layer_index(1.0, 28) == 27
     assert layer_index(-1, 28) == 27
-    with pytest.raises(ValueError, match="layers 0..3"):
+    with pytest.raises(ValueError, match=r"layers 0\.\.3"):
         layer_index(4, 4)
 
 

@@ -106,6 +106,15 @@ def test_anneal_blends_from_full_precision() -> None:
     assert "anneal" not in layer.state_dict()
 
 
+def test_freezing_changes_nothing_but_the_work() -> None:
+    torch.manual_seed(0)
+    layer, x = BitLinear(48, 16), torch.randn(3, 48)
+    before, trits = layer(x), ternarize(layer.weight)[0]
+    layer.freeze()
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer.weight, trits.float())
+
+
 def test_norm_and_bias() -> None:
     torch.manual_seed(0)
     norm = RMSNorm(16, eps=1e-6)

@@ -1,0 +1,182 @@
+"""Surgery, gains, and exact save and reload."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitdistill import checkpoint, manifest
+from bitdistill.decoder import LINEARS, DecoderSpec
+from bitdistill.quantize import BitLinear
+from bitdistill.student import make_student, measure_gains, set_gains
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+NORMS = {"paper": 2, "allnorm": 7, "none": 0}
+
+
+def tokens() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 200, (3, 12), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("style", NORMS)
+def test_every_linear_of_a_block_is_ternary_and_nothing_else(
+    make_teacher: Callable[..., Any], family: str, style: Any
+) -> None:
+    student = make_student(make_teacher(family), style)
+    found = [n for n, m in student.named_modules() if isinstance(m, BitLinear)]
+    expected = [f"model.layers.{i}.{name}" for i in range(2) for name in LINEARS]
+    assert sorted(found) == sorted(expected)
+    assert not isinstance(student.lm_head, BitLinear)
+    normed = [n for n in found if student.get_submodule(n).norm is not None]
+    assert len(normed) == 2 * NORMS[style]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unquantised_student_without_norms_is_its_teacher(
+    make_teacher: Callable[..., Any], family: str
+) -> None:
+    teacher = make_teacher(family)
+    student = make_student(teacher, "none", None).eval()
+    for module in student.modules():
+        if isinstance(module, BitLinear):
+            module.anneal.fill_(0.0)
+    batch = tokens()
+    torch.testing.assert_close(
+        student(**batch).logits, teacher(**batch).logits, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])  # gemma3 norms a block's output
+def test_calibrated_gain_keeps_the_teacher(make_teacher: Callable[..., Any], family: str) -> None:
+    """With its gains a full-precision SubLN student is closer to the teacher than with ones."""
+    teacher, batch = make_teacher(family), tokens()
+    with torch.no_grad():
+        for layer in teacher.model.layers:  # real models' inner activations are far from rms 1
+            layer.self_attn.v_proj.weight.mul_(4.0)
+            layer.mlp.up_proj.weight.mul_(0.1)
+    reference = teacher(**batch).logits
+    errors = []
+    for calibrated in (False, True):
+        student = make_student(teacher, "paper", None).eval()
+        if calibrated:
+            set_gains(student, measure_gains(teacher, "paper", [batch]))
+        for module in student.modules():
+            if isinstance(module, BitLinear):
+                module.anneal.fill_(0.0)
+        errors.append(float((student(**batch).logits - reference).norm() / reference.norm()))
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_gain_is_the_mean_rms_over_real_tokens(make_teacher: Callable[..., Any]) -> None:
+    teacher, batch = make_teacher("llama"), tokens()
+    batch["attention_mask"][1, 5:] = 0
+    seen: list[torch.Tensor] = []
+    down = teacher.model.layers[1].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    gains = measure_gains(teacher, "paper", [batch])
+    handle.remove()
+    real = batch["attention_mask"].bool()
+    expected = float(seen[0].square().mean(-1).sqrt()[real].mean())
+    assert gains["model.layers.1.mlp.down_proj"] == pytest.approx(expected, rel=1e-5)
+    assert len(gains) == 4
+
+
+def test_a_norm_without_a_gain_is_refused(make_teacher: Callable[..., Any]) -> None:
+    student = make_student(make_teacher("llama"), "paper")
+    with pytest.raises(ValueError, match="no gain was measured for"):
+        set_gains(student, {})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("style", NORMS)
+def test_save_and_reload_is_exact(
+    student_dir: Callable[..., Path], family: str, style: str
+) -> None:
+    path = student_dir(family, style)
+    model, again = checkpoint.load(path), checkpoint.load(path)
+    files = checkpoint.open_student(path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+        if name in files.names:
+            assert torch.equal(value, files.tensor(name))
+    gains = [n for n in files.names if n.endswith("_proj.norm.weight")]
+    assert len(gains) == 2 * NORMS[style]
+    assert all((files.tensor(name) != 1.0).all() for name in gains)  # not lost on the way
+    spec = files.spec
+    assert DecoderSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_a_lost_gain_is_an_error(student_dir: Callable[..., Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = student_dir("qwen3", "paper")
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.0.mlp.down_proj.norm.weight"]
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors")
+    content = json.loads((tmp_path / manifest.MANIFEST).read_text())
+    manifest.write_manifest(tmp_path, "student", content)
+    with pytest.raises(manifest.FormatError, match="does not hold exactly the tensors"):
+        checkpoint.load(tmp_path)
+
+
+def test_truncated_weights_and_other_versions_are_refused(
+    student_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = student_dir("llama", "paper")
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(manifest.FormatError, match="truncated or altered"):
+        checkpoint.load(tmp_path)
+    content = json.loads((tmp_path / manifest.MANIFEST).read_text())
+    (tmp_path / manifest.MANIFEST).write_text(json.dumps(content | {"format_version": 99}))
+    with pytest.raises(manifest.FormatError, match="format version 99"):
+        checkpoint.load(tmp_path)
+
+
+def test_unknown_architectures_are_refused() -> None:
+    import transformers as hf
+
+    config = hf.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16)
+    with pytest.raises(ValueError, match="'gpt2' is not supported; known: llama"):
+        make_student(hf.GPT2LMHeadModel(config))
+
+
+@pytest.mark.parametrize("order", ["transformers first", "bitdistill first"])
+def test_auto_classes_know_students(student_dir: Callable[..., Path], order: str) -> None:
+    """In a fresh process, in both import orders; and bitdistill alone imports neither."""
+    first = "import transformers\nfrom transformers import AutoConfig\n" if "tr" in order else ""
+    program = f"""{first}
+import sys, bitdistill
+assert {bool(first)} or not {{"torch", "transformers"}} & set(sys.modules)
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained({str(student_dir("qwen3"))!r})).__name__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "BitdistillQwen3ForCausalLM", done.stderr[-2000:]
+
+
+def test_stock_transformers_fails_loudly(student_dir: Callable[..., Path]) -> None:
+    program = (
+        "from transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(student_dir('qwen3'))!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "bitdistill_qwen3" in done.stderr
