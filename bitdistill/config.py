@@ -184,11 +184,15 @@ class Student(Section):
 
 
 class Machine(Section):
-    """Where and how to compute. `precision` is the arithmetic; master weights are always fp32."""
+    """Where and how to compute. `precision` is the arithmetic; master weights are always fp32.
+
+    `compile` compiles each decoder layer; `auto` does so on CUDA. `pad_multiple` keeps the number
+    of batch lengths, and so of compiled variants, small.
+    """
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     threads: int | None = Field(None, gt=0)
     save_minutes: float = Field(5.0, gt=0)
     pad_multiple: int = Field(8, gt=0)
@@ -237,8 +241,11 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _read_recipe(recipe: str) -> dict[str, Any]:
+def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of a recipe on top of those it extends; a file's path is relative to its own."""
     path = Path(recipe)
+    if recipe in seen:
+        raise ConfigError(f"recipes extend each other in a circle: {' -> '.join((*seen, recipe))}")
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"recipe file {path} does not exist; check the path")
@@ -249,12 +256,24 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
         file = resources.files("bitdistill") / "recipes" / f"{recipe}.yaml"
         values = _read_yaml(file.read_text(encoding="utf-8"), recipe)
     parent = values.pop("extends", None)
-    return merge(_read_recipe(parent), values) if parent else values
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise ConfigError(f"extends: {parent!r} is not the name of a recipe or of a YAML file")
+    if Path(parent).suffix in (".yaml", ".yml"):
+        parent = str(path.parent / parent)
+    return merge(_read_recipe(parent, (*seen, recipe)), values)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `over` laid on top, mapping by mapping."""
+    """`base` with the keys of `over` laid on top, mapping by mapping.
+
+    `steps` and `epochs` say the same thing, so one that is set replaces the other below it.
+    """
     merged = dict(base)
+    for key, other in (("steps", "epochs"), ("epochs", "steps")):
+        if over.get(key) is not None and other not in over:
+            merged.pop(other, None)
     for key, value in over.items():
         below = merged.get(key)
         both = isinstance(below, dict) and isinstance(value, dict)

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill.config import Config, Corpus, TaskData
-from bitdistill.tasks import LOCAL_FORMATS, Example, Task, load_examples
+from bitdistill.sources import LOCAL_FORMATS, file_rows, hub_rows
+from bitdistill.tasks import Example, Task, load_examples
 
 Batch = dict[str, Tensor]
 IGNORED = -100
@@ -192,7 +193,7 @@ class PackedBatches:
 
     def state(self) -> dict[str, Any]:
         positions = [stream.position for stream in self.streams]
-        return {"documents": positions, "buffer": self._buffer, "turn": self._turn}
+        return {"documents": positions, "buffer": list(self._buffer), "turn": self._turn}
 
     def restore(self, state: dict[str, Any]) -> None:
         for stream, position in zip(self.streams, state["documents"], strict=True):
@@ -238,26 +239,25 @@ class _Documents:
             yield from self._rows()
 
     def _rows(self) -> Iterator[str]:
-        from datasets import load_dataset
-
-        path = Path(self.source)
-        if path.suffix in LOCAL_FORMATS:
-            if not path.is_file():
-                raise FileNotFoundError(f"corpus file {path} does not exist; check corpus.sources")
-            rows = load_dataset(
-                LOCAL_FORMATS[path.suffix], data_files=str(path), split="train", streaming=True
-            )
+        path, column = Path(self.source), self.corpus.column
+        if path.suffix.lower() in LOCAL_FORMATS or path.is_file():
+            rows = file_rows(path, streaming=True)
         else:
-            rows = load_dataset(
-                self.source, self.corpus.configuration, split=self.corpus.split, streaming=True
+            rows = hub_rows(
+                self.source, self.corpus.configuration, self.corpus.split, streaming=True
             )
-        for row in rows:
-            if self.corpus.column not in row:
+        for index, row in enumerate(rows):
+            if column not in row:
                 raise ValueError(
-                    f"{self.source} has no column {self.corpus.column!r}, only {', '.join(row)}; "
+                    f"{self.source} has no column {column!r}, only {', '.join(row)}; "
                     "set corpus.column"
                 )
-            yield row[self.corpus.column]
+            if not isinstance(row[column], str):
+                raise ValueError(
+                    f"row {index} of {self.source} has {row[column]!r} in column {column!r}, not "
+                    "text; set corpus.column, or fix the data"
+                )
+            yield row[column]
 
 
 def corpus_batches(

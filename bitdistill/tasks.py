@@ -7,14 +7,16 @@ guesses a prompt again. The prompts of the GLUE tasks are those of lm-evaluation
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal
 
 from bitdistill.names import suggest
+from bitdistill.sources import Row, file_rows, hub_rows
 
 Kind = Literal["label", "summary"]
-LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,19 @@ class Task:
     max_new_tokens: int = 1
     hub: tuple[str, str | None] | None = None
     splits: tuple[str, str] = ("train", "validation")
+
+    def __post_init__(self) -> None:
+        try:
+            fields = {name for _, name, _, _ in Formatter().parse(self.prompt) if name is not None}
+        except ValueError as error:
+            raise ValueError(f"prompt is not a template: {error}; write {{{{ for a brace") from None
+        if not fields or not fields <= set(self.columns):
+            raise ValueError(
+                f"prompt has the fields {sorted(fields)}, the inputs are {list(self.columns)}; "
+                "each field must be one of the inputs"
+            )
+        if len({label.strip().lower() for label in self.labels}) < len(self.labels):
+            raise ValueError(f"labels {list(self.labels)} must differ in more than case and spaces")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, for manifests."""
@@ -119,35 +134,17 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def _read_rows(task: Task, source: str | Path | None, split: str, streaming: bool) -> Any:
+def _read_rows(task: Task, source: str | Path | None, split: str, streaming: bool) -> Iterable[Row]:
     """Rows of a local file, of the hub's data set, or of the embedded generator."""
-    if source is None and task.name == "tiny":
+    if source is not None:
+        return file_rows(source, streaming=streaming)
+    if task.name == "tiny":
         from bitdistill.tiny import make_reviews
 
         return make_reviews(split)
-    from datasets import load_dataset
-
-    if source is None:
-        if task.hub is None:
-            raise ValueError(f"task {task.name!r} has no hub data set; give a data file")
-        path, configuration = task.hub
-        try:
-            return load_dataset(path, configuration, split=split, streaming=streaming)
-        except (OSError, ConnectionError) as error:
-            raise ValueError(
-                f"data set {path} cannot be had ({type(error).__name__}); check the network, or "
-                "give a local file of the same columns"
-            ) from error
-    file = Path(source)
-    if not file.is_file():
-        raise FileNotFoundError(f"data file {file} does not exist; check the path")
-    if file.suffix not in LOCAL_FORMATS:
-        raise ValueError(f"{file}: unknown format; use {', '.join(LOCAL_FORMATS)}")
-    if file.stat().st_size == 0:
-        raise ValueError(f"{file} is empty; give a file with at least one example")
-    return load_dataset(
-        LOCAL_FORMATS[file.suffix], data_files=str(file), split="train", streaming=streaming
-    )
+    if task.hub is None:
+        raise ValueError(f"task {task.name!r} has no hub data set; give a data file")
+    return hub_rows(*task.hub, split, streaming=streaming)
 
 
 def load_examples(
@@ -160,7 +157,8 @@ def load_examples(
     """Examples of a task from a local file, or from its hub data set where `source` is None.
 
     `columns` maps the task's column names to the file's (`{"sentence": "review"}`). Labels may be
-    ids or the answers' words. Raises ValueError for a missing column, an unknown label or no data.
+    ids or the answers' words. Raises ValueError for a missing column or value, an unknown label or
+    no data.
     """
     columns = columns or {}
     split = split or task.splits[1]
@@ -174,7 +172,7 @@ def load_examples(
     return examples
 
 
-def _example(task: Task, index: int, row: dict[str, Any], columns: dict[str, str]) -> Example:
+def _example(task: Task, index: int, row: Row, columns: dict[str, str]) -> Example:
     values = {}
     for column in (*task.columns, task.target):
         name = columns.get(column, column)
@@ -183,6 +181,8 @@ def _example(task: Task, index: int, row: dict[str, Any], columns: dict[str, str
                 f"column {name!r} is missing{suggest(name, row)}; the data has "
                 f"{', '.join(row)}; map it with columns.{column}"
             )
+        if row[name] is None:
+            raise ValueError(f"example {index} has no value in column {name!r}; fix the data")
         values[column] = row[name]
     prompt = task.prompt.format(**{c: str(values[c]).strip() for c in task.columns})
     if task.kind == "summary":
@@ -192,15 +192,23 @@ def _example(task: Task, index: int, row: dict[str, Any], columns: dict[str, str
 
 
 def _label(task: Task, index: int, value: Any) -> int:
+    """The label id of a word or number, as files hold them: "Positive", 1, 1.0, "1"."""
     words = [label.strip().lower() for label in task.labels]
-    if isinstance(value, str):
-        text = value.strip().lower()
-        if text in words:
-            return words.index(text)
-        value = int(text) if text.lstrip("-").isdigit() else -1
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(words):
+    text = str(value).strip().lower()  # a CSV of True and False has booleans
+    if text in words:
+        return words.index(text)
+    label = _integer(text)
+    if label is None or not 0 <= label < len(words):
         raise ValueError(
             f"example {index} has label {value!r}, task {task.name!r} has "
             f"0..{len(words) - 1} ({', '.join(words)}); fix the data or map the label column"
         )
-    return value
+    return label
+
+
+def _integer(text: str) -> int | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None

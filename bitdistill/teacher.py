@@ -49,7 +49,8 @@ def load_model(model: Model, seed: int = 0) -> tuple[PreTrainedModel, Tokenizer]
 
         return make_base(seed)
     check_model(model)
-    source = str(Path(model.source).expanduser()) if Path(model.source).exists() else model.source
+    folder = Path(model.source).expanduser()
+    source = str(folder) if folder.exists() else model.source
     options = {"revision": model.revision or "main"}
     if model.gguf_file is not None:
         options["gguf_file"] = model.gguf_file
@@ -91,9 +92,9 @@ def licence_of(model: Model) -> str:
     """The licence the student inherits: as configured, or as the model card's header says."""
     if model.source == "tiny":
         return "apache-2.0"
-    card = Path(model.source) / "README.md"
+    card = Path(model.source).expanduser() / "README.md"
     if model.licence is None and card.is_file():
         for line in card.read_text(encoding="utf-8").splitlines()[:40]:
             if line.startswith("license:"):
-                return line.partition(":")[2].strip()
+                return line.partition(":")[2].strip().strip("'\"")
     return model.licence or LICENCE_UNKNOWN

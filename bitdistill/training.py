@@ -127,7 +127,8 @@ class Fit:
 
     def _compile_layers(self) -> None:
         """Regional compilation: each decoder layer alone, which starts up far faster."""
-        if not self.machine.compile:
+        wanted = self.machine.compile
+        if not wanted or (wanted == "auto" and self.hardware.device.type != "cuda"):
             return
         for model in filter(None, (self.model, self.objective.teacher)):
             for layer in layers_of(model):

@@ -14,7 +14,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bitdistill.evals.results import Result
 from bitdistill.names import suggest
@@ -30,14 +30,15 @@ METRICS = {
     "rougeL": "ROUGE-L",
     "rougeLsum": "ROUGE-Lsum",
     "bleu": "BLEU",
-    "agreement": "Agreement with PyTorch",
+    "agreement": "Agreement",
     "prefill_speed": "Prefill",
     "decode_speed": "Decode",
-    "peak_memory": "Peak memory",
-    "size_on_disk": "Size on disk",
+    "peak_memory": "Memory",
+    "size_on_disk": "Size",
 }
 TASK_METRICS = ("accuracy", "rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "agreement")
-DECIMALS = {"%": 2, "tokens/s": 1, "MiB": 1}
+UNITS = {"tokens/s": "tok/s"}
+DECIMALS = {"%": 2, "tokens/s": 0, "MiB": 1}
 Key = tuple[str, str, str, str, str]
 
 
@@ -74,6 +75,7 @@ class Table:
         task, metric = column
         tasks = {name for name, _ in self.columns if name}
         unit = next(row.cells[column].unit for row in self.rows if column in row.cells)
+        unit = UNITS.get(unit, unit)
         return f"{task + ' ' if len(tasks) > 1 and task else ''}{METRICS[metric]} ({unit})"
 
 
@@ -94,23 +96,33 @@ def build(results: Iterable[Result]) -> Table:
     return Table(list(rows.values()), columns)
 
 
-def _cell(result: Result | None) -> str:
+def _common_n(table: Table, column: tuple[str, str]) -> int | None:
+    """The n that all rows of a task metric share, or None where they differ."""
+    counts = {row.cells[column].n for row in table.rows if column in row.cells}
+    return counts.pop() if column[0] and len(counts) == 1 else None
+
+
+def _cell(result: Result | None, common_n: int | None) -> str:
     if result is None:
         return MISSING
     decimals = DECIMALS.get(result.unit, 2)
     text = f"{result.value:,.{decimals}f}"
-    if result.stderr is not None:
+    if result.stderr is not None and result.metric != "agreement":
         text += f" ± {result.stderr:.{decimals}f}"
-    return f"{text} (n={result.n:,})" if result.unit == "%" else text
+    own_n = result.unit == "%" and result.n != common_n
+    return f"{text} (n={result.n:,})" if own_n else text
 
 
 def _texts(table: Table) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text, for people."""
     header = [name.capitalize() for name in table.identity]
-    header += [table.header(column) for column in table.columns]
+    counts = {column: _common_n(table, column) for column in table.columns}
+    for column, n in counts.items():
+        text = table.header(column)
+        header.append(text if n is None else f"{text.removesuffix(')')}, n={n:,})")
     rows = [
         [str(getattr(row, name)) for name in table.identity]
-        + [_cell(row.cells.get(column)) for column in table.columns]
+        + [_cell(row.cells.get(column), n) for column, n in counts.items()]
         for row in table.rows
     ]
     return header, rows
@@ -170,14 +182,19 @@ def render(results: Sequence[Result], format: str = "markdown") -> str:
 
 def rich_table(results: Sequence[Result]) -> RichTable:
     """The table for a terminal (rich)."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable
 
     table = build(results)
     header, rows = _texts(table)
     tasks = ", ".join(dict.fromkeys(f"{r.task} ({r.split})" for r in results))
-    shown = RichTable(title=tasks, title_justify="left")
+    # narrow enough for a terminal of 80 columns
+    shown = RichTable(
+        title=tasks, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for index, name in enumerate(header):
-        shown.add_column(name, justify="left" if index < len(table.identity) else "right")
+        justify: Literal["left", "right"] = "left" if index < len(table.identity) else "right"
+        shown.add_column(name.replace(" (", "\n(").replace(", n", ",\nn"), justify=justify, no_wrap=True)
     for row in rows:
         shown.add_row(*row)
     return shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -62,11 +63,11 @@ def test_a_result_that_is_not_a_number_is_not_written(tmp_path: Path) -> None:
 
 def test_markdown() -> None:
     assert render(RESULTS, "markdown") == (
-        "| Method | Backend | Accuracy (%) | Agreement with PyTorch (%) | Decode (tokens/s) "
-        "| Size on disk (MiB) |\n"
+        "| Method | Backend | Accuracy (%, n=872) | Agreement (%, n=872) | Decode (tok/s) "
+        "| Size (MiB) |\n"
         "| --- | --- | ---: | ---: | ---: | ---: |\n"
-        "| fp16-sft | torch | 93.12 ± 0.50 (n=872) | – | – | 1,234.6 |\n"
-        "| bitdistill | onnx | 92.00 ± 0.50 (n=872) | 99.50 ± 0.50 (n=872) | 50.2 | – |\n"
+        "| fp16-sft | torch | 93.12 ± 0.50 | – | – | 1,234.6 |\n"
+        "| bitdistill | onnx | 92.00 ± 0.50 | 99.50 | 50 | – |\n"
     )
 
 
@@ -74,10 +75,10 @@ def test_csv_and_json_hold_full_numbers() -> None:
     rows = list(csv.DictReader(io.StringIO(render(RESULTS, "csv"))))
     assert [row["Accuracy (%)"] for row in rows] == ["93.125", "92.0"]
     assert (rows[0]["Accuracy (%) stderr"], rows[0]["Accuracy (%) n"]) == ("0.5", "872")
-    assert rows[0]["Decode (tokens/s)"] == ""
+    assert rows[0]["Decode (tok/s)"] == ""
     records = json.loads(render(RESULTS, "json"))
-    assert records[0]["Size on disk (MiB)"] == 1234.56
-    assert records[0]["Agreement with PyTorch (%)"] is None
+    assert records[0]["Size (MiB)"] == 1234.56
+    assert records[0]["Agreement (%)"] is None
     assert records[1]["backend"] == "onnx"
 
 
@@ -87,7 +88,7 @@ def test_rich_table_shows_the_same_cells() -> None:
     console = Console(file=io.StringIO(), width=200)
     console.print(rich_table(RESULTS))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("sst2 (validation)", "Decode (tokens/s)", "93.12 ± 0.50 (n=872)", "–"):
+    for part in ("sst2 (validation)", "n=872)", "93.12 ± 0.50", "–"):
         assert part in text
 
 
@@ -102,9 +103,17 @@ def test_rows_and_columns_that_would_look_alike_are_told_apart() -> None:
     other = result("accuracy", 1.0, artifact="other", artifact_hash="2", model="big", task="mnli")
     twin = result("accuracy", 2.0, artifact="twin", artifact_hash="3")
     lines = render([*RESULTS, other, twin], "markdown").splitlines()
-    assert lines[0].startswith("| Model | Method | Backend | Artifact | sst2 Accuracy (%) |")
-    assert "mnli Accuracy (%)" in lines[0]
+    assert lines[0].startswith("| Model | Method | Backend | Artifact | sst2 Accuracy (%, n=872) |")
+    assert "mnli Accuracy (%, n=872)" in lines[0]
     assert len(lines) == 2 + 4
+
+
+def test_n_stands_in_the_cells_where_it_differs() -> None:
+    short = dataclasses.replace(RESULTS[0], n=100, backend="mlx", artifact_hash="4")
+    text = render([RESULTS[0], short], "markdown")
+    assert "Accuracy (%) |" in text
+    assert "93.12 ± 0.50 (n=872)" in text
+    assert "93.12 ± 0.50 (n=100)" in text
 
 
 def test_unknown_format_and_no_results_are_refused() -> None:
