@@ -209,6 +209,8 @@ def evaluate(
     """Score and time directories side by side: teachers, students, artifacts."""
     from bitdistill import evals
 
+    if out is not None:
+        evals.check_output(out)
     results = evals.run(
         list(directories),
         task,

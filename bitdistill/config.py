@@ -249,7 +249,10 @@ def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"recipe file {path} does not exist; check the path")
-        values = _read_yaml(path.read_text(encoding="utf-8"), str(path))
+        try:
+            values = _read_yaml(path.read_text(encoding="utf-8"), str(path))
+        except UnicodeDecodeError:
+            raise ConfigError(f"recipe file {path} is not UTF-8 text; save it again") from None
     else:
         if recipe not in recipe_names():
             raise ConfigError(f"unknown recipe {recipe!r}{suggest(recipe, recipe_names())}")

@@ -201,6 +201,16 @@ class PackedBatches:
         self._buffer, self._turn = list(state["buffer"]), state["turn"]
 
 
+def check_sources(config: Config) -> None:
+    """FileNotFoundError for a local file that some stage would miss, maybe hours from now."""
+    files = [config.task.train, config.task.validation]
+    if config.base.enabled or config.pretrain.enabled:
+        files += [s for s in config.corpus.sources if Path(s).suffix.lower() in LOCAL_FORMATS]
+    for file in files:
+        if file is not None and not Path(file).is_file():
+            raise FileNotFoundError(f"data file {file} does not exist; check the path")
+
+
 def task_rows(
     data: TaskData, tokenizer: Tokenizer, max_length: int, seed: int = 0
 ) -> list[Encoded]:

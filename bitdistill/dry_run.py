@@ -16,13 +16,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill.config import Config, Distillation, Training, dump_config
-from bitdistill.data import TaskBatches, task_rows
+from bitdistill.data import TaskBatches, check_sources, corpus_batches, task_rows
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.quantize import BitLinear
 from bitdistill.student import make_student
+from bitdistill.tasks import load_examples
 from bitdistill.teacher import ModelError, check_model, load_model
 from bitdistill.training import Fit, TrainingError
 
@@ -43,6 +45,16 @@ def check_packages(config: Config) -> list[str]:
     if missing:
         raise ImportError(f"missing packages: {', '.join(missing)}; pip install bitdistill again")
     return needed
+
+
+def _check_texts(config: Config, tokenizer: Tokenizer) -> None:
+    """Read a first validation example and the first text of every corpus source."""
+    data = config.task
+    if data.validation is not None:
+        load_examples(data.resolve(), data.validation, limit=1, columns=data.columns)
+    if config.base.enabled or config.pretrain.enabled:
+        for stream in corpus_batches(config, tokenizer, 2, 1, 1).streams:
+            stream.next()
 
 
 def _stages(config: Config) -> dict[str, Training]:
@@ -116,7 +128,9 @@ def dry_run(config: Config) -> str:
     packages = check_packages(config)
     if config.model.source != "tiny":
         check_model(config.model)
+    check_sources(config)
     base, tokenizer = load_model(config.model, config.seed)
+    _check_texts(config, tokenizer)
     settings = config.distill
     rows = task_rows(config.task, tokenizer, settings.max_length, config.seed)
     if tokenizer.eos_token_id is None:

@@ -74,8 +74,13 @@ def read_manifest(directory: Path, kind: str | None = None) -> dict[str, Any]:
             "make it again, or install the version that wrote it"
         )
     if kind is not None and manifest.get("kind") != kind:
-        raise FormatError(f"{directory} holds a {manifest.get('kind')}, a {kind} was expected")
+        raise FormatError(f"{directory} holds {an(manifest.get('kind'))}, expected {an(kind)}")
     return manifest
+
+
+def an(kind: Any) -> str:
+    """`a student`, `an artifact`."""
+    return f"an {kind}" if str(kind)[:1] in tuple("aeio") else f"a {kind}"
 
 
 def _missing(directory: Path) -> str:
@@ -125,6 +130,8 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
     Raises FileExistsError when `path` exists and `force` is false. With `force`, the old directory
     stays until the new one is complete, and only a directory that carries a manifest is replaced.
     """
+    if any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
+        raise FileExistsError(f"{path} cannot be a directory there; choose another --out")
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists; pass --force to replace it, or another --out")
     if path.exists() and not (path / MANIFEST).is_file() and any(path.iterdir()):

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from bitdistill import __version__, checkpoint, manifest
 from bitdistill.cards import model_card
 from bitdistill.config import Config, Training, dump_config
-from bitdistill.data import Batches, TaskBatches, corpus_batches, task_rows
+from bitdistill.data import Batches, TaskBatches, check_sources, corpus_batches, task_rows
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
@@ -54,6 +54,8 @@ class Recipe:
         self, config: Config, out: Path, *, resume: bool = False, quiet: bool = False
     ) -> None:
         self.config, self.out, self.resume = config, out, resume
+        if any(p.exists() and not p.is_dir() for p in (out, *out.parents)):
+            raise FileExistsError(f"{out} cannot be a directory there; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         self.reporter = Reporter(out / "log.jsonl", quiet)
         self.task = config.task.resolve()
@@ -61,7 +63,7 @@ class Recipe:
     def run(self) -> Path:
         """All stages; returns the student directory."""
         config = self.config
-        (self.out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        check_sources(config)
         if config.machine.threads is not None:
             torch.set_num_threads(config.machine.threads)
         shared = ("model", "seed")
@@ -186,6 +188,7 @@ class Recipe:
             self.config.machine,
             self.reporter,
             state_dir,
+            self._fingerprint(stage),
         )
         if state_dir.exists():
             if not self.resume:
@@ -208,7 +211,7 @@ class Recipe:
         mark = self._fingerprint(stage)
         if path.exists():
             content = manifest.read_manifest(path, stage.kind)
-            if content["fingerprint"] != mark:
+            if content.get("fingerprint") != mark:
                 raise TrainingError(
                     f"{path} was made with another configuration; use another --out, or remove it "
                     "and the stages after it"
@@ -216,6 +219,7 @@ class Recipe:
             self.reporter.say(f"{stage.directory}: complete, skipped")
             return
         self.reporter.say(f"{stage.directory}: started")
+        (self.out / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
         (model, tokenizer), metrics = work(stage)
         if stage.kind == "student":
             metrics |= quantization_statistics(model)

@@ -178,8 +178,8 @@ def _example(task: Task, index: int, row: Row, columns: dict[str, str]) -> Examp
         name = columns.get(column, column)
         if name not in row:
             raise ValueError(
-                f"column {name!r} is missing{suggest(name, row)}; the data has "
-                f"{', '.join(row)}; map it with columns.{column}"
+                f"column {name!r} is missing; the data has {', '.join(row)}; map it with "
+                f"columns.{column}"
             )
         if row[name] is None:
             raise ValueError(f"example {index} has no value in column {name!r}; fix the data")

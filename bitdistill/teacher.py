@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -51,23 +53,34 @@ def load_model(model: Model, seed: int = 0) -> tuple[PreTrainedModel, Tokenizer]
     check_model(model)
     folder = Path(model.source).expanduser()
     source = str(folder) if folder.exists() else model.source
-    options = {"revision": model.revision or "main"}
+    options: dict[str, Any] = {"revision": model.revision or "main"}
     if model.gguf_file is not None:
         options["gguf_file"] = model.gguf_file
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        family_of(config.model_type)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    except OSError as error:
+    config = _attempt(AutoConfig, model, source, options)
+    family_of(config.model_type)
+    tokenizer = _attempt(AutoTokenizer, model, source, options)
+    precise = options | {"dtype": torch.float32, "output_loading_info": True}
+    loaded, report = _attempt(AutoModelForCausalLM, model, source, precise)
+    if report["missing_keys"]:  # transformers would train random weights in their place
         raise ModelError(
-            f"model {model.source} cannot be had ({str(error).splitlines()[0]}); check the name "
-            "and the network, or give a local directory"
-        ) from error
+            f"model {model.source} lacks {len(report['missing_keys'])} tensors, e.g. "
+            f"{min(report['missing_keys'])}; fetch or copy it again"
+        )
     if model.gguf_file is not None:
         loaded = _without_gguf_traces(loaded)
     check_layers(loaded)
     return loaded, tokenizer
+
+
+def _attempt(auto: Any, model: Model, source: str, options: dict[str, Any]) -> Any:
+    """What an Auto class loads from `source`, or a ModelError with the library's reason."""
+    try:
+        return auto.from_pretrained(source, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"model {model.source} cannot be had ({auto.__name__}: {str(error).splitlines()[0]}); "
+            "check the name and the network, or give a complete local directory"
+        ) from error
 
 
 def _without_gguf_traces(loaded: PreTrainedModel) -> PreTrainedModel:

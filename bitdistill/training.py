@@ -29,6 +29,8 @@ from bitdistill.quantize import set_anneal
 from bitdistill.student import layers_of
 
 LOG_EVERY = 10
+# sections of the configuration, where a stage has another name
+SECTIONS = {"bitnet-sft": "bitnet_sft", "pretrained": "pretrain", "student": "distill"}
 
 
 class TrainingError(RuntimeError):
@@ -50,6 +52,8 @@ class Hardware:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cuda" and not torch.cuda.is_available():
             raise TrainingError("machine.device is cuda, but torch sees no GPU; use cpu or auto")
+        if name == "mps" and not torch.backends.mps.is_available():
+            raise TrainingError("machine.device is mps, but torch has no Metal; use cpu or auto")
         precision = machine.precision
         if precision == "auto":
             precision = "bfloat16" if name == "cuda" else "float32"
@@ -82,7 +86,7 @@ def total_steps(settings: Training, batches: Batches) -> int:
         return settings.steps
     per_epoch = batches.steps_per_epoch()
     if per_epoch is None or settings.epochs is None:
-        raise TrainingError("a corpus has no epochs: give pretrain.steps")
+        raise TrainingError("a corpus has no epochs: give the stage's steps instead")
     return max(1, math.ceil(settings.epochs * per_epoch))
 
 
@@ -98,7 +102,9 @@ class Fit:
         machine: Machine,
         reporter: Reporter,
         state_dir: Path,
+        fingerprint: str = "",
     ) -> None:
+        self.fingerprint = fingerprint  # of everything the stage depends on
         self.name, self.objective, self.batches = name, objective, batches
         self.model: PreTrainedModel = objective.student
         self.settings, self.machine, self.reporter = settings, machine, reporter
@@ -145,7 +151,8 @@ class Fit:
                 self.objective.fit_relation_weight(window)
         set_anneal(self.model, 1.0)
         sums: dict[str, Tensor] = {}
-        tokens, last = 0, {"ce": math.nan}
+        tokens = 0
+        last: dict[str, float] = {}
         saved = time.monotonic()
         with self.reporter.stage(self.name, self.total, self.step) as meter:
             while self.step < self.total:
@@ -160,6 +167,7 @@ class Fit:
                     if time.monotonic() - saved > 60 * self.machine.save_minutes:
                         self.save()
                         saved = time.monotonic()
+        self._check_weights()
         set_anneal(self.model, 1.0)
         self.model.eval()
         return last
@@ -194,17 +202,26 @@ class Fit:
         terms = {key: float(value) / steps for key, value in sums.items()}
         sums.clear()
         if not all(math.isfinite(value) for value in terms.values()):
-            kept = f"; the state of an earlier step is kept in {self.state_dir}, --resume uses it"
-            raise TrainingError(
-                f"stage {self.name}: the loss is not finite at step {self.step} ("
-                + ", ".join(f"{key} {value}" for key, value in terms.items())
-                + f"); lower {self.name.replace('-', '_')}.learning_rate or raise warmup"
-                + (kept if self.state_dir.exists() else "")
-            )
+            found = ", ".join(f"{key} {value}" for key, value in terms.items())
+            raise self._diverged(f"the loss is not finite ({found})")
         return terms
+
+    def _check_weights(self) -> None:
+        """A finite loss can still have had gradients that are not; such weights are not kept."""
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise self._diverged("the weights are not finite")
+
+    def _diverged(self, fact: str) -> TrainingError:
+        section = SECTIONS.get(self.name, self.name)
+        kept = f"; the state of an earlier step is kept in {self.state_dir}"
+        return TrainingError(
+            f"stage {self.name}: {fact} at step {self.step}; lower {section}.learning_rate or "
+            f"raise {section}.warmup" + (kept if self.state_dir.exists() else "")
+        )
 
     def save(self) -> None:
         """Write the training state, whole or not at all; it replaces the one before."""
+        self._check_weights()
         names = {id(p): name for name, p in self.model.named_parameters()}
         tensors = {"random": torch.get_rng_state()}
         for parameter, values in self.optimizer.state.items():
@@ -216,23 +233,27 @@ class Fit:
             save_file(tensors, partial / "optimizer.safetensors")
             position = {
                 "step": self.step,
-                "total": self.total,
                 "data": self.batches.state(),
                 "relation_weight": self.objective.relation_weight,
             }
             manifest.write_json(partial / "position.json", position)
-            manifest.write_manifest(partial, "training-state", {"stage": self.name})
+            manifest.write_manifest(partial, "training-state", self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a saved state to be continued."""
+        return {"stage": self.name, "total": self.total, "fingerprint": self.fingerprint}
 
     def restore(self) -> None:
         """Return to the state `save` wrote; FormatError if it is incomplete or altered."""
         content = manifest.read_manifest(self.state_dir, "training-state")
+        if differing := [k for k, v in self._identity().items() if content.get(k) != v]:
+            raise TrainingError(
+                f"{self.state_dir} is the state of another run ({', '.join(differing)} differ); "
+                f"continue with the configuration it began with, or remove it to start stage "
+                f"{self.name} again"
+            )
         manifest.verify_files(self.state_dir, content)
         position: dict[str, Any] = json.loads((self.state_dir / "position.json").read_text("utf-8"))
-        if position["total"] != self.total:
-            raise TrainingError(
-                f"{self.state_dir} is from a run of {position['total']} steps, this one has "
-                f"{self.total}; remove it to start stage {self.name} again"
-            )
         device = str(self.hardware.device)
         weights = load_file(self.state_dir / "model.safetensors", device=device)
         tensors = load_file(self.state_dir / "optimizer.safetensors", device=device)

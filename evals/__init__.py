@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from bitdistill.evals.bench import Speed, measure
     from bitdistill.evals.parity import report
     from bitdistill.evals.process import WorkerError
-    from bitdistill.evals.results import Result, read_jsonl, write_jsonl
+    from bitdistill.evals.results import Result, check_output, read_jsonl, write_jsonl
     from bitdistill.evals.runner import run
     from bitdistill.evals.tables import render, rich_table
 
 _HOME = {
     "run": "runner",
     "Result": "results",
+    "check_output": "results",
     "read_jsonl": "results",
     "write_jsonl": "results",
     "render": "tables",
@@ -33,6 +34,7 @@ __all__ = [
     "Result",
     "Speed",
     "WorkerError",
+    "check_output",
     "measure",
     "read_jsonl",
     "render",

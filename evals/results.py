@@ -46,6 +46,13 @@ class Result:
         return dataclasses.asdict(self)
 
 
+def check_output(path: str | Path) -> None:
+    """FileExistsError where `write_jsonl` could not write, found before the long work."""
+    path = Path(path)
+    if path.is_dir() or any(p.exists() and not p.is_dir() for p in path.parents):
+        raise FileExistsError(f"{path} cannot be a file there; choose another --out")
+
+
 def write_jsonl(results: Iterable[Result], path: str | Path) -> None:
     """Append results to a file, one JSON object a line; the folder is made if it is missing."""
     path = Path(path)

@@ -100,7 +100,7 @@ def _open(path: Path) -> StudentFiles:
     kind = manifest.read_manifest(path)["kind"]
     if kind != "student":
         raise manifest.FormatError(
-            f"{path} holds a {kind}, only a student can be exported; give the student directory "
+            f"{path} holds {manifest.an(kind)}, only a student can be exported; give the student directory "
             "that `bitdistill train` wrote"
         )
     from bitdistill.checkpoint import open_student  # imports torch
@@ -115,7 +115,9 @@ def _guard(out: Path, force: bool) -> None:
     if force and (out / manifest.MANIFEST).is_file():
         kind = manifest.read_manifest(out)["kind"]
         if kind != "artifact":
-            raise FileExistsError(f"{out} holds a {kind} and is not replaced; choose another --out")
+            raise FileExistsError(
+                f"{out} holds {manifest.an(kind)} and is not replaced; choose another --out"
+            )
 
 
 def _describe(student: StudentFiles, target: str) -> dict[str, Any]:
