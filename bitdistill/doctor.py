@@ -36,7 +36,9 @@ def _packages(lines: list[str]) -> bool:
         healthy &= version is not None
         lines.append(f"  {package:<20} {version or 'MISSING: pip install ' + package}")
     for package, remedy in EXTRAS.items():
-        lines.append(f"  {package:<20} {_version(package) or 'not installed (optional): ' + remedy}")
+        lines.append(
+            f"  {package:<20} {_version(package) or 'not installed (optional): ' + remedy}"
+        )
     return healthy
 
 
@@ -44,7 +46,9 @@ def _torch() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return f"usable, on {torch.cuda.get_device_name()} and {torch.get_num_threads()} CPU threads"
+        return (
+            f"usable, on {torch.cuda.get_device_name()} and {torch.get_num_threads()} CPU threads"
+        )
     return f"usable, on {torch.get_num_threads()} CPU threads (no CUDA device)"
 
 

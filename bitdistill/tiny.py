@@ -34,7 +34,13 @@ BAD = """dull clumsy weak slow cold stale boring harsh fake loud tedious lifeles
 dreadful careless predictable tiresome forgettable""".split()
 ADVERBS = ["very", "really", "quite", "so", "truly", "rather", "utterly", "deeply"]
 PEOPLE = ["my sister", "the critic", "a friend", "everyone", "the neighbour", "my father"]
-RELATIVES = ["that we saw", "in the second half", "of the film", "in this movie", "on the big screen"]
+RELATIVES = [
+    "that we saw",
+    "in the second half",
+    "of the film",
+    "in this movie",
+    "on the big screen",
+]
 
 SPLITS = {"train": (24_000, 1), "validation": (1_000, 2)}
 
@@ -97,7 +103,9 @@ def make_reviews(split: str) -> list[dict[str, Any]]:
     if split not in SPLITS:
         raise ValueError(f"the tiny task has splits {', '.join(SPLITS)}, not {split!r}")
     count, seed = SPLITS[split]
-    held_out = set() if split == "validation" else {r["sentence"] for r in make_reviews("validation")}
+    held_out = (
+        set() if split == "validation" else {r["sentence"] for r in make_reviews("validation")}
+    )
     grammar = Grammar(seed)
     rows: list[dict[str, Any]] = []
     while len(rows) < count:
@@ -128,7 +136,9 @@ def make_base(seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     import torch
 
     texts = [text for text, _ in zip(corpus(), range(4000), strict=False)]
-    tokenizer = train_tokenizer([*texts, *["\nVerdict: good", "\nVerdict: bad"] * 50], vocabulary=640)
+    tokenizer = train_tokenizer(
+        [*texts, *["\nVerdict: good", "\nVerdict: bad"] * 50], vocabulary=640
+    )
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=640,

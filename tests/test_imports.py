@@ -153,13 +153,15 @@ def test_what_an_import_loads(statement: str, heavy: tuple[str, ...]) -> None:
 
 
 def test_public_names() -> None:
-    program = "import bitdistill\nfor name in bitdistill.__all__: print(name, getattr(bitdistill, name))"
+    program = (
+        "import bitdistill\nfor name in bitdistill.__all__: print(name, getattr(bitdistill, name))"
+    )
     assert len(run(program).splitlines()) == 7
     program = "import bitdistill\ntry: bitdistill.nonsense\nexcept AttributeError as e: print(e)"
     assert run(program) == "module 'bitdistill' has no attribute 'nonsense'"
 
 
-# --- safety and size -------------------------------------------------------------------------------
+# --- safety and size ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -180,7 +182,9 @@ def test_nothing_unpickles_or_runs_foreign_code(path: Path) -> None:
 
 
 def test_the_safety_test_sees_calls() -> None:
-    calls = [n for p in SOURCES for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.Call)]
+    calls = [
+        n for p in SOURCES for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.Call)
+    ]
     assert len(calls) > 1000
 
 

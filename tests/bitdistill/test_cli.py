@@ -84,7 +84,7 @@ def copy(source: Path, target: Path) -> Path:
     return target
 
 
-# --- help ------------------------------------------------------------------------------------------
+# --- help -----------------------------------------------------------------------------------------
 
 
 def test_help_lists_the_commands(cli: Callable[..., Done]) -> None:
@@ -133,7 +133,7 @@ def test_python_m_bitdistill() -> None:
     assert done.stdout.endswith(f"{bitdistill.__version__}\n")
 
 
-# --- mistakes --------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_outputs_that_cannot_be_written_are_found_first(
     assert file.read_text() == "text"
 
 
-# --- commands that succeed -------------------------------------------------------------------------
+# --- commands that succeed ------------------------------------------------------------------------
 
 
 def test_recipes(cli: Callable[..., Done]) -> None:
@@ -258,7 +258,9 @@ def test_recipes(cli: Callable[..., Done]) -> None:
 
 def test_dry_run(cli: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = cli("train", "--dry-run", "--set", "task.limit_train=12", "--set", "distill.batch_size=2")
+    done = cli(
+        "train", "--dry-run", "--set", "task.limit_train=12", "--set", "distill.batch_size=2"
+    )
     assert done.code == 0
     for text in (
         "limit_train: 12",
@@ -380,7 +382,9 @@ def test_generate(
     student_dir: Callable[..., Path],
 ) -> None:  # fmt: skip
     student = student_dir("qwen3", task=TASKS["sst2"].to_json())
-    texts = [cli("generate", d, "the film is", "--max-new-tokens", "5") for d in (student, artifact)]
+    texts = [
+        cli("generate", d, "the film is", "--max-new-tokens", "5") for d in (student, artifact)
+    ]
     assert texts[0].code == texts[1].code == 0
     assert texts[0].out.endswith("\n")
     assert texts[0].out == texts[1].out
@@ -402,8 +406,8 @@ def test_doctor(cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> No
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith(f"bitdistill {bitdistill.__version__}, Python 3.")
     for name in ("torch", "onnx", "mlx"):
-        assert any(line.split()[:2] == [name, "usable"] or line.strip().startswith(f"{name} ") and
-                   "usable" in line for line in done.out.splitlines())  # fmt: skip
+        assert any(line.split()[:2] == [name, "usable"] or (line.strip().startswith(f"{name} ") and
+                   "usable" in line) for line in done.out.splitlines())  # fmt: skip
     assert "instruction sets" in done.out
 
     from bitdistill import doctor

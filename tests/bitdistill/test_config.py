@@ -161,12 +161,12 @@ def test_files_that_are_refused(text: str, message: str, tmp_path: Path) -> None
 
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_bytes(b"name: \xff\xfe")
-    with pytest.raises(ConfigError, match="own.yaml is not UTF-8 text; save it again"):
+    with pytest.raises(ConfigError, match=r"own.yaml is not UTF-8 text; save it again"):
         load_config(str(tmp_path / "own.yaml"))
 
 
 def test_a_missing_file() -> None:
-    with pytest.raises(ConfigError, match="recipe file nowhere/own.yaml does not exist"):
+    with pytest.raises(ConfigError, match=r"recipe file nowhere/own.yaml does not exist"):
         load_config("nowhere/own.yaml")
 
 
@@ -202,7 +202,11 @@ def test_a_summary_task_of_your_own() -> None:
     [
         ("labels", [], "a task of your own needs prompt, inputs, target and (label) labels"),
         ("target", None, "a task of your own needs prompt, inputs, target and (label) labels"),
-        ("prompt", "{titel}", "prompt has the fields ['titel'], the inputs are ['subject', 'body']"),
+        (
+            "prompt",
+            "{titel}",
+            "prompt has the fields ['titel'], the inputs are ['subject', 'body']",
+        ),
         ("prompt", "no input", "prompt has the fields []"),
         ("prompt", "{subject.x}", "prompt has the fields ['subject.x']"),
         ("prompt", "{subject} }", "prompt is not a template"),

@@ -34,7 +34,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-# --- task examples -------------------------------------------------------------------------------
+# --- task examples --------------------------------------------------------------------------------
 
 
 def test_encoding_is_prompt_then_answer(tokenizer: Any) -> None:
@@ -73,7 +73,10 @@ def test_a_long_answer_leaves_one_token_of_the_prompt(tokenizer: Any) -> None:
 def test_collate_by_hand(multiple: int, length: int) -> None:
     batch = collate([Encoded([5, 6, 7, 8, 9], 2), Encoded([4, 3], 1)], pad=1, multiple=multiple)
     rest = length - 5
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9] + [1] * rest, [4, 3, 1, 1, 1] + [1] * rest]
+    assert batch["input_ids"].tolist() == [
+        [5, 6, 7, 8, 9] + [1] * rest,
+        [4, 3, 1, 1, 1] + [1] * rest,
+    ]
     assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * rest, [1, 1] + [0] * (3 + rest)]
     assert batch["labels"].tolist() == [
         [IGNORED] * 3 + [8, 9] + [IGNORED] * rest,
@@ -91,7 +94,9 @@ def seen(batches: TaskBatches, steps: range) -> list[list[list[int]]]:
     return [[b["input_ids"][:, 0].tolist() for b in batches.window(step)] for step in steps]
 
 
-@pytest.mark.parametrize(("count", "size", "accumulate"), [(37, 4, 1), (37, 4, 3), (3, 8, 2), (8, 8, 1)])
+@pytest.mark.parametrize(
+    ("count", "size", "accumulate"), [(37, 4, 1), (37, 4, 3), (3, 8, 2), (8, 8, 1)]
+)
 def test_an_epoch_covers_every_example(count: int, size: int, accumulate: int) -> None:
     batches = TaskBatches(numbered(count), 0, size, accumulate)
     steps = batches.steps_per_epoch()
@@ -147,7 +152,7 @@ def test_limit_train_takes_a_seeded_part(tokenizer: Any, tmp_path: Path) -> None
     assert all(row in everything for row in first)
 
 
-# --- packed text ---------------------------------------------------------------------------------
+# --- packed text ----------------------------------------------------------------------------------
 
 
 def packed(tokenizer: Any, documents: list[list[str]], **sizes: int) -> PackedBatches:
@@ -194,11 +199,11 @@ def test_a_stream_starts_again_at_its_end() -> None:
 
 
 def test_an_empty_corpus() -> None:
-    with pytest.raises(ValueError, match="the pre-training corpus is empty; check corpus.sources"):
+    with pytest.raises(ValueError, match=r"the pre-training corpus is empty; check corpus.sources"):
         TextStream([]).next()
 
 
-# --- corpus sources ------------------------------------------------------------------------------
+# --- corpus sources -------------------------------------------------------------------------------
 
 
 def with_corpus(*settings: str) -> Config:
@@ -226,7 +231,9 @@ def test_a_local_corpus(form: str, tokenizer: Any, tmp_path: Path) -> None:
     assert first_texts(config, tokenizer, 4) == ["one", "two", "three", "one"]
     config = with_corpus(f"sources=[{file}]", "column=body", "limit=2")
     assert first_texts(config, tokenizer, 3) == ["one", "two", "one"]
-    with pytest.raises(ValueError, match="has no column 'text', only body, source; set corpus.col"):
+    with pytest.raises(
+        ValueError, match=r"has no column 'text', only body, source; set corpus.col"
+    ):
         first_texts(with_corpus(f"sources=[{file}]"), tokenizer, 1)
 
 
@@ -252,7 +259,11 @@ def test_the_embedded_corpus_is_mixed_with_others(tokenizer: Any, tmp_path: Path
     [
         ("gone.jsonl", None, "data file .*gone.jsonl does not exist; check the path"),
         ("corpus.txt", "plain", "corpus.txt: unknown format; use .jsonl"),
-        ("number.jsonl", '{"text": 5}\n', "row 0 of .*number.jsonl has 5 in column 'text', not text"),
+        (
+            "number.jsonl",
+            '{"text": 5}\n',
+            "row 0 of .*number.jsonl has 5 in column 'text', not text",
+        ),
         ("null.jsonl", '{"text": "a"}\n{"text": null}\n', "row 1 of .* has None in column 'text'"),
         ("bad.jsonl", '{"text": ', r"bad.jsonl cannot be read as json \("),
     ],

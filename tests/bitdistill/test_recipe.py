@@ -23,7 +23,9 @@ SHORT = {"steps": 2, "batch_size": 2, "max_length": 24, "learning_rate": 1e-3}
 
 
 @pytest.fixture
-def recipe(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Callable[..., Config]:
+def recipe(
+    make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> Callable[..., Config]:
     """`recipe(*settings)`: a run of two steps a stage on a local random teacher and file."""
     import datasets
 
@@ -307,9 +309,7 @@ def test_pretraining_stands_between(recipe: Callable[..., Config], tmp_path: Pat
 
 
 def test_a_summary_task(recipe: Callable[..., Config], tmp_path: Path) -> None:
-    config = recipe(
-        "task.name=cnn_dailymail", "task.columns={article: sentence, highlights: gist}"
-    )
+    config = recipe("task.name=cnn_dailymail", "task.columns={article: sentence, highlights: gist}")
     student = train(config, tmp_path / "run", quiet=True)
     task = manifest.read_manifest(student)["task"]
     assert (task["kind"], task["target"]) == ("summary", "highlights")
@@ -330,7 +330,7 @@ def test_missing_files_are_found_before_the_first_stage(
     recipe: Callable[..., Config], tmp_path: Path, key: str
 ) -> None:
     setting = f"task.{key}=none.csv" if key != "corpus" else "corpus.sources=[task, none.csv]"
-    with pytest.raises(FileNotFoundError, match="data file none.csv does not exist; check the"):
+    with pytest.raises(FileNotFoundError, match=r"data file none.csv does not exist; check the"):
         train(recipe("pretrain.enabled=true", setting), tmp_path / "run", quiet=True)
     assert stages_of(tmp_path / "run") == set()
 

@@ -159,12 +159,12 @@ def test_files_that_are_refused(
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="data file .*none.csv does not exist; check"):
+    with pytest.raises(FileNotFoundError, match=r"data file .*none.csv does not exist; check"):
         load_examples(SST2, tmp_path / "none.csv")
 
 
 def test_unknown_tasks_and_tasks_without_data() -> None:
-    with pytest.raises(ValueError, match="unknown task 'sst3'; did you mean 'sst2'?"):
+    with pytest.raises(ValueError, match=r"unknown task 'sst3'; did you mean 'sst2'?"):
         get_task("sst3")
     own = dataclasses.replace(SST2, name="own", hub=None)
     with pytest.raises(ValueError, match="task 'own' has no hub data set; give a data file"):

@@ -52,7 +52,7 @@ def test_home_is_expanded(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_missing_directory(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="model directory .*/none does not exist; check model.so"):
+    with pytest.raises(ModelError, match=r"model directory .*/none does not exist; check model.so"):
         load_model(Model(source=str(tmp_path / "none")))
 
 
@@ -122,7 +122,9 @@ def test_an_architecture_that_is_not_known(tokenizer: Any, tmp_path: Path) -> No
     config = hf.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=len(tokenizer))
     hf.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'gpt2' is not supported; known: llama, qwen2, qwen3, ge"):
+    with pytest.raises(
+        ValueError, match=r"'gpt2' is not supported; known: llama, qwen2, qwen3, ge"
+    ):
         load_model(Model(source=str(tmp_path)))
 
 
@@ -136,7 +138,7 @@ def test_remote_code_is_never_run(model_dir: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-# --- GGUF ------------------------------------------------------------------------------------------
+# --- GGUF -----------------------------------------------------------------------------------------
 
 
 def write_gguf(file: Path, model: Any, tokenizer: Any) -> None:
@@ -159,7 +161,9 @@ def write_gguf(file: Path, model: Any, tokenizer: Any) -> None:
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(vocabulary)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(vocabulary) - 3))
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(vocabulary) - 3)
+    )
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -195,7 +199,9 @@ def test_gguf(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path) 
 
 
 def test_a_missing_gguf_file(model_dir: Path) -> None:
-    with pytest.raises(ModelError, match="has no x.gguf; it is not a Hugging Face model directory"):
+    with pytest.raises(
+        ModelError, match=r"has no x.gguf; it is not a Hugging Face model directory"
+    ):
         load_model(Model(source=str(model_dir), gguf_file="x.gguf"))
 
 
@@ -214,7 +220,7 @@ def test_gguf_without_its_packages(
     )
 
 
-# --- licences --------------------------------------------------------------------------------------
+# --- licences -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

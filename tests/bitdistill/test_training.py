@@ -53,9 +53,7 @@ def task_batches(size: int = 2, accumulate: int = 1) -> TaskBatches:
 
 
 @pytest.fixture
-def start(
-    make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path
-) -> Callable[..., Fit]:
+def start(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Callable[..., Fit]:
     """`start(settings, data, name)`: a Fit of a fresh tiny student; `data`: task or packed."""
 
     def make(options: Training, data: str | Batches = "task", name: str = "student") -> Fit:
@@ -99,7 +97,7 @@ def anneal_of(fit: Fit) -> set[float]:
     return {float(m.anneal) for m in fit.model.modules() if isinstance(m, BitLinear)}
 
 
-# --- schedule and steps ----------------------------------------------------------------------------
+# --- schedule and steps ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,7 +129,7 @@ def test_a_corpus_has_no_epochs(tokenizer: Any) -> None:
         total_steps(Training(epochs=1), PackedBatches([TextStream(TEXTS)], tokenizer, 8, 2))
 
 
-# --- learning --------------------------------------------------------------------------------------
+# --- learning -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data", ["task", "packed"])
@@ -204,7 +202,7 @@ def test_the_teacher_does_not_move(start: Callable[..., Fit]) -> None:
         assert not fit.objective.teacher.training
 
 
-# --- checkpoints -----------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data", ["task", "packed"])
@@ -339,7 +337,7 @@ def test_discarding_a_state_twice_is_harmless(start: Callable[..., Fit]) -> None
     discard_state(fit.state_dir)
 
 
-# --- what cannot go on -----------------------------------------------------------------------------
+# --- what cannot go on ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -364,7 +362,9 @@ def test_weights_that_are_not_finite_never_replace_a_state(start: Callable[..., 
     advance(fit, 1)
     with torch.no_grad():
         fit.model.model.norm.weight[0] = float("nan")
-    with pytest.raises(TrainingError, match="the weights are not finite at step 3; lower") as caught:
+    with pytest.raises(
+        TrainingError, match="the weights are not finite at step 3; lower"
+    ) as caught:
         fit.save()
     assert f"the state of an earlier step is kept in {fit.state_dir}" in str(caught.value)
     again = start(settings())
@@ -377,10 +377,10 @@ def test_weights_that_are_not_finite_never_replace_a_state(start: Callable[..., 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(TrainingError, match="machine.device is cuda, but torch sees no GPU; use"):
+    with pytest.raises(TrainingError, match=r"machine.device is cuda, but torch sees no GPU; use"):
         Hardware.resolve(Machine(device="cuda"))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(TrainingError, match="machine.device is mps, but torch has no Metal; use"):
+    with pytest.raises(TrainingError, match=r"machine.device is mps, but torch has no Metal; use"):
         Hardware.resolve(Machine(device="mps"))
     assert Hardware.resolve(Machine()) == Hardware(torch.device("cpu"), torch.float32)
 
