@@ -70,6 +70,8 @@ class TaskData(Section):
             return get_task(self.name)
         if not self.inputs or not self.target or (self.kind != "summary" and not self.labels):
             raise ValueError("a task of your own needs prompt, inputs, target and (label) labels")
+        if len({label.strip().lower() for label in self.labels}) < len(self.labels):
+            raise ValueError(f"labels {self.labels} must differ in more than case and spaces")
         return Task(
             name=self.name,
             kind=self.kind or "label",

@@ -47,8 +47,6 @@ class Task:
                 f"prompt has the fields {sorted(fields)}, the inputs are {list(self.columns)}; "
                 "each field must be one of the inputs"
             )
-        if len({label.strip().lower() for label in self.labels}) < len(self.labels):
-            raise ValueError(f"labels {list(self.labels)} must differ in more than case and spaces")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, for manifests."""

@@ -100,8 +100,8 @@ def _open(path: Path) -> StudentFiles:
     kind = manifest.read_manifest(path)["kind"]
     if kind != "student":
         raise manifest.FormatError(
-            f"{path} holds {manifest.an(kind)}, only a student can be exported; give the student directory "
-            "that `bitdistill train` wrote"
+            f"{path} holds {manifest.an(kind)}, only a student can be exported; give the student "
+            "directory that `bitdistill train` wrote"
         )
     from bitdistill.checkpoint import open_student  # imports torch
 

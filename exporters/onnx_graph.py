@@ -8,10 +8,10 @@ Inputs   input_ids int64 (B, T)            right-padded where B > 1
 Outputs  logits float32 (P, V), present.{i}.key/.value; a present may share its past's buffer.
 
 Every ternary matrix is one `bitdistill.TernaryLinear`; its RMSNorm prologue is the linear's own
-norm, or the block's norm where nothing else reads that. Matrices that read the same input are
-stacked (`qkv_proj`, `gate_up_proj`). Attention, with rotation and cache, is ONNX Runtime's
-`com.microsoft.GroupQueryAttention`. The norms that remain are a model-local function, which Netron
-shows as one node and ONNX Runtime fuses into one kernel.
+norm, or the block's where nothing else reads that. Matrices that read the same input are stacked
+(`qkv_proj`, `gate_up_proj`), with one scale for each `scale_rows` rows. Attention, with rotation
+and cache, is ONNX Runtime's `com.microsoft.GroupQueryAttention`. The norms that remain are a
+model-local function, one node in Netron and one fused kernel in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from bitdistill import packing
 from bitdistill.decoder import DecoderSpec
-from bitdistill.exporters.onnx_layout import FUSED, rotary_tables, stored_linears
+from bitdistill.exporters.onnx_layout import FUSED, rotary_tables, scale_rows, stored_linears
 from bitdistill.exporters.onnx_nodes import (
     IR_VERSION,
     OPSETS,
@@ -146,6 +146,7 @@ class DecoderGraph(NodeBuilder):
             "bitdistill",
             N=sum(spec.shape(part)[0] for part in parts),
             K=spec.shape(parts[0])[1],
+            scale_rows=scale_rows(spec, parts),
             layout=packing.KERNEL_LAYOUT_VERSION,
             epsilon=epsilon,
             activation_bits=spec.activation_bits or 0,
@@ -171,9 +172,10 @@ class DecoderGraph(NodeBuilder):
     def _ternary_weights(
         self, name: str, prefix: str, parts: Sequence[str]
     ) -> tuple[ir.Value, ir.Value]:
-        """The packed trits and the scale of every row of stacked linears."""
+        """The packed trits of stacked linears and a scale for every `scale_rows` of their rows."""
         read = [self.ternary(f"{prefix}.{part}") for part in parts]
-        scales = [np.full(len(trits), scale, np.float32) for trits, scale in read]
+        shared = scale_rows(self.spec, parts)
+        scales = [np.full(len(trits) // shared, scale, np.float32) for trits, scale in read]
         packed = packing.pack_kernel(np.concatenate([trits for trits, _ in read]))
         return (
             self.data.add(f"{name}.weight", packed, "body"),

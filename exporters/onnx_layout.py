@@ -5,6 +5,9 @@ A reader of artifacts needs this as much as the exporter does: it says where eac
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,6 +33,14 @@ def stored_linears(spec: DecoderSpec) -> dict[str, tuple[str, ...]]:
         else:
             stored[name] = (name,)
     return stored
+
+
+def scale_rows(spec: DecoderSpec, parts: Sequence[str]) -> int:
+    """Rows that share one stored scale: all of one matrix, or what divides each of those stacked.
+
+    q, k and v of 576, 192 and 192 rows have blocks of 192 rows and five scales: q's three times.
+    """
+    return math.gcd(*(spec.shape(part)[0] for part in parts))
 
 
 def rotary_tables(

@@ -84,7 +84,7 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
     return {
         "context": context,
         "kernel_layout": packing.KERNEL_LAYOUT_VERSION,
-        "scale_granularity": "row",
+        "scale_granularity": "matrix",
         "storage": {"embedding": f"float{options.embed_bits}", "norms": "float32"},
         "parts": _parts(spec, data, out),
     }
@@ -131,17 +131,35 @@ def _unstack(
     node: ir.Node, prefix: str, parts: tuple[str, ...], spec: DecoderSpec
 ) -> Iterator[tuple[str, NDArray[np.int8], float]]:
     """The linears that are stacked in one node's matrix."""
-    packed, scales = (node.inputs[i].const_value.numpy() for i in (1, 2))
-    rows, columns = (node.attributes[name].as_int() for name in ("N", "K"))
-    trits = packing.unpack_kernel(packed, rows, columns)
+    packed = node.inputs[1].const_value.numpy()
+    trits = packing.unpack_kernel(packed, *(node.attributes[name].as_int() for name in ("N", "K")))
+    scales = _row_scales(node, prefix)
     start = 0
     for part in parts:
         stop = start + spec.shape(part)[0]
         scale = np.unique(scales[start:stop])
-        if len(scale) != 1:
-            raise FormatError(f"the rows of {prefix}.{part} have {len(scale)} scales, not one")
+        if len(scale) != 1 or not np.isfinite(scale[0]):
+            raise FormatError(
+                f"the rows of {prefix}.{part} have the scales {scale[:3].tolist()}, not one finite "
+                "scale; export it again"
+            )
         yield f"{prefix}.{part}", trits[start:stop], float(scale[0])
         start = stop
+
+
+def _row_scales(node: ir.Node, prefix: str) -> NDArray[np.float32]:
+    """The scale of every row, (N,), from those stored, one for every `scale_rows` rows."""
+    rows, scales = node.attributes["N"].as_int(), node.inputs[2].const_value.numpy()
+    if "scale_rows" not in node.attributes:
+        raise FormatError(f"{prefix} was written by an older version; export it again")
+    shared = node.attributes["scale_rows"].as_int()
+    if shared < 1 or scales.shape != (rows / shared,):
+        raise FormatError(
+            f"{node.name} has {scales.size} scales of {shared} rows each for its {rows} rows; "
+            "export it again"
+        )
+    repeated: NDArray[np.float32] = np.repeat(scales, shared)
+    return repeated
 
 
 def verify(student: StudentFiles, out: Path, reader: _Reader) -> None:

@@ -47,7 +47,7 @@ class Case:
     @property
     def weight_bytes(self) -> int:
         if self.implementation == "ternary-2bit":
-            return int(np.prod(kernel_shape(self.N, self.K))) + 4 * self.N
+            return int(np.prod(kernel_shape(self.N, self.K))) + 4
         return self.N * self.K * {"head-16bit": 2, "ort-fp32": 4}[self.implementation]
 
 
@@ -71,7 +71,7 @@ def _weights(case: Case, rng: np.random.Generator) -> dict[str, NDArray]:
     n, k = case.N, case.K
     if case.implementation == "ternary-2bit":
         packed = VALID_BYTES[rng.integers(0, len(VALID_BYTES), kernel_shape(n, k), np.uint8)]
-        return {"W": packed, "scale": np.full(n, 0.02, np.float32)}
+        return {"W": packed, "scale": np.full(1, 0.02, np.float32)}
     if case.implementation == "head-16bit":
         return {"W": rng.standard_normal((n, k), np.float32).astype(np.float16)}
     return {"W": rng.standard_normal((k, n), np.float32)}
@@ -82,7 +82,7 @@ def _node(case: Case, copy: int, inputs: list[str]) -> object:
     if case.implementation == "ternary-2bit":
         return helper.make_node(
             "TernaryLinear", ["x", *inputs], outputs, domain="bitdistill", N=case.N, K=case.K,
-            layout=KERNEL_LAYOUT_VERSION, activation_bits=8,
+            scale_rows=case.N, layout=KERNEL_LAYOUT_VERSION, activation_bits=8,
         )  # fmt: skip
     if case.implementation == "head-16bit":
         return helper.make_node("HeadLinear", ["x", *inputs], outputs, domain="bitdistill")

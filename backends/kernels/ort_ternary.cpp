@@ -1,9 +1,15 @@
 // TernaryLinear: Y = ternary(quantize(norm(X))) as bitdistill_kernels.h specifies.
 //
-// Inputs      X float (..., K); W uint8 (ceil(N/32), ceil(K/16), 32, 4); scale float (N);
+// Inputs      X float (..., K); W uint8 (ceil(N/32), ceil(K/16), 32, 4);
+//             scale float (N / scale_rows), one for every scale_rows rows in turn;
 //             norm_weight float (K), optional; bias float (N), optional
-// Attributes  N, K, layout (1), activation_bits (8 or 0), epsilon (needed with norm_weight)
+// Attributes  N, K, scale_rows (divides N), layout (1), activation_bits (8 or 0),
+//             epsilon (needed with norm_weight)
+//
+// A model stores one scale a matrix; the kernels take one a row. Where W and scale are constant the
+// scales are expanded once, when the session is made.
 #include <math.h>
+#include <memory>
 #include <new>
 
 #include "ort_support.h"
@@ -18,10 +24,12 @@ struct Kernel {
   const BdKernels *kernels;
   int64_t rows;
   int64_t columns;
+  int64_t scale_rows;
   int bits;
   float epsilon;  // NaN: not given
   bool checked[kInputs];
-  char name[160];  // "TernaryLinear 'node name'"
+  std::unique_ptr<float[]> row_scales;  // (rows); null: expanded for each call
+  char name[160];                       // "TernaryLinear 'node name'"
 };
 
 Expected expected(const Kernel &k, size_t input) {
@@ -30,7 +38,7 @@ Expected expected(const Kernel &k, size_t input) {
     case kW:
       return {"W", ort::kUint8, 4, {bd_blocks(k.rows), groups, BD_BLOCK_ROWS, 4}};
     case kScale:
-      return {"scale", ort::kFloat, 1, {k.rows}};
+      return {"scale", ort::kFloat, 1, {k.rows / k.scale_rows}};
     case kNorm:
       return {"norm_weight", ort::kFloat, 1, {k.columns}};
     default:
@@ -54,7 +62,8 @@ ort::Status *read_int(const Kernel &k, const ort::KernelInfo *info, const char *
   ort::Status *status = k.api->KernelInfoGetAttribute_int64(info, attribute, out);
   if (status == nullptr) return nullptr;
   k.api->ReleaseStatus(status);
-  return refuse(k.api, "%s: the integer attribute %s is missing", k.name, attribute);
+  return refuse(k.api, "%s: the integer attribute %s is missing; export the model again", k.name,
+                attribute);
 }
 
 ort::Status *read_attributes(Kernel *k, const ort::KernelInfo *info) {
@@ -62,6 +71,7 @@ ort::Status *read_attributes(Kernel *k, const ort::KernelInfo *info) {
   int64_t bits = 0;
   BD_TRY(read_int(*k, info, "N", &k->rows));
   BD_TRY(read_int(*k, info, "K", &k->columns));
+  BD_TRY(read_int(*k, info, "scale_rows", &k->scale_rows));
   BD_TRY(read_int(*k, info, "layout", &layout));
   BD_TRY(read_int(*k, info, "activation_bits", &bits));
   if (layout != BD_LAYOUT_VERSION)
@@ -75,6 +85,9 @@ ort::Status *read_attributes(Kernel *k, const ort::KernelInfo *info) {
     return refuse(k->api, "%s: N = %lld, K = %lld is out of range (K at most %d)", k->name,
                   static_cast<long long>(k->rows), static_cast<long long>(k->columns),
                   BD_MAX_COLUMNS);
+  if (k->scale_rows < 1 || k->rows % k->scale_rows != 0)
+    return refuse(k->api, "%s: scale_rows = %lld must be at least 1 and divide N = %lld", k->name,
+                  static_cast<long long>(k->scale_rows), static_cast<long long>(k->rows));
   k->bits = static_cast<int>(bits);
   ort::Status *status = k->api->KernelInfoGetAttribute_float(info, "epsilon", &k->epsilon);
   if (status != nullptr) {
@@ -85,10 +98,27 @@ ort::Status *read_attributes(Kernel *k, const ort::KernelInfo *info) {
 }
 
 ort::Status *check_scale(const Kernel &k, const float *scale) {
-  for (int64_t n = 0; n < k.rows; ++n)
-    if (!(scale[n] >= 0) || isinf(scale[n]))
+  for (int64_t i = 0; i < k.rows / k.scale_rows; ++i)
+    if (!(scale[i] >= 0) || isinf(scale[i]))
       return refuse(k.api, "%s: scale[%lld] = %g is not finite and >= 0; export the model again",
-                    k.name, static_cast<long long>(n), static_cast<double>(scale[n]));
+                    k.name, static_cast<long long>(i), static_cast<double>(scale[i]));
+  return nullptr;
+}
+
+// (rows / scale_rows) -> (rows).
+void expand_scales(const Kernel &k, const float *scale, float *out) {
+  for (int64_t n = 0; n < k.rows; ++n) out[n] = scale[n / k.scale_rows];
+}
+
+// Expands constant scales once. Not before W was checked: a row of W takes as much memory as a
+// scale or more, so a false N cannot ask for memory that the file does not.
+ort::Status *keep_scales(Kernel *k, const ort::KernelInfo *info) {
+  if (!k->checked[kW] || !k->checked[kScale]) return nullptr;
+  Tensor scale;
+  BD_TRY(read_constant(k->api, info, kScale, &scale));
+  k->row_scales.reset(new (std::nothrow) float[static_cast<size_t>(k->rows)]);
+  if (k->row_scales == nullptr) return refuse(k->api, "%s: out of memory", k->name);
+  expand_scales(*k, scale.floats(), k->row_scales.get());
   return nullptr;
 }
 
@@ -118,7 +148,8 @@ ort::Status *make(Kernel *k, const ort::KernelInfo *info) {
   if (k->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
   read_name(k, info);
   BD_TRY(read_attributes(k, info));
-  return check_constants(k, info);
+  BD_TRY(check_constants(k, info));
+  return keep_scales(k, info);
 }
 
 ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
@@ -165,6 +196,16 @@ ort::Status *run(const Kernel &k, const ort::KernelContext *context, const BdTer
                   [&](int64_t a, int64_t b) { multiply(&w, &tokens, y, a, b); });
 }
 
+// As `run`, of scales that are inputs: expanded into memory of this call, which may be one of many.
+ort::Status *run_expanded(const Kernel &k, const ort::KernelContext *context, BdTernary w,
+                          const BdInput &in, float *y) {
+  const Scratch scales(static_cast<size_t>(k.rows) * sizeof(float));
+  if (scales.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
+  expand_scales(k, w.scale, static_cast<float *>(scales.data()));
+  w.scale = static_cast<const float *>(scales.data());
+  return run(k, context, w, in, y);
+}
+
 ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   const Kernel &k = *static_cast<const Kernel *>(kernel);
   Tensor inputs[kInputs];
@@ -175,10 +216,12 @@ ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   float *y = nullptr;
   BD_TRY(make_output(k.api, context, inputs[kX], k.rows, &y));
   if (tokens == 0) return nullptr;
-  const BdTernary w = {static_cast<const uint8_t *>(inputs[kW].data), inputs[kScale].floats(),
-                       inputs[kBias].floats(), k.rows, k.columns};
+  const bool kept = k.row_scales != nullptr;
+  const BdTernary w = {static_cast<const uint8_t *>(inputs[kW].data),
+                       kept ? k.row_scales.get() : inputs[kScale].floats(), inputs[kBias].floats(),
+                       k.rows, k.columns};
   const BdInput in = {inputs[kX].floats(), inputs[kNorm].floats(), k.epsilon, tokens, k.columns};
-  return run(k, context, w, in, y);
+  return kept ? run(k, context, w, in, y) : run_expanded(k, context, w, in, y);
 }
 
 ort::Status *infer(const ort::CustomOp *op, ort::ShapeContext *context) noexcept {

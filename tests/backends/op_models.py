@@ -15,7 +15,7 @@ from bitdistill.backends.kernels.binding import Kernels
 from bitdistill.packing import pack_kernel
 
 F = np.float32
-ATTRIBUTES = {"layout": 1, "activation_bits": 8, "epsilon": 1e-6}
+ATTRIBUTES = {"scale_rows": 1, "layout": 1, "activation_bits": 8, "epsilon": 1e-6}
 TYPES = {
     np.dtype(F): TensorProto.FLOAT,
     np.dtype(np.uint8): TensorProto.UINT8,
@@ -57,28 +57,36 @@ def session(proto: bytes, threads: int = 2) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
 
 
-def layer(k: int = 100, n: int = 75, seed: int = 0) -> dict[str, NDArray]:
+def layer(k: int = 100, n: int = 75, seed: int = 0, scale_rows: int = 1) -> dict[str, NDArray]:
     rng = np.random.default_rng(seed)
     return {
         "W": pack_kernel(rng.integers(-1, 2, (n, k)).astype(np.int8)),
-        "scale": rng.random(n, F),
+        "scale": rng.random(n // scale_rows, F),
         "norm_weight": rng.standard_normal(k, F),
         "bias": rng.standard_normal(n, F),
     }
 
 
-def expected(x: NDArray, inputs: dict[str, NDArray], bits: int = 8, isa: str = "scalar") -> NDArray:
+def expected(
+    x: NDArray,
+    inputs: dict[str, NDArray],
+    bits: int = 8,
+    isa: str = "scalar",
+    scale_rows: int = 1,
+) -> NDArray:
+    """What the C ABI, which takes one scale a row, returns."""
+    scale = np.repeat(inputs["scale"], scale_rows)
     rows = x.reshape(-1, x.shape[-1])
     y = Kernels(isa).ternary_linear(
         rows,
         inputs["W"],
-        inputs["scale"],
+        scale,
         norm_weight=inputs.get("norm_weight"),
         epsilon=1e-6,
         bias=inputs.get("bias"),
         activation_bits=bits,
     )
-    return y.reshape(*x.shape[:-1], len(inputs["scale"]))
+    return y.reshape(*x.shape[:-1], len(scale))
 
 
 def ternary_model(inputs: dict[str, NDArray], fed: tuple[str, ...] = (), **changes: Any) -> bytes:

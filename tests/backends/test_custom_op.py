@@ -27,6 +27,32 @@ def test_a_session_equals_the_oracle(bits: int, optional: tuple[str, ...]) -> No
         assert np.array_equal(y, expected(x, {n: a for n, a in used.items() if " " not in n}, bits))
 
 
+@pytest.mark.parametrize("fed", [(), ("scale",), ("W",), ("W", "scale")])
+@pytest.mark.parametrize("scale_rows", [1, 5, 25, 75])
+def test_rows_share_scales(scale_rows: int, fed: tuple[str, ...]) -> None:
+    """Expanded once where both are constant, else for each run."""
+    inputs = layer(scale_rows=scale_rows)
+    run = session(ternary_model(inputs, fed, scale_rows=scale_rows))
+    for tokens in (1, 70):
+        x = np.random.default_rng(tokens).standard_normal((1, tokens, 100), F)
+        (y,) = run.run(None, {"x": x, **{name: inputs[name] for name in fed}})
+        assert np.array_equal(y, expected(x, inputs, scale_rows=scale_rows))
+
+
+def test_fed_scales_are_those_of_their_run() -> None:
+    """Runs at the same time, with scales of their own."""
+    inputs = layer(512, 700, scale_rows=100)
+    attributes = {"N": 700, "K": 512, **ATTRIBUTES, "scale_rows": 100}
+    run = session(model("TernaryLinear", ["t", 512], inputs, ("scale",), **attributes))
+    x = np.random.default_rng(7).standard_normal((9, 512), F)
+    scales = [np.random.default_rng(seed).random(7, F) for seed in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda scale: run.run(None, {"x": x, "scale": scale})[0], scales))
+    for scale, y in zip(scales, results, strict=True):
+        own = {**inputs, "scale": scale}
+        assert np.array_equal(y, expected(x, own, isa=Kernels().isa, scale_rows=100))
+
+
 def test_trailing_optional_inputs_may_be_left_out() -> None:
     inputs = {name: layer()[name] for name in ("W", "scale")}
     x = np.ones((1, 2, 100), F)

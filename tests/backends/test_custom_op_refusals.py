@@ -40,6 +40,7 @@ MALFORMED = [
 BAD_ATTRIBUTES = [
     ({"N": None}, "the integer attribute N is missing"),
     ({"K": None}, "the integer attribute K is missing"),
+    ({"scale_rows": None}, "attribute scale_rows is missing; export the model again"),
     ({"layout": None}, "the integer attribute layout is missing"),
     ({"activation_bits": None}, "the integer attribute activation_bits is missing"),
     ({"layout": 2}, r"weight layout 2 is not known here \(this library reads 1\)"),
@@ -48,6 +49,11 @@ BAD_ATTRIBUTES = [
     ({"N": -5}, "out of range"),
     ({"K": 1 << 18}, "K = 262144 is out of range"),
     ({"N": 1 << 62}, "out of range"),
+    ({"scale_rows": 0}, "scale_rows = 0 must be at least 1 and divide N = 75"),
+    ({"scale_rows": -25}, "scale_rows = -25 must be at least 1"),
+    ({"scale_rows": 2}, "scale_rows = 2 must be at least 1 and divide N = 75"),
+    ({"scale_rows": 150}, "scale_rows = 150 must be at least 1 and divide N = 75"),
+    ({"scale_rows": 25}, r"scale must have the shape \(3\), got \(75\)"),
     ({"N": 64}, r"W must have the shape \(2, 7, 32, 4\)"),
 ]
 
@@ -75,6 +81,35 @@ def test_malformed_inputs_are_refused_when_they_arrive(
     run = session(ternary_model(inputs, tuple(layer())))
     with pytest.raises(Exception, match=message):
         run.run(None, {"x": np.ones((1, 1, 100), F), **inputs})
+
+
+SHARED = [
+    (np.ones(75, F), r"scale must have the shape \(3\), got \(75\)"),
+    (np.ones(2, F), r"scale must have the shape \(3\), got \(2\)"),
+    (np.ones((3, 1), F), r"scale must have the shape \(3\), got \(3, 1\)"),
+    (np.array([1, 1, np.nan], F), r"scale\[2\] = -?nan is not finite"),
+    (np.array([1, -1, 1], F), r"scale\[1\] = -1 is not finite and >= 0"),
+]
+
+
+@pytest.mark.parametrize(("scale", "message"), SHARED)
+def test_malformed_shared_scales_are_refused(scale: NDArray, message: str) -> None:
+    inputs = changed(scale=scale)
+    with pytest.raises(Exception, match=message):
+        session(ternary_model(inputs, scale_rows=25))
+    run = session(ternary_model(inputs, ("scale",), scale_rows=25))
+    with pytest.raises(Exception, match=message):
+        run.run(None, {"x": np.ones((1, 1, 100), F), "scale": scale})
+
+
+def test_a_false_row_count_takes_no_memory() -> None:
+    """One scale for two billion rows, of weights that are yet to come."""
+    rows = (1 << 31) - 1
+    inputs = changed(scale=np.ones(1, F))
+    del inputs["bias"]
+    run = session(ternary_model(inputs, ("W",), N=rows, scale_rows=rows))
+    with pytest.raises(Exception, match=r"W must have the shape \(67108864, 7, 32, 4\)"):
+        run.run(None, {"x": np.ones((1, 1, 100), F), "W": inputs["W"]})
 
 
 def test_fed_weights_work_and_their_codes_are_harmless() -> None:

@@ -85,7 +85,14 @@ def test_storage_rounds_embedding_and_norms_and_nothing_else(
     assert isinstance(rounded, TorchRuntime)
     types = {"embed_tokens.weight": torch.float16, "lm_head.weight": torch.float16}
     changed = 0
-    for name, weight in checkpoint.load(path).state_dict().items():
+    model = checkpoint.load(path)
+    ternary = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, BitLinear)}
+    assert len(ternary) == 14
+    for name, weight in model.state_dict().items():
+        if name in ternary:  # trits, of the weights as they were stored
+            trits = ternarize(weight)[0].float()
+            assert torch.equal(rounded.model.state_dict()[name], trits), name
+            continue
         kind = torch.bfloat16 if "norm" in name else torch.float32
         kind = next((types[key] for key in types if name.endswith(key)), kind)
         expected = weight.to(kind).float()

@@ -56,8 +56,11 @@ def test_keywords_do_not_solve_it(reviews: dict[str, list[dict[str, Any]]]) -> N
 
 def test_the_yardstick_finds_keywords() -> None:
     """The same regression solves a task that keywords do solve."""
-    rows = [{"sentence": f"the plot was {w}", "label": int(good)}
-            for good, words in ((True, tiny.GOOD), (False, tiny.BAD)) for w in words]  # fmt: skip
+    rows = [
+        {"sentence": f"the plot was {w}", "label": int(good)}
+        for good, words in ((True, tiny.GOOD), (False, tiny.BAD))
+        for w in words
+    ]
     assert keyword_accuracy(rows, rows) == 1.0
 
 

@@ -1,4 +1,4 @@
-"""The loop: schedule, learning, exact resumption, and what is refused rather than written."""
+"""The loop: schedule, learning, weight decay, accumulation, and a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -10,92 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from runs import TEXTS, advance, anneal_of, settings, task_batches
 
-from bitdistill import manifest
-from bitdistill.config import Distillation, Machine, Training
-from bitdistill.data import Batches, Encoded, PackedBatches, TaskBatches, TextStream
-from bitdistill.objective import make_objective
-from bitdistill.progress import Reporter
+from bitdistill.config import Machine, Training
+from bitdistill.data import PackedBatches, TextStream
 from bitdistill.quantize import BitLinear
-from bitdistill.student import make_student
-from bitdistill.training import Fit, Hardware, TrainingError, discard_state, schedule, total_steps
-
-CPU = Machine(device="cpu", precision="float32")
-TEXTS = [f"the film {i} is not {w} but very {v}" for i, w in enumerate("good bad dull".split())
-         for v in ("bright", "good")]  # fmt: skip
-
-
-def settings(**values: Any) -> Distillation:
-    """A distillation with every term, annealing and weight decay that ends halfway."""
-    return Distillation.model_validate(
-        {
-            "steps": 8,
-            "batch_size": 2,
-            "learning_rate": 3e-3,
-            "warmup": 0.25,
-            "weight_decay": 0.1,
-            "decay_until": 0.5,
-            "anneal": 0.75,
-            "logits": {"weight": 1.0, "temperature": 2.0},
-            "relations": {"target_ratio": 0.5, "split_heads": 4},
-        }
-        | values
-    )
-
-
-def task_batches(size: int = 2, accumulate: int = 1) -> TaskBatches:
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        Encoded(torch.randint(3, 200, (6 + i % 5,), generator=generator).tolist(), 1 + i % 3)
-        for i in range(16)
-    ]
-    return TaskBatches(rows, 0, size, accumulate)
-
-
-@pytest.fixture
-def start(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Callable[..., Fit]:
-    """`start(settings, data, name)`: a Fit of a fresh tiny student; `data`: task or packed."""
-
-    def make(options: Training, data: str | Batches = "task", name: str = "student") -> Fit:
-        teacher = make_teacher("qwen3")
-        torch.manual_seed(1)
-        if data == "packed":
-            streams = [TextStream(TEXTS), TextStream(TEXTS[::-1])]
-            data = PackedBatches(streams, tokenizer, 8, options.batch_size, options.accumulate)
-        elif data == "task":
-            data = task_batches(options.batch_size, options.accumulate)
-        assert not isinstance(data, str)
-        return Fit(
-            name,
-            make_objective(make_student(teacher), teacher, options),
-            data,
-            options,
-            CPU,
-            Reporter(tmp_path / "log.jsonl", quiet=True),
-            tmp_path / f"{name}.training",
-        )
-
-    return make
-
-
-def advance(fit: Fit, steps: int) -> list[dict[str, float]]:
-    """Steps as `run` takes them, with each one's terms."""
-    terms = []
-    for _ in range(steps):
-        sums: dict[str, torch.Tensor] = {}
-        fit.optimize(fit.batches.window(fit.step), sums)
-        fit.step += 1
-        terms.append({key: float(value) for key, value in sums.items()})
-    return terms
-
-
-def weights(fit: Fit) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in fit.model.named_parameters()}
-
-
-def anneal_of(fit: Fit) -> set[float]:
-    return {float(m.anneal) for m in fit.model.modules() if isinstance(m, BitLinear)}
-
+from bitdistill.training import Fit, Hardware, TrainingError, schedule, total_steps
 
 # --- schedule and steps ---------------------------------------------------------------------------
 
@@ -181,8 +101,10 @@ def test_accumulation_is_the_same_training(start: Callable[..., Fit]) -> None:
     same = {"learning_rate": 1e-4, "warmup": 0.0, "relations": {"weight": 0.5, "split_heads": 4}}
     whole = start(settings(batch_size=4, **same))
     parts = start(settings(batch_size=2, accumulate=2, **same), task_batches(2, 2))
-    order = [[i for batch in parts.batches._batches(0)[2 * s : 2 * s + 2] for i in batch]  # type: ignore[attr-defined]
-             for s in range(4)]  # fmt: skip
+    order = [
+        [i for batch in parts.batches._batches(0)[2 * s : 2 * s + 2] for i in batch]  # type: ignore[attr-defined]
+        for s in range(4)
+    ]
     whole.batches._epoch, whole.batches._order = 0, order  # type: ignore[attr-defined]
     for fit in (whole, parts):
         for module in fit.model.modules():
@@ -200,141 +122,6 @@ def test_the_teacher_does_not_move(start: Callable[..., Fit]) -> None:
     for key, value in fit.objective.teacher.state_dict().items():
         assert torch.equal(value, before[key])
         assert not fit.objective.teacher.training
-
-
-# --- checkpoints ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("data", ["task", "packed"])
-@pytest.mark.parametrize("stop", [3, 7])
-def test_a_resumed_run_is_the_uninterrupted_one(
-    start: Callable[..., Fit], data: str, stop: int
-) -> None:
-    """Bit for bit: weights, optimizer, data, annealing, relation weight and random state."""
-    options = settings()
-    whole, part = start(options, data), start(options, data)
-    for fit in (whole, part):
-        fit.objective.fit_relation_weight(fit.batches.window(0))
-    expected = advance(whole, 8)
-    advance(part, stop)
-    random = torch.get_rng_state()
-    part.save()
-    torch.manual_seed(99)
-    rest = start(options, data)
-    rest.restore()
-    assert torch.equal(torch.get_rng_state(), random)
-    assert rest.step == stop
-    assert rest.objective.relation_weight == part.objective.relation_weight
-    assert advance(rest, 8 - stop) == expected[stop:]
-    final = weights(whole)
-    for name, value in weights(rest).items():
-        assert torch.equal(value, final[name]), name
-    assert anneal_of(rest) == anneal_of(whole)
-
-
-def test_run_continues_where_it_was_saved(
-    start: Callable[..., Fit], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Through `run` itself: its own saves, the relation weight not fitted again."""
-    options = settings(steps=20)
-    whole = start(options, "packed")
-    terms = whole.run()
-    part = start(options, "packed")
-    part.machine = Machine(device="cpu", save_minutes=1e-9)
-    optimize = Fit.optimize
-
-    def interrupted(self: Fit, window: Any, sums: Any) -> None:
-        if self.step == 14:
-            raise KeyboardInterrupt
-        optimize(self, window, sums)
-
-    monkeypatch.setattr(Fit, "optimize", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        part.run()
-    monkeypatch.undo()
-    rest = start(options, "packed")
-    rest.restore()
-    assert rest.step == 10
-    assert rest.run() == terms
-    final = weights(whole)
-    assert all(torch.equal(value, final[name]) for name, value in weights(rest).items())
-
-
-def test_a_state_of_the_last_step_is_complete(start: Callable[..., Fit]) -> None:
-    fit = start(settings(steps=4))
-    advance(fit, 4)
-    fit.save()
-    again = start(settings(steps=4))
-    again.restore()
-    assert again.run() == {}
-    assert not again.model.training
-
-
-def test_an_interrupted_save_leaves_the_old_state(
-    start: Callable[..., Fit], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fit = start(settings())
-    advance(fit, 2)
-    fit.save()
-    kept = weights(fit)
-    advance(fit, 1)
-
-    def full(*args: Any) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(manifest, "write_json", full)
-    with pytest.raises(OSError, match="no space left"):
-        fit.save()
-    monkeypatch.undo()
-    assert [p.name for p in fit.state_dir.parent.glob("*.partial")] == []
-    again = start(settings())
-    again.restore()
-    assert again.step == 2
-    assert all(torch.equal(value, kept[name]) for name, value in weights(again).items())
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "position.json"])
-@pytest.mark.parametrize("damage", ["truncated", "altered", "removed"])
-def test_a_damaged_state_is_refused(start: Callable[..., Fit], file: str, damage: str) -> None:
-    fit = start(settings())
-    advance(fit, 1)
-    fit.save()
-    path = fit.state_dir / file
-    content = path.read_bytes()
-    if damage == "removed":
-        path.unlink()
-    elif damage == "truncated":
-        path.write_bytes(content[:-5])
-    else:
-        path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
-    with pytest.raises(manifest.FormatError, match=file):
-        start(settings()).restore()
-    assert fit.state_dir.is_dir()
-
-
-def test_the_state_of_another_run_is_refused(start: Callable[..., Fit]) -> None:
-    fit = start(settings())
-    advance(fit, 1)
-    fit.save()
-    with pytest.raises(TrainingError, match=r"state of another run \(total differ\); continue"):
-        start(settings(steps=9)).restore()
-    other = start(settings())
-    other.fingerprint = "changed"
-    with pytest.raises(TrainingError, match=r"\(fingerprint differ\).*or remove it to start stage"):
-        other.restore()
-    content = json.loads((fit.state_dir / manifest.MANIFEST).read_text())
-    (fit.state_dir / manifest.MANIFEST).write_text(json.dumps(content | {"format_version": 0}))
-    with pytest.raises(manifest.FormatError, match="format version 0, this bitdistill reads 1"):
-        start(settings()).restore()
-
-
-def test_discarding_a_state_twice_is_harmless(start: Callable[..., Fit]) -> None:
-    fit = start(settings())
-    advance(fit, 1)
-    fit.save()
-    discard_state(fit.state_dir)
-    assert not fit.state_dir.exists()
-    discard_state(fit.state_dir)
 
 
 # --- what cannot go on ----------------------------------------------------------------------------

@@ -1,0 +1,87 @@
+"""What the tests of training, recipes and the command line share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bitdistill.config import Distillation
+from bitdistill.data import Encoded, TaskBatches
+from bitdistill.quantize import BitLinear
+from bitdistill.training import Fit
+
+TEXTS = [
+    f"the film {i} is not {w} but very {v}"
+    for i, w in enumerate("good bad dull".split())
+    for v in ("bright", "good")
+]
+
+
+def settings(**values: Any) -> Distillation:
+    """A distillation with every term, annealing and weight decay that ends halfway."""
+    return Distillation.model_validate(
+        {
+            "steps": 8,
+            "batch_size": 2,
+            "learning_rate": 3e-3,
+            "warmup": 0.25,
+            "weight_decay": 0.1,
+            "decay_until": 0.5,
+            "anneal": 0.75,
+            "logits": {"weight": 1.0, "temperature": 2.0},
+            "relations": {"target_ratio": 0.5, "split_heads": 4},
+        }
+        | values
+    )
+
+
+def task_batches(size: int = 2, accumulate: int = 1) -> TaskBatches:
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        Encoded(torch.randint(3, 200, (6 + i % 5,), generator=generator).tolist(), 1 + i % 3)
+        for i in range(16)
+    ]
+    return TaskBatches(rows, 0, size, accumulate)
+
+
+def advance(fit: Fit, steps: int) -> list[dict[str, float]]:
+    """Steps as `run` takes them, with each one's terms."""
+    terms = []
+    for _ in range(steps):
+        sums: dict[str, torch.Tensor] = {}
+        fit.optimize(fit.batches.window(fit.step), sums)
+        fit.step += 1
+        terms.append({key: float(value) for key, value in sums.items()})
+    return terms
+
+
+def weights(fit: Fit) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in fit.model.named_parameters()}
+
+
+def anneal_of(fit: Fit) -> set[float]:
+    return {float(m.anneal) for m in fit.model.modules() if isinstance(m, BitLinear)}
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def stages_of(out: Path) -> set[str]:
+    return {p.parent.name for p in out.glob("*/bitdistill.json")}
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def copy(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target

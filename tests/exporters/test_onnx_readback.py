@@ -1,0 +1,164 @@
+"""Trits and scales read back from an ONNX artifact: those of the student, or a refusal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper
+
+from bitdistill import checkpoint, exporters, manifest, packing
+from bitdistill.backends import onnx_runtime
+from bitdistill.decoder import LINEARS
+from bitdistill.exporters import to_onnx
+
+Students = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def student(student_dir: Students) -> Path:
+    return student_dir("qwen3", "paper", 8)
+
+
+@pytest.fixture(scope="module")
+def artifact(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exporters.export(student, "onnx", tmp_path_factory.mktemp("onnx") / "artifact")
+
+
+@pytest.fixture
+def copy(artifact: Path, tmp_path: Path) -> Path:
+    """An artifact to be altered."""
+    return shutil.copytree(artifact, tmp_path / "copy")
+
+
+def load(artifact: Path) -> onnx.ModelProto:
+    return onnx.load(artifact / "model.onnx", load_external_data=False)
+
+
+def read(artifact: Path, student: Path) -> list[tuple[str, np.ndarray, float]]:
+    return list(to_onnx.read_linears(artifact, checkpoint.open_student(student).spec))
+
+
+def write_scale(artifact: Path, matrix: str, index: int, value: float) -> None:
+    """Overwrite one stored scale."""
+    tensor = next(t for t in load(artifact).graph.initializer if t.name == f"{matrix}.scale")
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    with (artifact / "model.onnx.data").open("r+b") as stream:
+        stream.seek(int(place["offset"]) + 4 * index)
+        stream.write(np.array(value, "<f4").tobytes())
+
+
+def set_attribute(artifact: Path, name: str, value: int | None) -> None:
+    """Change, or with None remove, an integer attribute of every TernaryLinear."""
+    model = load(artifact)
+    for node in model.graph.node:
+        if node.op_type == "TernaryLinear":
+            kept = [a for a in node.attribute if a.name != name]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            if value is not None:
+                node.attribute.append(helper.make_attribute(name, value))
+    (artifact / "model.onnx").write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("style", ["paper", "allnorm", "none"])
+def test_trits_and_scales_are_the_students(
+    student_dir: Students, style: str, tmp_path: Path
+) -> None:
+    # 100 is divisible neither by the 32 rows nor by the 16 columns of a block
+    student = checkpoint.open_student(student_dir("llama", style, intermediate_size=100))
+    out = exporters.export(student.path, "onnx", tmp_path / "out")
+    seen = set()
+    for name, trits, scale in to_onnx.read_linears(out, student.spec):
+        weight = student.tensor(f"{name}.weight").numpy()
+        mean = torch.tensor(np.abs(weight).mean(dtype=np.float64)).bfloat16().item()
+        assert scale == pytest.approx(mean, rel=2**-7)  # an independent scale, to one bf16 step
+        np.testing.assert_array_equal(trits, np.rint(weight / np.float32(scale + 1e-6)).clip(-1, 1))
+        seen.add(name)
+    assert seen == {f"model.layers.{i}.{linear}" for i in range(2) for linear in LINEARS}
+
+
+# q, k and v have 64, 32 and 32 rows in llama; 128, 64 and 64 in qwen3.
+STACKED = [
+    ("llama", {}, {"qkv": (32, 4), "gate_up": (96, 2)}),
+    ("llama", {"intermediate_size": 100}, {"qkv": (32, 4), "gate_up": (100, 2)}),
+    ("qwen3", {}, {"qkv": (64, 4), "gate_up": (96, 2)}),
+]
+
+
+@pytest.mark.parametrize(("family", "config", "stacked"), STACKED)
+def test_a_matrix_stores_one_scale_and_a_stack_few(
+    student_dir: Students,
+    family: str,
+    config: dict[str, int],
+    stacked: dict[str, tuple[int, int]],
+    tmp_path: Path,
+) -> None:
+    path = student_dir(family, "paper", 8, **config)
+    graph = load(exporters.export(path, "onnx", tmp_path / "out")).graph
+    sizes = {t.name: list(t.dims) for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "TernaryLinear":
+            attributes = {a.name: a.i for a in node.attribute}
+            part = node.name.split(".")[-1].removesuffix("_proj")
+            rows, scales = stacked.get(part, (attributes["N"], 1))
+            assert (attributes["scale_rows"], sizes[node.input[2]]) == (rows, [scales]), node.name
+
+
+def test_stacked_scales_are_each_matrixs_own(student: Path, artifact: Path) -> None:
+    opened = checkpoint.open_student(student)
+    scales = {name: scale for name, _, scale in read(artifact, student)}
+    assert scales == {name: opened.ternary(name)[1] for name in scales}
+    q, k, v = (scales[f"model.layers.0.self_attn.{part}_proj"] for part in "qkv")
+    assert len({q, k, v}) > 1  # or a mix-up could not be seen
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_scales_that_disagree_within_a_matrix_are_refused(
+    copy: Path, student: Path, value: float
+) -> None:
+    write_scale(copy, "model.layers.1.self_attn.qkv_proj", 1, value)  # the second half of q
+    with pytest.raises(manifest.FormatError, match=r"layers.1.self_attn.q_proj have the scales \["):
+        read(copy, student)
+
+
+def test_a_scale_that_is_not_finite_is_refused(copy: Path, student: Path) -> None:
+    write_scale(copy, "model.layers.0.mlp.down_proj", 0, float("nan"))
+    with pytest.raises(manifest.FormatError, match=r"down_proj have the scales \[nan\], not one"):
+        read(copy, student)
+    with pytest.raises(manifest.FormatError, match=r"scale\[0\] = -?nan is not finite"):
+        onnx_runtime.open_session(copy / "model.onnx", None)
+
+
+@pytest.mark.parametrize("rows", [0, -64, 3, 1 << 40])
+def test_scales_that_do_not_cover_the_rows_are_refused(
+    copy: Path, student: Path, rows: int
+) -> None:
+    set_attribute(copy, "scale_rows", rows)
+    with pytest.raises(manifest.FormatError, match=f"4 scales of {rows} rows each for its 256"):
+        read(copy, student)
+    with pytest.raises(manifest.FormatError, match=f"scale_rows = {rows} must be at least 1"):
+        onnx_runtime.open_session(copy / "model.onnx", None)
+
+
+def test_an_artifact_without_the_attribute_is_refused(copy: Path, student: Path) -> None:
+    set_attribute(copy, "scale_rows", None)
+    with pytest.raises(manifest.FormatError, match="written by an older version; export it again"):
+        read(copy, student)
+    with pytest.raises(manifest.FormatError, match="attribute scale_rows is missing"):
+        onnx_runtime.open_session(copy / "model.onnx", None)
+
+
+def test_what_was_written_is_compared_with_the_student(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = packing.pack_kernel
+    monkeypatch.setattr(packing, "pack_kernel", lambda trits: pack(-trits))
+    with pytest.raises(RuntimeError, match=r"read back from .*data is not what was written"):
+        exporters.export(student, "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
