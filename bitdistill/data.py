@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill.config import Config, Corpus, TaskData
 from bitdistill.sources import LOCAL_FORMATS, file_rows, hub_rows
-from bitdistill.tasks import Example, Task, load_examples
+from bitdistill.tasks import Example, Task, load_examples, shorten
 
 Batch = dict[str, Tensor]
 IGNORED = -100
@@ -51,7 +51,7 @@ class Encoded:
 
 
 def encode_example(example: Example, task: Task, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """Prompt and answer as token ids; a long prompt loses its beginning, never the answer.
+    """Prompt and answer as token ids; a long prompt is shortened (`tasks.shorten`), not the answer.
 
     Summaries end with the end-of-text token, so that a model learns to stop.
     """
@@ -60,7 +60,10 @@ def encode_example(example: Example, task: Task, tokenizer: Tokenizer, max_lengt
     if task.kind == "summary" and tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]
     answer = answer[: max_length - 1]
-    return Encoded(prompt[-(max_length - len(answer)) :] + answer, len(answer))
+    room = max_length - len(answer)
+    if len(prompt) > room:
+        prompt = shorten(prompt, tokenizer(task.suffix, add_special_tokens=False).input_ids, room)
+    return Encoded(prompt + answer, len(answer))
 
 
 def collate(rows: list[Encoded], pad: int, multiple: int) -> Batch:

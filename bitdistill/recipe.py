@@ -178,6 +178,12 @@ class Recipe:
         settings: Training,
     ) -> dict[str, Any]:
         """Train, and return what the manifest should say of it."""
+        context = model.config.max_position_embeddings
+        if settings.max_length > context:
+            raise TrainingError(
+                f"stage {stage.directory}: max_length {settings.max_length} is longer than the "
+                f"model's context of {context}; lower it"
+            )
         torch.manual_seed(self.config.seed)
         state_dir = self.out / f"{stage.directory}.training"
         fit = Fit(

@@ -7,7 +7,7 @@ guesses a prompt again. The prompts of the GLUE tasks are those of lm-evaluation
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -47,6 +47,12 @@ class Task:
                 f"prompt has the fields {sorted(fields)}, the inputs are {list(self.columns)}; "
                 "each field must be one of the inputs"
             )
+
+    @property
+    def suffix(self) -> str:
+        """The template's words after its last column, which a shortened prompt keeps."""
+        *_, (literal, field, *_) = Formatter().parse(self.prompt)
+        return literal if field is None else ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, for manifests."""
@@ -123,6 +129,17 @@ TASKS: dict[str, Task] = {
         ),
     )
 }
+
+
+def shorten(prompt: list[int], suffix: Sequence[int], room: int) -> list[int]:
+    """A prompt in at most `room` tokens: its text loses its end, the `suffix` after it stays.
+
+    An article keeps its lead, and a question that follows a text stays whole.
+    """
+    if len(prompt) <= room:
+        return prompt
+    kept = min(len(suffix), room)
+    return prompt[: room - kept] + prompt[len(prompt) - kept :]
 
 
 def get_task(name: str) -> Task:

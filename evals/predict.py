@@ -6,7 +6,8 @@ else the model might have said. Summaries are generated greedily, up to the task
 none before the answer.
 
 Truncation, as in training too: a prompt longer than `max_length` (or the model's context), less
-the room for the answer, loses its beginning. Truncated prompts are counted.
+the room for the answer, loses the end of its text, never the words after it (`tasks.shorten`).
+Truncated prompts are counted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bitdistill.tasks import Example, Task
+from bitdistill.tasks import Example, Task, shorten
 
 if TYPE_CHECKING:
     from bitdistill.backends.base import Runtime
@@ -62,7 +63,7 @@ def predict(
 
 
 def encode_prompts(
-    runtime: Runtime, examples: Sequence[Example], room: int, max_length: int | None
+    runtime: Runtime, task: Task, examples: Sequence[Example], room: int, max_length: int | None
 ) -> tuple[list[list[int]], int]:
     """Prompt ids that leave `room` tokens for the answer, and how many of them were truncated."""
     limit = runtime.context if max_length is None else min(max_length, runtime.context)
@@ -74,7 +75,8 @@ def encode_prompts(
         )
     prompts = [list(runtime.tokenizer.encode(e.prompt, special=True)) for e in examples]
     truncated = sum(len(prompt) > budget for prompt in prompts)
-    return [prompt[-budget:] for prompt in prompts], truncated
+    suffix = runtime.tokenizer.encode(task.suffix, special=False)
+    return [shorten(prompt, suffix, budget) for prompt in prompts], truncated
 
 
 def encode_answers(runtime: Runtime, task: Task) -> list[list[int]]:
@@ -98,7 +100,7 @@ def _labels(
 ) -> Predictions:
     answers = encode_answers(runtime, task)
     room = max(len(answer) for answer in answers)
-    prompts, truncated = encode_prompts(runtime, examples, room, max_length)
+    prompts, truncated = encode_prompts(runtime, task, examples, room, max_length)
     scores: list[list[float]] = [[] for _ in prompts]
     # Longest first: too large a batch fails at once, and one batch holds prompts of one length.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -135,7 +137,7 @@ def _summaries(
     max_length: int | None,
     progress: Progress | None,
 ) -> Predictions:
-    prompts, truncated = encode_prompts(runtime, examples, task.max_new_tokens, max_length)
+    prompts, truncated = encode_prompts(runtime, task, examples, task.max_new_tokens, max_length)
     texts = []
     for done, prompt in enumerate(prompts, start=1):
         tokens = runtime.generate(prompt, max_new_tokens=task.max_new_tokens, temperature=0.0)

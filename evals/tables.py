@@ -194,7 +194,8 @@ def rich_table(results: Sequence[Result]) -> RichTable:
     )
     for index, name in enumerate(header):
         justify: Literal["left", "right"] = "left" if index < len(table.identity) else "right"
-        shown.add_column(name.replace(" (", "\n(").replace(", n", ",\nn"), justify=justify, no_wrap=True)
+        narrow = name.replace(" (", "\n(").replace(", n", ",\nn")
+        shown.add_column(narrow, justify=justify, no_wrap=True)
     for row in rows:
         shown.add_row(*row)
     return shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -51,14 +52,23 @@ def test_summaries_end_with_the_end_of_text(tokenizer: Any) -> None:
     assert tokenizer.decode(encoded.ids[-encoded.answer : -1]) == " good plot"
 
 
-@pytest.mark.parametrize("max_length", [8, 5, 2])
-def test_a_long_prompt_loses_its_beginning(tokenizer: Any, max_length: int) -> None:
+def test_a_long_prompt_loses_the_end_of_its_text(tokenizer: Any) -> None:
     example = Example(0, "the film is not good but very dull\nVerdict:", " bad", 0)
     full = encode_example(example, TASKS["tiny"], tokenizer, 512)
-    short = encode_example(example, TASKS["tiny"], tokenizer, max_length)
-    assert len(short.ids) == max_length
-    assert short.ids == full.ids[-max_length:]
-    assert short.answer == min(full.answer, max_length - 1)
+    ending = len(tokenizer("\nVerdict:").input_ids) + full.answer
+    for max_length in range(full.answer + 1, len(full.ids)):
+        short = encode_example(example, TASKS["tiny"], tokenizer, max_length)
+        assert len(short.ids) == max_length
+        assert short.answer == full.answer
+        kept = min(ending, max_length)
+        assert short.ids[-kept:] == full.ids[-kept:]
+        assert short.ids[:-kept] == full.ids[: max_length - kept]
+
+
+def test_the_suffix_of_a_template() -> None:
+    assert TASKS["cnn_dailymail"].suffix == "\n\nSummary:"
+    assert TASKS["mnli"].suffix == ". True, False or Neither?\nAnswer:"
+    assert dataclasses.replace(TASKS["tiny"], prompt="Judge: {sentence}").suffix == ""
 
 
 def test_a_long_answer_leaves_one_token_of_the_prompt(tokenizer: Any) -> None:

@@ -54,10 +54,13 @@ def test_progress_reaches_the_total(table_runtime: Any) -> None:
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
-def test_a_long_prompt_loses_its_beginning_and_is_counted(table_runtime: Any) -> None:
+def test_a_long_prompt_keeps_its_suffix_and_is_counted(table_runtime: Any) -> None:
     runtime = table_runtime(context=10)
-    prompts, truncated = encode_prompts(runtime, examples("abcdefghijkl", "abc"), 3, None)
-    assert runtime.tokenizer.decode(prompts[0]) == "fghijkl"  # 10 tokens less 3 for the answer
+    task = dataclasses.replace(LABELS, prompt="{text}kl")
+    prompts, truncated = encode_prompts(runtime, task, examples("abcdefghijkl", "abc"), 3, None)
+    # 10 tokens less 3 for the answer: BOS, four letters, and the suffix
+    assert runtime.tokenizer.decode(prompts[0]).strip() == "abcdkl"
+    assert len(prompts[0]) == 7
     assert (len(prompts[1]), truncated) == (4, 1)
     assert predict(runtime, LABELS, examples("abcdefghijkl", "abc")).truncated == 1
     assert predict(runtime, LABELS, examples("abcdef", "abc"), max_length=6).truncated == 2
