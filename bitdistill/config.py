@@ -1,228 +1,24 @@
-"""One validated schema for a whole run: YAML files, `extends`, and `--set a.b=c`.
+"""Read a configuration: shipped recipes and YAML files, `extends`, and `--set a.b=c`.
 
-Unknown keys are refused with a suggestion, wherever they stand. The schema's defaults are neutral;
-what we recommend is in recipes/*.yaml, where it can be read and compared.
+The result is a `schema.Config`; every mistake becomes a ConfigError that names the key and, where
+there is one, the key that was probably meant.
 """
 
 from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 
 from bitdistill.names import suggest
-from bitdistill.tasks import Task, get_task
+from bitdistill.schema import Config
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and the remedy."""
-
-
-class Section(BaseModel):
-    """A part of the configuration; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Model(Section):
-    """The off-the-shelf model. `source`: a local directory, a hub id, or `tiny` (made on the spot).
-
-    `gguf_file` names a GGUF file inside `source` that transformers can read.
-    """
-
-    source: str
-    gguf_file: str | None = None
-    revision: str | None = None
-    licence: str | None = None
-
-
-class TaskData(Section):
-    """A built-in task by name, or a task of your own; and where its examples are.
-
-    `train` and `validation` are local JSON lines, CSV or parquet files; without them the hub's
-    data set is used. `columns` maps the task's column names to the file's.
-    """
-
-    name: str
-    train: str | None = None
-    validation: str | None = None
-    columns: dict[str, str] = {}
-    limit_train: int | None = Field(None, gt=0)
-    limit_validation: int | None = Field(None, gt=0)
-    kind: Literal["label", "summary"] | None = None
-    prompt: str | None = None
-    inputs: list[str] = []
-    target: str | None = None
-    labels: list[str] = []
-    max_new_tokens: int = Field(128, gt=0)
-
-    @model_validator(mode="after")
-    def _complete(self) -> TaskData:
-        self.resolve()
-        return self
-
-    def resolve(self) -> Task:
-        """The task; ValueError for an unknown name without a prompt of its own."""
-        if self.prompt is None:
-            return get_task(self.name)
-        if not self.inputs or not self.target or (self.kind != "summary" and not self.labels):
-            raise ValueError("a task of your own needs prompt, inputs, target and (label) labels")
-        if len({label.strip().lower() for label in self.labels}) < len(self.labels):
-            raise ValueError(f"labels {self.labels} must differ in more than case and spaces")
-        return Task(
-            name=self.name,
-            kind=self.kind or "label",
-            prompt=self.prompt,
-            columns=tuple(self.inputs),
-            target=self.target,
-            labels=tuple(self.labels),
-            max_new_tokens=1 if self.labels else self.max_new_tokens,
-        )
-
-
-class Corpus(Section):
-    """Text for continued pre-training. `source`: a local file, a hub data set, `task` (the task's
-    own prompts and answers) or `tiny` (the embedded generator). Several sources are mixed by
-    listing them; a hub data set is streamed."""
-
-    sources: list[str] = ["task"]
-    column: str = "text"
-    configuration: str | None = None
-    split: str = "train"
-    limit: int | None = Field(None, gt=0)
-
-
-class Training(Section):
-    """Optimisation of one stage. Give `steps` or `epochs`. Rates are per step, shares of the run.
-
-    `anneal` is the share of the steps over which quantisation is blended in (0: hard at once).
-    `decay_until` is the share of the run after which weight decay is zero.
-    """
-
-    enabled: bool = True
-    steps: int | None = Field(None, gt=0)
-    epochs: float | None = Field(None, gt=0)
-    batch_size: int = Field(32, gt=0)
-    accumulate: int = Field(1, gt=0)
-    max_length: int = Field(512, gt=1)
-    learning_rate: float = Field(5e-5, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0)
-    decay_until: float = Field(1.0, ge=0, le=1)
-    clip_norm: float = Field(1.0, gt=0)
-    anneal: float = Field(0.0, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Training:
-        if self.enabled and (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of steps and epochs")
-        return self
-
-
-class LogitsLoss(Section):
-    """KL(teacher || student) of softmax(z / temperature), over the tokens that count.
-
-    `tau_squared` multiplies by temperature^2, as the authors' code does and the paper does not.
-    """
-
-    weight: float = Field(0.0, ge=0)
-    temperature: float = Field(5.0, gt=0)
-    tau_squared: bool = False
-
-
-class RelationLoss(Section):
-    """Attention relations of one layer (MiniLM): KL of softmax(A A^T) for A in Q, K, V.
-
-    `layer` is an index, or a share of the depth; teacher and student layers correspond by depth.
-    `states`: `projection` takes Q, K, V as projected, `attention` after qk-norm and rotary
-    embedding and before key/value heads are repeated (the authors' code). `scaling`: `sqrt` divides
-    by sqrt(d_r), `normalised` divides L2-normalised states' products by `temperature` (the paper's
-    Algorithm 1). `mask` leaves out padding and future tokens (the paper does not).
-    `divide_by_heads` divides by `split_heads` once more (the authors' code).
-    `target_ratio` sets the weight so that the term starts at that ratio of the cross-entropy.
-    """
-
-    weight: float = Field(0.0, ge=0)
-    target_ratio: float | None = Field(None, gt=0)
-    layer: int | float = 0.75
-    split_heads: int = Field(8, gt=0)
-    states: Literal["projection", "attention"] = "projection"
-    scaling: Literal["sqrt", "normalised"] = "sqrt"
-    temperature: float = Field(1.0, gt=0)
-    mask: bool = True
-    divide_by_heads: bool = False
-
-    @property
-    def active(self) -> bool:
-        """Whether the term is computed at all."""
-        return self.weight > 0 or self.target_ratio is not None
-
-
-class Distillation(Training):
-    """A stage with a teacher: L = ce L_CE + logits.weight L_LD + relations.weight L_AD."""
-
-    ce: float = Field(1.0, ge=0)
-    logits: LogitsLoss = LogitsLoss()
-    relations: RelationLoss = RelationLoss()
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any term compares with a teacher."""
-        return self.logits.weight > 0 or self.relations.active
-
-
-class Student(Section):
-    """Stage 1. `start`: whether the student takes the base model's weights or the teacher's."""
-
-    norm_style: Literal["paper", "allnorm", "none"] = "paper"
-    activation_bits: Literal[8] | None = 8
-    calibrate: bool = True
-    calibration_batches: int = Field(8, gt=0)
-    start: Literal["base", "teacher"] = "base"
-
-
-class Machine(Section):
-    """Where and how to compute. `precision` is the arithmetic; master weights are always fp32.
-
-    `compile` compiles each decoder layer; `auto` does so on CUDA. `pad_multiple` keeps the number
-    of batch lengths, and so of compiled variants, small.
-    """
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: bool | Literal["auto"] = "auto"
-    threads: int | None = Field(None, gt=0)
-    save_minutes: float = Field(5.0, gt=0)
-    pad_multiple: int = Field(8, gt=0)
-
-
-class Config(Section):
-    """A whole run. Stage 2 distils from the base model, stage 3 from the task's teacher."""
-
-    name: str
-    seed: int = 0
-    method: Literal["bitdistill", "bitdistill-paper"] = "bitdistill"
-    model: Model
-    task: TaskData
-    corpus: Corpus = Corpus()
-    machine: Machine = Machine()
-    base: Training = Training(enabled=False)
-    teacher: Training
-    bitnet_sft: Training = Training(enabled=False)
-    student: Student = Student()
-    pretrain: Distillation = Distillation(enabled=False)
-    distill: Distillation
-
-    @field_validator("name")
-    @classmethod
-    def _plain_name(cls, value: str) -> str:
-        if not value or "/" in value:
-            raise ValueError("name must be a plain word")
-        return value
 
 
 def recipe_names() -> list[str]:

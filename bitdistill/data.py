@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bitdistill.config import Config, Corpus, TaskData
+from bitdistill.schema import Config, Corpus, TaskData
 from bitdistill.sources import LOCAL_FORMATS, file_rows, hub_rows
 from bitdistill.tasks import Example, Task, load_examples, shorten
 

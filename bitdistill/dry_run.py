@@ -18,11 +18,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bitdistill.config import Config, Distillation, Training, dump_config
+from bitdistill.config import dump_config
 from bitdistill.data import TaskBatches, check_sources, corpus_batches, task_rows
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.quantize import BitLinear
+from bitdistill.schema import Config, Distillation, Training
 from bitdistill.student import make_student
 from bitdistill.tasks import load_examples
 from bitdistill.teacher import ModelError, check_model, load_model

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bitdistill.config import LogitsLoss, RelationLoss
+from bitdistill.schema import LogitsLoss, RelationLoss
 
 CHUNK_TOKENS = 1024
 

@@ -15,9 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from bitdistill.config import Distillation, LogitsLoss, RelationLoss, Training
 from bitdistill.data import IGNORED, Batch
 from bitdistill.losses import relation_sum, token_terms
+from bitdistill.schema import Distillation, LogitsLoss, RelationLoss, Training
 from bitdistill.student import layers_of
 
 CAPTURING = "bitdistill_capturing"

@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill import __version__, checkpoint, manifest
 from bitdistill.cards import model_card
-from bitdistill.config import Config, Training, dump_config
+from bitdistill.config import dump_config
 from bitdistill.data import Batches, TaskBatches, check_sources, corpus_batches, task_rows
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
+from bitdistill.schema import Config, Training
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
 from bitdistill.teacher import licence_of, load_model
 from bitdistill.training import Fit, Hardware, TrainingError, discard_state

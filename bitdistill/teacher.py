@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bitdistill.config import Model
 from bitdistill.decoder import family_of
+from bitdistill.schema import Model
 from bitdistill.student import layers_of
 
 LICENCE_UNKNOWN = "unknown"

@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitdistill import manifest
-from bitdistill.config import Machine, Training
 from bitdistill.data import Batch, Batches
 from bitdistill.objective import Objective, count_window
 from bitdistill.progress import Reporter
 from bitdistill.quantize import set_anneal
+from bitdistill.schema import Machine, Training
 from bitdistill.student import layers_of
 
 LOG_EVERY = 10

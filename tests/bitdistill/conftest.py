@@ -14,10 +14,11 @@ from runs import TEXTS, Done, task_batches
 
 import bitdistill
 from bitdistill.cli import main
-from bitdistill.config import Config, Machine, Training, load_config
+from bitdistill.config import load_config
 from bitdistill.data import Batches, PackedBatches, TextStream
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
+from bitdistill.schema import Config, Machine, Training
 from bitdistill.student import make_student
 from bitdistill.tasks import TASKS
 from bitdistill.training import Fit

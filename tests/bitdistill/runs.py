@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bitdistill.config import Distillation
 from bitdistill.data import Encoded, TaskBatches
 from bitdistill.quantize import BitLinear
+from bitdistill.schema import Distillation
 from bitdistill.training import Fit
 
 TEXTS = [

@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from bitdistill.config import (
-    Config,
     ConfigError,
     dump_config,
     load_config,
@@ -16,6 +15,7 @@ from bitdistill.config import (
     parse_setting,
     recipe_names,
 )
+from bitdistill.schema import Config
 
 OWN_TASK = """
 extends: tiny

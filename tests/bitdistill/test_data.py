@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitdistill.config import Config, TaskData, load_config
+from bitdistill.config import load_config
 from bitdistill.data import (
     IGNORED,
     Encoded,
@@ -23,6 +23,7 @@ from bitdistill.data import (
     encode_example,
     task_rows,
 )
+from bitdistill.schema import Config, TaskData
 from bitdistill.tasks import TASKS, Example
 
 WORDS = "the film is not good bad but very dull bright and we liked it a plot".split()

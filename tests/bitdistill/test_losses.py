@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bitdistill import losses
-from bitdistill.config import LogitsLoss, RelationLoss
 from bitdistill.losses import cross_entropy_sum, logits_kl_sum, relation_sum, token_terms
+from bitdistill.schema import LogitsLoss, RelationLoss
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

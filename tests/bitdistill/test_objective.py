@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from bitdistill.config import Distillation, RelationLoss
 from bitdistill.data import IGNORED, Batch
 from bitdistill.objective import Capture, count_window, layer_index, make_objective, related_layers
+from bitdistill.schema import Distillation, RelationLoss
 from bitdistill.student import make_student
 
 SETTINGS = Distillation(

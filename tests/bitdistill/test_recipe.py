@@ -11,9 +11,10 @@ from runs import log_of, stages_of
 
 import bitdistill
 from bitdistill import checkpoint, manifest
-from bitdistill.config import Config, load_config
+from bitdistill.config import load_config
 from bitdistill.quantize import BitLinear
 from bitdistill.recipe import train
+from bitdistill.schema import Config
 from bitdistill.training import TrainingError
 
 

@@ -11,8 +11,8 @@ import torch
 from runs import stages_of
 
 from bitdistill import checkpoint, manifest
-from bitdistill.config import Config
 from bitdistill.recipe import train
+from bitdistill.schema import Config
 from bitdistill.training import Fit, TrainingError
 
 

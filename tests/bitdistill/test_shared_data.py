@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bitdistill.config import TaskData
 from bitdistill.data import task_rows
+from bitdistill.schema import TaskData
 from bitdistill.tasks import TASKS, load_examples
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

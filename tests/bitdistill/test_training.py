@@ -12,9 +12,9 @@ import pytest
 import torch
 from runs import TEXTS, advance, anneal_of, settings, task_batches
 
-from bitdistill.config import Machine, Training
 from bitdistill.data import PackedBatches, TextStream
 from bitdistill.quantize import BitLinear
+from bitdistill.schema import Machine, Training
 from bitdistill.training import Fit, Hardware, TrainingError, schedule, total_steps
 
 # --- schedule and steps ---------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from runs import advance, anneal_of, settings, weights
 
 from bitdistill import manifest
-from bitdistill.config import Machine
+from bitdistill.schema import Machine
 from bitdistill.training import Fit, TrainingError, discard_state
 
 
