@@ -31,10 +31,10 @@ demo: setup
 	  --out $(DEMO)/results.jsonl
 
 test: setup lint typecheck
-	$(RUN)/pytest
+	$(RUN)/pytest -rs
 
 test-slow: setup
-	$(RUN)/pytest -m slow --timeout 900
+	$(RUN)/pytest -m slow -rs --timeout 900
 
 lint: setup
 	$(RUN)/ruff format --check .

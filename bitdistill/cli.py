@@ -135,48 +135,20 @@ def export(
 
     check: Callable[[Path], dict[str, Any]] | None = None
     if parity:
-        from bitdistill.evals import report
+        from bitdistill.evals import report, task_prompts, verdict
 
-        prompts = _task_prompts(student)
+        prompts = task_prompts(student)
 
         def check(artifact: Path) -> dict[str, Any]:
-            return report(student, artifact, prompts)
+            parity = report(student, artifact, prompts)
+            click.echo(f"parity with PyTorch: {verdict(parity)}", err=True)
+            return parity
 
     click.echo(
         write(
             student, target, out, force=force, embed_bits=embed_bits, context=context, check=check
         )
     )
-    if parity:
-        _say_parity(out)
-
-
-def _task_prompts(student: Path) -> list[str]:
-    """A few validation prompts of the student's task, where its data can be had."""
-    from bitdistill import manifest
-    from bitdistill.tasks import Task, load_examples
-
-    content = manifest.read_manifest(student)
-    if not content.get("task"):
-        return []
-    task, data = Task.from_json(content["task"]), content.get("validation")
-    if (data is None and task.hub is not None) or (data is not None and not Path(data).is_file()):
-        return []  # parity does not need the network: random tokens are compared too
-    examples = load_examples(task, data, limit=16, columns=content.get("columns"))
-    return [example.prompt for example in examples]
-
-
-def _say_parity(out: Path) -> None:
-    from bitdistill import manifest
-
-    parity = manifest.read_manifest(out)["parity"]
-    click.echo(f"parity with PyTorch: {_verdict(parity)}", err=True)
-
-
-def _verdict(parity: dict[str, Any]) -> str:
-    if parity.get("skipped"):
-        return f"not measured ({parity['skipped']})"
-    return "within the noise floor" if parity["passed"] else "NOT within the noise floor"
 
 
 @main.command("eval")

@@ -31,7 +31,7 @@ from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Training
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
-from bitdistill.teacher import licence_of, load_model
+from bitdistill.teacher import licence_of, load_model, name_of
 from bitdistill.training import Fit, Hardware, TrainingError, discard_state
 
 LoadedModel = tuple[PreTrainedModel, Tokenizer]
@@ -251,7 +251,7 @@ class Recipe:
         return {
             "stage": stage.directory,
             "method": stage.method,
-            "base_model": self.config.model.source,
+            "base_model": name_of(self.config.model),
             "family": model.config.model_type.removeprefix("bitdistill_"),
             "licence": licence_of(self.config.model),
             "norm_style": student.get("norm_style"),

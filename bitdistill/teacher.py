@@ -101,13 +101,26 @@ def check_layers(model: PreTrainedModel) -> None:
         raise ModelError(f"{type(model).__name__} has no decoder layers where they are expected")
 
 
+def _card_header(model: Model, key: str) -> str | None:
+    """A value from the header of the model card in a local directory."""
+    card = Path(model.source).expanduser() / "README.md"
+    if card.is_file():
+        for line in card.read_text(encoding="utf-8").splitlines()[:40]:
+            if line.startswith(f"{key}:"):
+                return line.partition(":")[2].strip().strip("'\"") or None
+    return None
+
+
 def licence_of(model: Model) -> str:
     """The licence the student inherits: as configured, or as the model card's header says."""
     if model.source == "tiny":
         return "apache-2.0"
-    card = Path(model.source).expanduser() / "README.md"
-    if model.licence is None and card.is_file():
-        for line in card.read_text(encoding="utf-8").splitlines()[:40]:
-            if line.startswith("license:"):
-                return line.partition(":")[2].strip().strip("'\"")
-    return model.licence or LICENCE_UNKNOWN
+    return model.licence or _card_header(model, "license") or LICENCE_UNKNOWN
+
+
+def name_of(model: Model) -> str:
+    """What cards and tables call the base model: its hub id, or a local directory's name."""
+    if not Path(model.source).expanduser().is_dir():
+        return model.source
+    name = Path(model.source).expanduser().resolve().name
+    return _card_header(model, "base_model") or name

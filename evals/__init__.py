@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitdistill.evals.bench import Speed, measure
-    from bitdistill.evals.parity import report
+    from bitdistill.evals.parity import report, task_prompts, verdict
     from bitdistill.evals.process import WorkerError
     from bitdistill.evals.results import Result, check_output, read_jsonl, write_jsonl
     from bitdistill.evals.runner import run
@@ -26,6 +26,8 @@ _HOME = {
     "render": "tables",
     "rich_table": "tables",
     "report": "parity",
+    "task_prompts": "parity",
+    "verdict": "parity",
     "measure": "bench",
     "Speed": "bench",
     "WorkerError": "process",
@@ -41,6 +43,8 @@ __all__ = [
     "report",
     "rich_table",
     "run",
+    "task_prompts",
+    "verdict",
     "write_jsonl",
 ]
 

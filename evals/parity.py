@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from bitdistill import manifest
 from bitdistill.decoder import LINEARS, DecoderSpec
 from bitdistill.evals.directories import weights_fingerprint
+from bitdistill.tasks import Task, load_examples
 
 LARGEST = 1e9
 LENGTHS = (8, 16, 32, 64, 128)
@@ -45,6 +46,28 @@ TINY = 1e-30
 QUANTILES = {"median": 0.5, "quartile": 0.75, "percentile_95": 0.95}
 Logits = list[NDArray[np.float32]]
 Progress = Callable[[str, int, int], None]
+
+
+def task_prompts(student_dir: str | Path) -> list[str]:
+    """The first prompts of the student's own validation data, where that is at hand.
+
+    Parity never needs the network: without them, random tokens alone are compared.
+    """
+    content = manifest.read_manifest(Path(student_dir))
+    if not content.get("task"):
+        return []
+    task, data = Task.from_json(content["task"]), content.get("validation")
+    if task.hub is not None if data is None else not Path(data).is_file():
+        return []
+    examples = load_examples(task, data, limit=PROMPTS, columns=content.get("columns"))
+    return [example.prompt for example in examples]
+
+
+def verdict(parity: dict[str, Any]) -> str:
+    """A report in a few words."""
+    if parity.get("skipped"):
+        return f"not measured ({parity['skipped']})"
+    return "within the noise floor" if parity["passed"] else "NOT within the noise floor"
 
 
 def report(

@@ -66,8 +66,8 @@ def test_a_student_equal_to_its_teacher_has_no_distillation_loss(
     objective = make_objective(teacher, teacher, SETTINGS)
     window = [make_batch(2, [6, 5])]
     terms = objective(window[0], count_window(window, SETTINGS.relations))
-    assert float(terms["logits"]) == pytest.approx(0.0, abs=1e-5)
-    assert float(terms["relations"]) == pytest.approx(0.0, abs=1e-5)
+    assert terms["logits"].item() == pytest.approx(0.0, abs=1e-5)
+    assert terms["relations"].item() == pytest.approx(0.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])

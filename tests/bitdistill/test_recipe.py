@@ -15,6 +15,7 @@ from bitdistill.config import load_config
 from bitdistill.quantize import BitLinear
 from bitdistill.recipe import train
 from bitdistill.schema import Config
+from bitdistill.teacher import name_of
 from bitdistill.training import TrainingError
 
 
@@ -48,7 +49,7 @@ def test_manifests_say_what_a_stage_is(recipe: Callable[..., Config], tmp_path: 
     expected = {
         "stage": "student",
         "method": "bitdistill",
-        "base_model": config.model.source,
+        "base_model": name_of(config.model),
         "family": "qwen3",
         "licence": "mit",
         "norm_style": "paper",
@@ -68,7 +69,7 @@ def test_manifests_say_what_a_stage_is(recipe: Callable[..., Config], tmp_path: 
     assert len(gains) == 4
     card = (out / "student" / "README.md").read_text()
     assert "license: mit" in card
-    assert f"base_model: {config.model.source}" in card
+    assert f"base_model: {name_of(config.model)}" in card
     direct = manifest.read_manifest(out / "bitnet-sft", "student")
     assert (direct["norm_style"], direct["parent"]) == ("none", None)
 

@@ -15,7 +15,7 @@ import torch
 
 from bitdistill.schema import Model
 from bitdistill.student import make_student
-from bitdistill.teacher import ModelError, licence_of, load_model
+from bitdistill.teacher import ModelError, licence_of, load_model, name_of
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 
@@ -238,6 +238,15 @@ def test_licence(card: str | None, configured: str | None, licence: str, tmp_pat
     if card is not None:
         (tmp_path / "README.md").write_text(card)
     assert licence_of(Model(source=str(tmp_path), licence=configured)) == licence
+
+
+def test_name_of_a_model(tmp_path: Path) -> None:
+    directory = tmp_path / "my-model"
+    directory.mkdir()
+    assert name_of(Model(source=str(directory))) == "my-model"
+    (directory / "README.md").write_text("---\nbase_model: org/Model-1B\n---\n")
+    assert name_of(Model(source=str(directory))) == "org/Model-1B"
+    assert name_of(Model(source="org/on-the-hub")) == "org/on-the-hub"
 
 
 def test_licence_of_the_embedded_model() -> None:
