@@ -10,7 +10,7 @@ from importlib import metadata
 from bitdistill import __version__
 
 REQUIRED = (
-    "torch transformers datasets onnx onnxruntime onnx-ir mlx numpy click safetensors tokenizers "
+    "torch transformers datasets onnx onnxruntime onnx-ir mlx mlx-lm numpy click safetensors tokenizers "
     "pydantic pyyaml rich rouge-score sacrebleu"
 ).split()
 EXTRAS = {
@@ -18,7 +18,6 @@ EXTRAS = {
     "matplotlib": "pip install 'bitdistill[plot]'",
     "lm-eval": "pip install 'bitdistill[harness]'",
     "onnxruntime-genai": "pip install 'bitdistill[genai]'",
-    "mlx-lm": "pip install mlx-lm",
 }
 
 
