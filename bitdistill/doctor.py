@@ -10,8 +10,8 @@ from importlib import metadata
 from bitdistill import __version__
 
 REQUIRED = (
-    "torch transformers datasets onnx onnxruntime onnx-ir mlx mlx-lm numpy click safetensors tokenizers "
-    "pydantic pyyaml rich rouge-score sacrebleu"
+    "torch transformers datasets onnx onnxruntime onnx-ir mlx mlx-lm numpy click safetensors "
+    "tokenizers pydantic pyyaml rich rouge-score sacrebleu"
 ).split()
 EXTRAS = {
     "gguf": "pip install 'bitdistill[gguf]'",

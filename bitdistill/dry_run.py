@@ -97,6 +97,7 @@ def _one_step(
             Reporter(quiet=True),
             Path(folder) / "state",
         )
+        fit.fit_relation_weight()
         window = batches.window(0)
         fit.optimize(window, {})  # the first step pays for allocations
         sums: dict[str, torch.Tensor] = {}

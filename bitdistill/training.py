@@ -142,13 +142,18 @@ class Fit:
                     layer.compile(dynamic=False)
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
-    def run(self) -> dict[str, float]:
-        """Train to the end; the mean terms of the last records."""
-        self._compile_layers()
-        if self.step == 0 and self.objective.relations.target_ratio is not None:
+    def fit_relation_weight(self) -> None:
+        """Where a target ratio is asked for, find the relations' weight on the first window."""
+        if self.objective.relations.target_ratio is not None:
             window = [self.hardware.move(b) for b in self.batches.window(0)]
             with self.hardware.autocast():
                 self.objective.fit_relation_weight(window)
+
+    def run(self) -> dict[str, float]:
+        """Train to the end; the mean terms of the last records."""
+        self._compile_layers()
+        if self.step == 0:
+            self.fit_relation_weight()
         set_anneal(self.model, 1.0)
         sums: dict[str, Tensor] = {}
         tokens = 0

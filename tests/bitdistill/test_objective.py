@@ -105,7 +105,7 @@ def test_weight_by_target_ratio(make_teacher: Callable[..., Any]) -> None:
     batch = make_batch(3, [8, 8, 6])
     objective.fit_relation_weight([batch])
     terms = objective(batch, count_window([batch], settings.relations))
-    assert float(terms["relations"] / terms["ce"]) == pytest.approx(0.25, rel=1e-4)
+    assert (terms["relations"] / terms["ce"]).item() == pytest.approx(0.25, rel=1e-4)
 
 
 def test_layers_by_index_and_by_depth() -> None:

@@ -22,16 +22,6 @@ from bitdistill.exporters import onnx_layout
 Students = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def student(student_dir: Students) -> Path:
-    return student_dir("qwen3", "paper", 8)
-
-
-@pytest.fixture(scope="module")
-def artifact(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exporters.export(student, "onnx", tmp_path_factory.mktemp("onnx") / "artifact")
-
-
 def graph_of(artifact: Path) -> onnx.GraphProto:
     return onnx.load(artifact / "model.onnx", load_external_data=False).graph
 

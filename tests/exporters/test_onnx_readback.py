@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,22 +17,6 @@ from bitdistill.decoder import LINEARS
 from bitdistill.exporters import to_onnx
 
 Students = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def student(student_dir: Students) -> Path:
-    return student_dir("qwen3", "paper", 8)
-
-
-@pytest.fixture(scope="module")
-def artifact(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exporters.export(student, "onnx", tmp_path_factory.mktemp("onnx") / "artifact")
-
-
-@pytest.fixture
-def copy(artifact: Path, tmp_path: Path) -> Path:
-    """An artifact to be altered."""
-    return shutil.copytree(artifact, tmp_path / "copy")
 
 
 def load(artifact: Path) -> onnx.ModelProto:
