@@ -93,7 +93,7 @@ def train(
         return
     from bitdistill.recipe import train as run
 
-    click.echo(run(config, out or Path("runs") / config.name, resume=resume))
+    click.echo(run(config, out, resume=resume))
 
 
 @main.command()

@@ -268,10 +268,13 @@ class Recipe:
         }
 
 
-def train(config: Config, out: str | Path, *, resume: bool = False, quiet: bool = False) -> Path:
-    """Run every stage of a recipe and return the student directory.
+def train(
+    config: Config, out: str | Path | None = None, *, resume: bool = False, quiet: bool = False
+) -> Path:
+    """Run every stage of a recipe in `out` (runs/NAME) and return the student directory.
 
     Raises TrainingError, ConfigError, ModelError or FormatError with the remedy; what is complete
     stays, and a later call continues after it.
     """
-    return Recipe(config, Path(out), resume=resume, quiet=quiet).run()
+    out = Path("runs") / config.name if out is None else Path(out)
+    return Recipe(config, out, resume=resume, quiet=quiet).run()
