@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from bitdistill import manifest
 from bitdistill.data import Batch, Batches
+from bitdistill.interrupt import stop_signals
 from bitdistill.objective import Objective, count_window
 from bitdistill.progress import Reporter
 from bitdistill.quantize import set_anneal
@@ -156,22 +157,28 @@ class Fit:
             self.fit_relation_weight()
         set_anneal(self.model, 1.0)
         sums: dict[str, Tensor] = {}
-        tokens = 0
+        tokens, read = 0, self.step
         last: dict[str, float] = {}
         saved = time.monotonic()
-        with self.reporter.stage(self.name, self.total, self.step) as meter:
+        with self.reporter.stage(self.name, self.total, self.step) as meter, stop_signals() as stop:
             while self.step < self.total:
                 window = self.batches.window(self.step)
                 tokens += sum(int(b["attention_mask"].sum()) for b in window)
                 self.optimize(window, sums)
                 self.step += 1
                 if self.step % LOG_EVERY == 0 or self.step == self.total:
-                    last = self._read_terms(sums, (self.step - 1) % LOG_EVERY + 1)
+                    last = self._read_terms(sums, self.step - read)
                     meter.update(self.step, tokens, last, self._rate())
-                    tokens = 0
+                    tokens, read = 0, self.step
                     if time.monotonic() - saved > 60 * self.machine.save_minutes:
                         self.save()
                         saved = time.monotonic()
+                if stop.requested and self.step < self.total:
+                    self.save()
+                    raise TrainingError(
+                        f"stage {self.name} was stopped at step {self.step} of {self.total} and "
+                        "its state saved; --resume continues it"
+                    )
         self._check_weights()
         set_anneal(self.model, 1.0)
         self.model.eval()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +42,35 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     for name, value in weights(rest).items():
         assert torch.equal(value, final[name]), name
     assert anneal_of(rest) == anneal_of(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(
+    start: Callable[..., Fit], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Between two steps; the rest of the run is then the uninterrupted one, bit for bit."""
+    options = settings(steps=12)
+    whole, part = start(options, "packed"), start(options, "packed")
+    terms = whole.run()
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    optimize = Fit.optimize
+
+    def signalled(self: Fit, window: Any, sums: Any) -> None:
+        optimize(self, window, sums)
+        if self.step == 4:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Fit, "optimize", signalled)
+    with pytest.raises(TrainingError, match=r"stopped at step 5 of 12 .*; --resume continues it"):
+        part.run()
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    rest = start(options, "packed")
+    rest.restore()
+    assert rest.step == 5
+    assert rest.run() == terms
+    final = weights(whole)
+    for name, value in weights(rest).items():
+        assert torch.equal(value, final[name]), name
 
 
 def test_run_continues_where_it_was_saved(
