@@ -53,15 +53,19 @@ def absmax_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     return 127.0 / (g + ACTIVATION_EPS), g / 127.0
 
 
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations (..., K) -> integers in int8 range as fp32 (..., K), and their scale (..., 1)."""
-    up, down = absmax_scale(x)
-    return torch.round(_wide(x) * up).clamp(-128, 127), down
-
-
 def straight_through(value: Tensor, target: Tensor, amount: float | Tensor = 1.0) -> Tensor:
     """`value + amount * (target - value)` whose gradient is that of `value`."""
     return value + amount * (target - value).detach()
+
+
+def quantize_activations(x: Tensor, amount: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """Activations (..., K) -> integers in int8 range as fp32 (..., K), and their scale (..., 1).
+
+    The gradient passes straight through the rounding, of which `amount` (0 to 1) is applied.
+    """
+    up, down = absmax_scale(x)
+    x = _wide(x) * up
+    return straight_through(x, x.round().clamp(-128, 127), amount), down
 
 
 class RMSNorm(nn.Module):
@@ -131,9 +135,7 @@ class BitLinear(nn.Linear):
         if self.activation_bits is None:
             y = F.linear(x, weight) * scale
         else:
-            up, down = absmax_scale(x)
-            x = x * up
-            x = straight_through(x, x.round().clamp(-128, 127), self.anneal)
+            x, down = quantize_activations(x, self.anneal)
             y = F.linear(x, weight) * (down * scale)
         if self.bias is not None:
             y = y + self.bias

@@ -43,7 +43,6 @@ class TaskData(Section):
     validation: str | None = None
     columns: dict[str, str] = {}
     limit_train: int | None = Field(None, gt=0)
-    limit_validation: int | None = Field(None, gt=0)
     kind: Literal["label", "summary"] | None = None
     prompt: str | None = None
     inputs: list[str] = []
