@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import TEXTS, Done, task_batches
+from short_runs import TEXTS, Done, task_batches
 
 import bitdistill
 from bitdistill.cli import main

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Done, copy
+from short_runs import Done, copy
 
 import bitdistill
 from bitdistill import manifest

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import log_of, stages_of
+from short_runs import log_of, stages_of
 
 import bitdistill
 from bitdistill import checkpoint, manifest

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import stages_of
+from short_runs import stages_of
 
 from bitdistill import checkpoint, manifest
 from bitdistill.recipe import train

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TEXTS, advance, anneal_of, settings, task_batches
+from short_runs import TEXTS, advance, anneal_of, settings, task_batches
 
 from bitdistill.data import PackedBatches, TextStream
 from bitdistill.quantize import BitLinear

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import advance, anneal_of, settings, weights
+from short_runs import advance, anneal_of, settings, weights
 
 from bitdistill import manifest
 from bitdistill.schema import Machine
