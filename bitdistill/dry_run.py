@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill.config import dump_config
 from bitdistill.data import TaskBatches, check_sources, corpus_batches, task_rows
+from bitdistill.hardware import TrainingError
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.quantize import BitLinear
@@ -27,7 +28,7 @@ from bitdistill.schema import Config, Distillation, Training
 from bitdistill.student import make_student
 from bitdistill.tasks import load_examples
 from bitdistill.teacher import ModelError, check_model, load_model
-from bitdistill.training import Fit, TrainingError
+from bitdistill.training import Fit
 
 # fp32 master weight, gradient and two AdamW moments
 STUDENT_BYTES = 16
@@ -99,11 +100,11 @@ def _one_step(
         )
         fit.fit_relation_weight()
         window = batches.window(0)
-        fit.optimize(window, {})  # the first step pays for allocations
-        sums: dict[str, torch.Tensor] = {}
+        fit.optimize(window)  # the first step pays for allocations
+        fit.read_terms(1)
         start = time.perf_counter()
-        fit.optimize(window, sums)
-        terms = {key: float(value) for key, value in sums.items()}
+        fit.optimize(window)
+        terms = fit.read_terms(1)
         seconds = time.perf_counter() - start
     tokens = sum(batch["attention_mask"].numel() for batch in window)
     return seconds, tokens, terms, _peak_bytes(fit.hardware.device)

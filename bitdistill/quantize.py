@@ -25,7 +25,7 @@ ACTIVATION_EPS = 1e-5
 MAX_COLUMNS = 1 << 17  # 127 * K must stay below 2^24
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """fp32, or fp64 where the model runs in fp64 (the noise-floor reference)."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -49,7 +49,7 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def absmax_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-token factors (..., 1) in fp32: `x * up` rounds to int8, `q * down` restores x."""
-    g = _wide(x.detach()).abs().amax(-1, keepdim=True)
+    g = wide(x.detach()).abs().amax(-1, keepdim=True)
     return 127.0 / (g + ACTIVATION_EPS), g / 127.0
 
 
@@ -64,7 +64,7 @@ def quantize_activations(x: Tensor, amount: float | Tensor = 1.0) -> tuple[Tenso
     The gradient passes straight through the rounding, of which `amount` (0 to 1) is applied.
     """
     up, down = absmax_scale(x)
-    x = _wide(x) * up
+    x = wide(x) * up
     return straight_through(x, x.round().clamp(-128, 127), amount), down
 
 
@@ -77,7 +77,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _wide(x)
+        x = wide(x)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
@@ -129,7 +129,7 @@ class BitLinear(nn.Linear):
         dtype = x.dtype
         if self.norm is not None:
             x = self.norm(x)
-        x = _wide(x)
+        x = wide(x)
         unit, scale = self._unit_weight()
         weight = unit.to(x.dtype)
         if self.activation_bits is None:
@@ -142,8 +142,14 @@ class BitLinear(nn.Linear):
         return y.to(dtype)
 
 
-def set_anneal(model: nn.Module, amount: float) -> None:
-    """Set the share of quantisation, 0 to 1, of every BitLinear."""
-    for module in model.modules():
-        if isinstance(module, BitLinear):
-            module.anneal.fill_(amount)
+def share_anneal(model: nn.Module) -> Tensor:
+    """Let every BitLinear read one tensor, the share of quantisation; returns it.
+
+    One tensor to fill at each step, and a compiler sees that projections which share an input round
+    it alike: it rounds once. Call it after the model is on its device.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BitLinear)]
+    shared = layers[0].anneal if layers else torch.ones(())
+    for layer in layers:
+        layer.anneal = shared
+    return shared

@@ -27,12 +27,13 @@ from bitdistill import __version__, checkpoint, manifest
 from bitdistill.cards import model_card
 from bitdistill.config import dump_config
 from bitdistill.data import Batches, TaskBatches, check_sources, corpus_batches, task_rows
+from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Training
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
 from bitdistill.teacher import licence_of, load_model, name_of
-from bitdistill.training import Fit, Hardware, TrainingError, discard_state
+from bitdistill.training import Fit, discard_state
 
 LoadedModel = tuple[PreTrainedModel, Tokenizer]
 
@@ -123,7 +124,11 @@ class Recipe:
         if options.calibrate and options.norm_style != "none":
             batches = self._examples(self.config.distill, tokenizer)
             windows = (batches.window(step) for step in range(options.calibration_batches))
-            moved = (hardware.move(batch) for window in windows for batch in window)
+            moved = (
+                {key: hardware.move(value) for key, value in batch.items()}
+                for window in windows
+                for batch in window
+            )
             gains = measure_gains(model, options.norm_style, moved)
             set_gains(student, gains)
         return (student, tokenizer), {"gains": gains}

@@ -179,13 +179,15 @@ class Student(Section):
 class Machine(Section):
     """Where and how to compute. `precision` is the arithmetic; master weights are always fp32.
 
-    `compile` compiles each decoder layer; `auto` does so on CUDA. `pad_multiple` keeps the number
-    of batch lengths, and so of compiled variants, small.
+    `compile` compiles each decoder layer and the losses, `graphs` replays steps as CUDA graphs;
+    `auto` does so on CUDA. `pad_multiple` keeps the number of batch lengths, and so of graphs,
+    small.
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | Literal["auto"] = "auto"
+    graphs: bool | Literal["auto"] = "auto"
     threads: int | None = Field(None, gt=0)
     save_minutes: float = Field(5.0, gt=0)
     pad_multiple: int = Field(8, gt=0)

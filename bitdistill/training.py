@@ -11,7 +11,6 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +21,18 @@ from transformers import PreTrainedModel
 
 from bitdistill import manifest
 from bitdistill.data import Batch, Batches
+from bitdistill.engine import Engine
+from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.interrupt import stop_signals
-from bitdistill.objective import Objective, count_window
+from bitdistill.objective import Objective, count_window, prepare
 from bitdistill.progress import Reporter
-from bitdistill.quantize import set_anneal
+from bitdistill.quantize import share_anneal
 from bitdistill.schema import Machine, Training
-from bitdistill.student import layers_of
 
 LOG_EVERY = 10
+BETAS = (0.9, 0.98)
 # sections of the configuration, where a stage has another name
 SECTIONS = {"bitnet-sft": "bitnet_sft", "pretrained": "pretrain", "student": "distill"}
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to change."""
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """The resolved device and arithmetic of a run."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    @classmethod
-    def resolve(cls, machine: Machine) -> Hardware:
-        """`auto` takes CUDA with bfloat16 where there is one, else the CPU in fp32."""
-        name = machine.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and not torch.cuda.is_available():
-            raise TrainingError("machine.device is cuda, but torch sees no GPU; use cpu or auto")
-        if name == "mps" and not torch.backends.mps.is_available():
-            raise TrainingError("machine.device is mps, but torch has no Metal; use cpu or auto")
-        precision = machine.precision
-        if precision == "auto":
-            precision = "bfloat16" if name == "cuda" else "float32"
-        return cls(torch.device(name), getattr(torch, precision))
-
-    def autocast(self) -> torch.autocast:
-        """The context in which a forward pass runs."""
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
-
-    def move(self, batch: Batch) -> Batch:
-        """A batch on the device."""
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
 
 def schedule(settings: Training, step: int, total: int) -> float:
@@ -117,7 +82,15 @@ class Fit:
         if objective.teacher is not None:
             teacher = objective.teacher.to(self.hardware.device, self.hardware.dtype)
             teacher.eval().requires_grad_(False)
+        self.anneal = share_anneal(self.model)
         self.optimizer = self._make_optimizer()
+        self.engine = Engine(
+            objective,
+            self.optimizer,
+            settings.clip_norm,
+            self.hardware,
+            graphs=self.hardware.cuda and self.hardware.wants(machine.graphs),
+        )
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         """AdamW; matrices decay, vectors (norms, biases) do not."""
@@ -127,36 +100,38 @@ class Fit:
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        fused = self.hardware.device.type == "cuda"
-        return torch.optim.AdamW(
-            groups, lr=self.settings.learning_rate, betas=(0.9, 0.98), fused=fused
-        )
-
-    def _compile_layers(self) -> None:
-        """Regional compilation: each decoder layer alone, which starts up far faster."""
-        wanted = self.machine.compile
-        if not wanted or (wanted == "auto" and self.hardware.device.type != "cuda"):
-            return
-        for model in filter(None, (self.model, self.objective.teacher)):
-            for layer in layers_of(model):
-                if layer not in self.objective.captured_layers:
-                    layer.compile(dynamic=False)
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        rate: float | Tensor = self.settings.learning_rate
+        if not self.hardware.cuda:
+            return torch.optim.AdamW(groups, lr=rate, betas=BETAS)
+        # a captured step reads the rate from the device
+        rate = torch.tensor(rate, device=self.hardware.device)
+        return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True, capturable=True)
 
     def fit_relation_weight(self) -> None:
         """Where a target ratio is asked for, find the relations' weight on the first window."""
         if self.objective.relations.target_ratio is not None:
-            window = [self.hardware.move(b) for b in self.batches.window(0)]
+            window = self.batches.window(0)
+            window = [{k: self.hardware.move(v) for k, v in batch.items()} for batch in window]
             with self.hardware.autocast():
                 self.objective.fit_relation_weight(window)
 
     def run(self) -> dict[str, float]:
         """Train to the end; the mean terms of the last records."""
-        self._compile_layers()
-        if self.step == 0:
-            self.fit_relation_weight()
-        set_anneal(self.model, 1.0)
-        sums: dict[str, Tensor] = {}
+        if self.hardware.wants(self.machine.compile):
+            self.objective.compile()
+        with self.engine.stream():
+            if self.step == 0:
+                self.fit_relation_weight()
+            self.anneal.fill_(1.0)
+            last = self._loop()
+            self._check_weights()
+        self.anneal.fill_(1.0)
+        self.objective.release()
+        self.model.eval()
+        return last
+
+    def _loop(self) -> dict[str, float]:
+        """Steps to the end, with records, saved states and an ear for signals."""
         tokens, read = 0, self.step
         last: dict[str, float] = {}
         saved = time.monotonic()
@@ -164,10 +139,10 @@ class Fit:
             while self.step < self.total:
                 window = self.batches.window(self.step)
                 tokens += sum(int(b["attention_mask"].sum()) for b in window)
-                self.optimize(window, sums)
+                self.optimize(window)
                 self.step += 1
                 if self.step % LOG_EVERY == 0 or self.step == self.total:
-                    last = self._read_terms(sums, self.step - read)
+                    last = self.read_terms(self.step - read)
                     meter.update(self.step, tokens, last, self._rate())
                     tokens, read = 0, self.step
                     if time.monotonic() - saved > 60 * self.machine.save_minutes:
@@ -179,40 +154,25 @@ class Fit:
                         f"stage {self.name} was stopped at step {self.step} of {self.total} and "
                         "its state saved; --resume continues it"
                     )
-        self._check_weights()
-        set_anneal(self.model, 1.0)
-        self.model.eval()
         return last
 
     def _rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return float(self.optimizer.param_groups[0]["lr"])
 
-    def optimize(self, window: list[Batch], sums: dict[str, Tensor]) -> None:
+    def optimize(self, window: list[Batch]) -> None:
         """One optimizer step over a window of micro-batches."""
         settings = self.settings
         if settings.anneal > 0:
-            set_anneal(self.model, min(1.0, (self.step + 1) / (settings.anneal * self.total)))
-        rate = settings.learning_rate * schedule(settings, self.step, self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            self.anneal.fill_(min(1.0, (self.step + 1) / (settings.anneal * self.total)))
         if self.step >= settings.decay_until * self.total:
             self.optimizer.param_groups[0]["weight_decay"] = 0.0
         counts = count_window(window, self.objective.relations)
-        for batch in window:
-            with self.hardware.autocast():
-                terms = self.objective(self.hardware.move(batch), counts)
-                loss = torch.stack(list(terms.values())).sum()
-            loss.backward()
-            for key, term in terms.items():
-                sums[key] = sums.get(key, torch.zeros_like(term)) + term.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        rate = settings.learning_rate * schedule(settings, self.step, self.total)
+        self.engine.step([prepare(batch, counts) for batch in window], rate)
 
-    def _read_terms(self, sums: dict[str, Tensor], steps: int) -> dict[str, float]:
+    def read_terms(self, steps: int) -> dict[str, float]:
         """Mean terms since the last reading; TrainingError as soon as one is not finite."""
-        terms = {key: float(value) / steps for key, value in sums.items()}
-        sums.clear()
+        terms = self.engine.read(steps)
         if not all(math.isfinite(value) for value in terms.values()):
             found = ", ".join(f"{key} {value}" for key, value in terms.items())
             raise self._diverged(f"the loss is not finite ({found})")

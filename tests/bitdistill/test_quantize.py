@@ -11,7 +11,7 @@ from bitdistill.quantize import (
     BitLinear,
     RMSNorm,
     quantize_activations,
-    set_anneal,
+    share_anneal,
     ternarize,
     ternary_scale,
 )
@@ -96,12 +96,12 @@ def test_anneal_blends_from_full_precision() -> None:
     torch.manual_seed(0)
     layer, x = BitLinear(64, 16), torch.randn(3, 64)
     hard = layer(x)
-    set_anneal(layer, 0.0)
+    share_anneal(layer).fill_(0.0)
     exact = torch.nn.functional.linear(x, layer.weight)
     torch.testing.assert_close(layer(x), exact, rtol=1e-4, atol=1e-5)
-    set_anneal(layer, 0.5)
+    share_anneal(layer).fill_(0.5)
     assert (layer(x) - exact).norm() < (hard - exact).norm()
-    set_anneal(layer, 1.0)
+    share_anneal(layer).fill_(1.0)
     assert torch.equal(layer(x), hard)
     assert "anneal" not in layer.state_dict()
 

@@ -13,8 +13,9 @@ import torch
 from short_runs import advance, anneal_of, settings, weights
 
 from bitdistill import manifest
+from bitdistill.hardware import TrainingError
 from bitdistill.schema import Machine
-from bitdistill.training import Fit, TrainingError, discard_state
+from bitdistill.training import Fit, discard_state
 
 
 @pytest.mark.parametrize("data", ["task", "packed"])
