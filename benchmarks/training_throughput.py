@@ -1,6 +1,6 @@
 """Tokens a second of the training loop, for a model shape with random weights and tokens.
 
-    python benchmarks/training_throughput.py --shape qwen3-0.6b --method bitnet --batch 32 --length 512
+    python benchmarks/training_throughput.py --shape qwen3-0.6b --method bitnet --length 512
 
 Methods: `float` trains the model as it is, `bitnet` its ternary copy, `distill` the ternary copy
 with the float model as teacher, `trainer` the ternary copy in transformers' own Trainer, eager.
@@ -77,8 +77,8 @@ class Synthetic:
     def window(self, step: int) -> list[Batch]:
         return [self.batches[step % len(self.batches)]] * self.accumulate
 
-    def steps_per_epoch(self) -> int:
-        return 1 << 30
+    def steps_per_epoch(self) -> int | None:
+        return 1 << 30 if len(self.batches) > 1 else None
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -139,7 +139,12 @@ def trainer_seconds(model: PreTrainedModel, data: Synthetic, steps: int) -> floa
 
 def fit_of(args: argparse.Namespace, model: PreTrainedModel, data: Synthetic, folder: str) -> Fit:
     """The stage that `args.method` names."""
-    machine = Machine(compile=args.compile, graphs=args.graphs)
+    machine = Machine(
+        compile=args.compile,
+        graphs=args.graphs,
+        integer_forward=args.integer,
+        recompute=args.recompute,
+    )
     common: dict[str, Any] = {"steps": 10**6, "warmup": 0.0, "learning_rate": 1e-5}
     teacher, settings = None, Training(**common)
     student = model
@@ -155,7 +160,7 @@ def fit_of(args: argparse.Namespace, model: PreTrainedModel, data: Synthetic, fo
     objective = make_objective(student, teacher, settings)
     fit = Fit("bench", objective, data, settings, machine, Reporter(quiet=True), Path(folder) / "s")
     if fit.hardware.wants(machine.compile):
-        objective.compile()
+        fit.compile()
     return fit
 
 
@@ -167,6 +172,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokens = args.accumulate * args.batch * sum(args.length) / len(args.length)
     record = {"shape": args.shape, "method": args.method, "batch": args.batch}
     record |= {"accumulate": args.accumulate, "lengths": args.length}
+    record |= {"integer": args.integer, "recompute": args.recompute}
     if args.method == "trainer":
         seconds, first = trainer_seconds(make_student(model, "paper"), data, args.steps), None
     else:
@@ -244,6 +250,8 @@ def main() -> None:
     parser.add_argument(
         "--no-compile", dest="compile", action="store_const", const=False, default="auto"
     )
+    parser.add_argument("--integer", action="store_true")
+    parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--note", default="")
     parser.add_argument("--profile", type=Path, help="write a table of the kernels' times")
     print(json.dumps(measure(parser.parse_args())), flush=True)

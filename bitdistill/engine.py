@@ -21,6 +21,7 @@ from torch import Tensor
 from bitdistill.data import Batch
 from bitdistill.hardware import Hardware
 from bitdistill.objective import Objective
+from bitdistill.quantize import cache_weights, forget_weights
 
 WARM_UP = 2  # steps of a shape before it is captured
 MAX_GRAPHS = 64  # a shape beyond that many runs without one
@@ -77,6 +78,11 @@ class Engine:
         else:
             self._replay(captured, window[0])
 
+    def forget_graphs(self) -> None:
+        """The model computes differently from now on: capture its steps anew."""
+        if self._graphs:
+            self._graphs.clear()
+
     def _key(self, batch: Batch) -> Any:
         """What a graph holds fixed: the shapes, and the weight decay."""
         shapes = tuple((name, tuple(value.shape)) for name, value in batch.items())
@@ -105,11 +111,15 @@ class Engine:
 
     def _run(self, window: list[Batch]) -> None:
         """The step itself: a fixed sequence of kernels for the shapes of the batches."""
+        if len(window) > 1:
+            cache_weights(self.objective.student, self.hardware.dtype)
         for batch in window:
             with self.hardware.autocast():
                 loss, terms = self.objective(batch)
             loss.backward()
             self._add(terms)
+        if len(window) > 1:
+            forget_weights(self.objective.student)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
         self._add({"gradient_norm": norm})
         self.optimizer.step()

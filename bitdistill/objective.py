@@ -10,6 +10,7 @@ captured as a CUDA graph.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,18 @@ def _training_attention(
 AttentionInterface.register(ATTENTION, _training_attention)
 
 
+def recompute_activations(model: PreTrainedModel, on: bool) -> None:
+    """Keep only the layers' inputs for the backward pass, and compute the rest of them again."""
+    # transformers is renaming these methods
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if not on:
+        getattr(model, f"{prefix}_checkpointing_disable")()
+        return
+    # nothing here is random, and asking for a random state would break the capture of a graph
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    getattr(model, f"{prefix}_checkpointing_enable")(options)
+
+
 def layer_index(layer: int | float, depth: int) -> int:
     """An index, or a share of the depth (0.75 of 28 layers is layer 21), as an index.
 
@@ -98,6 +111,10 @@ class Capture:
 
     def _hook(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.states.append(output)
+
+    def clear(self) -> None:
+        """Forget what a recomputation in the backward pass may have added."""
+        self.states = []
 
     def take(self) -> tuple[Tensor, ...]:
         """The states of the last forward pass, which are then forgotten."""
@@ -219,8 +236,12 @@ class Objective(nn.Module):
         Layers of one model share their code, so one of them is compiled and the others reuse it:
         this starts up several times faster than compiling the whole model.
         """
+        settings = torch._dynamo.config
         # else the code compiled for a layer without hooks would serve the captured layer as well
-        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        settings.skip_nnmodule_hook_guards = False
+        # teacher and student, captured or not, with and without gradient: several variants each
+        settings.recompile_limit = max(64, settings.recompile_limit)
+        warnings.filterwarnings("ignore", "\\s*Online softmax is disabled", UserWarning)
         for model in filter(None, (self.student, self.teacher)):
             for layer in layers_of(model):
                 layer.compile(**options)
@@ -241,6 +262,8 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a prepared batch, and its terms (without gradient): ce, logits, relations."""
         teacher_hidden = teacher_weight = None
+        for capture in self._captures or ():
+            capture.clear()
         if self.teacher is not None:
             with torch.no_grad():
                 teacher_hidden = self._hidden(self.teacher, batch)

@@ -16,6 +16,8 @@ Gradients pass straight through both roundings. `anneal` blends from full precis
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,6 +70,42 @@ def quantize_activations(x: Tensor, amount: float | Tensor = 1.0) -> tuple[Tenso
     return straight_through(x, x.round().clamp(-128, 127), amount), down
 
 
+class _FromCache(torch.autograd.Function):
+    """Trits computed before, in units of D; the gradient goes to the master weights as if anew."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return unit.view_as(unit)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (scale,) = ctx.saved_tensors
+        return gradient.float() / (scale + WEIGHT_EPS), None, None
+
+
+class _IntegerProduct(torch.autograd.Function):
+    """q . t on int8 tensor cores, exact in int32; backward in the arithmetic of the run.
+
+    x (M, K) and unit (N, K) hold integers in int8 range as floats; the result is fp32 (M, N).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, unit: Tensor) -> Tensor:
+        q, t = x.to(torch.int8), unit.to(torch.int8)
+        device = x.device.type
+        mixed = torch.is_autocast_enabled(device)
+        ctx.dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
+        ctx.save_for_backward(q, t)
+        return torch._int_mm(q, t.T).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        q, t = ctx.saved_tensors
+        d_y = gradient.to(ctx.dtype)
+        return (d_y @ t.to(ctx.dtype)).float(), (d_y.T @ q.to(ctx.dtype)).float()
+
+
 class RMSNorm(nn.Module):
     """The norm that SubLN and allnorm add: x / rms(x) * weight, computed in fp32."""
 
@@ -109,6 +147,8 @@ class BitLinear(nn.Linear):
         self.norm = norm
         self.register_buffer("anneal", torch.ones(()), persistent=False)
         self.frozen_scale: Tensor | None = None
+        self.cached: tuple[Tensor, Tensor] | None = None  # trits and D of this optimizer step
+        self.integer = False
 
     def freeze(self) -> None:
         """Replace the master weights by their trits, for inference: nothing is rounded again."""
@@ -119,10 +159,17 @@ class BitLinear(nn.Linear):
         """Trits (with the master weights' gradient) in units of D, and D."""
         if self.frozen_scale is not None:
             return self.weight, self.frozen_scale
+        if self.cached is not None:
+            return _FromCache.apply(self.weight, *self.cached), self.cached[1]
         scale = ternary_scale(self.weight)
         # always from fp32, as `ternarize`: an fp64 quotient could round to another trit
         unit = self.weight.float() / (scale + WEIGHT_EPS)
         return straight_through(unit, unit.round().clamp(-1, 1), self.anneal), scale
+
+    def _product(self, x: Tensor, unit: Tensor) -> Tensor:
+        if not self.integer:
+            return F.linear(x, unit)
+        return _IntegerProduct.apply(x.flatten(0, -2), unit).unflatten(0, x.shape[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), in the input's dtype."""
@@ -136,10 +183,37 @@ class BitLinear(nn.Linear):
             y = F.linear(x, weight) * scale
         else:
             x, down = quantize_activations(x, self.anneal)
-            y = F.linear(x, weight) * (down * scale)
+            y = self._product(x, weight) * (down * scale)
         if self.bias is not None:
             y = y + self.bias
         return y.to(dtype)
+
+
+def bit_linears(model: nn.Module) -> list[BitLinear]:
+    """Every BitLinear of a model."""
+    return [module for module in model.modules() if isinstance(module, BitLinear)]
+
+
+@torch.no_grad()
+def cache_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round every weight once, for all the forward passes until `forget_weights`."""
+    for layer in bit_linears(model):
+        layer.cached = None
+        unit, scale = layer._unit_weight()
+        layer.cached = unit.to(dtype), scale
+
+
+def forget_weights(model: nn.Module) -> None:
+    """The weights are about to change: round them anew."""
+    for layer in bit_linears(model):
+        layer.cached = None
+
+
+def set_integer(model: nn.Module, on: bool) -> None:
+    """Take products on int8 tensor cores, where the sizes of a layer allow it."""
+    for layer in bit_linears(model):
+        fits = layer.in_features % 8 == 0 and layer.out_features % 8 == 0
+        layer.integer = on and fits and layer.activation_bits is not None
 
 
 def share_anneal(model: nn.Module) -> Tensor:
@@ -148,7 +222,7 @@ def share_anneal(model: nn.Module) -> Tensor:
     One tensor to fill at each step, and a compiler sees that projections which share an input round
     it alike: it rounds once. Call it after the model is on its device.
     """
-    layers = [module for module in model.modules() if isinstance(module, BitLinear)]
+    layers = bit_linears(model)
     shared = layers[0].anneal if layers else torch.ones(())
     for layer in layers:
         layer.anneal = shared

@@ -181,13 +181,17 @@ class Machine(Section):
 
     `compile` compiles each decoder layer and the losses, `graphs` replays steps as CUDA graphs;
     `auto` does so on CUDA. `pad_multiple` keeps the number of batch lengths, and so of graphs,
-    small.
+    small. `integer_forward` takes ternary products on int8 tensor cores once annealing is over
+    (the gradients stay in `precision`). `recompute` keeps one layer's activations at a time and
+    computes them again backward: less memory, about a third more time.
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | Literal["auto"] = "auto"
     graphs: bool | Literal["auto"] = "auto"
+    integer_forward: bool = False
+    recompute: bool = False
     threads: int | None = Field(None, gt=0)
     save_minutes: float = Field(5.0, gt=0)
     pad_multiple: int = Field(8, gt=0)

@@ -24,9 +24,9 @@ from bitdistill.data import Batch, Batches
 from bitdistill.engine import Engine
 from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.interrupt import stop_signals
-from bitdistill.objective import Objective, count_window, prepare
+from bitdistill.objective import Objective, count_window, prepare, recompute_activations
 from bitdistill.progress import Reporter
-from bitdistill.quantize import share_anneal
+from bitdistill.quantize import set_integer, share_anneal
 from bitdistill.schema import Machine, Training
 
 LOG_EVERY = 10
@@ -83,6 +83,9 @@ class Fit:
             teacher = objective.teacher.to(self.hardware.device, self.hardware.dtype)
             teacher.eval().requires_grad_(False)
         self.anneal = share_anneal(self.model)
+        self._integer = False
+        if machine.recompute:
+            recompute_activations(self.model, True)
         self.optimizer = self._make_optimizer()
         self.engine = Engine(
             objective,
@@ -118,17 +121,27 @@ class Fit:
     def run(self) -> dict[str, float]:
         """Train to the end; the mean terms of the last records."""
         if self.hardware.wants(self.machine.compile):
-            self.objective.compile()
+            self.compile()
         with self.engine.stream():
             if self.step == 0:
                 self.fit_relation_weight()
             self.anneal.fill_(1.0)
             last = self._loop()
             self._check_weights()
+        self._restore_model()
+        return last
+
+    def _restore_model(self) -> None:
+        """The model as it is saved and used: fully ternary, with nothing of the training on it."""
         self.anneal.fill_(1.0)
         self.objective.release()
+        set_integer(self.model, False)
+        recompute_activations(self.model, False)
         self.model.eval()
-        return last
+
+    def compile(self) -> None:
+        """Task batches come in many lengths, for which one dynamic shape starts up faster."""
+        self.objective.compile(dynamic=self.batches.steps_per_epoch() is not None)
 
     def _loop(self) -> dict[str, float]:
         """Steps to the end, with records, saved states and an ear for signals."""
@@ -162,13 +175,23 @@ class Fit:
     def optimize(self, window: list[Batch]) -> None:
         """One optimizer step over a window of micro-batches."""
         settings = self.settings
-        if settings.anneal > 0:
-            self.anneal.fill_(min(1.0, (self.step + 1) / (settings.anneal * self.total)))
+        self._set_anneal()
         if self.step >= settings.decay_until * self.total:
             self.optimizer.param_groups[0]["weight_decay"] = 0.0
         counts = count_window(window, self.objective.relations)
         rate = settings.learning_rate * schedule(settings, self.step, self.total)
         self.engine.step([prepare(batch, counts) for batch in window], rate)
+
+    def _set_anneal(self) -> None:
+        """The share of quantisation of this step; once it is whole, products may be integer."""
+        amount = 1.0
+        if self.settings.anneal > 0:
+            amount = min(1.0, (self.step + 1) / (self.settings.anneal * self.total))
+            self.anneal.fill_(amount)
+        if self.machine.integer_forward and amount == 1.0 and not self._integer:
+            set_integer(self.model, True)
+            self.engine.forget_graphs()
+            self._integer = True
 
     def read_terms(self, steps: int) -> dict[str, float]:
         """Mean terms since the last reading; TrainingError as soon as one is not finite."""

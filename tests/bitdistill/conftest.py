@@ -30,9 +30,11 @@ SHORT = {"steps": 2, "batch_size": 2, "max_length": 24, "learning_rate": 1e-3}
 
 @pytest.fixture
 def start(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Callable[..., Fit]:
-    """`start(settings, data, name)`: a Fit of a fresh tiny student; `data`: task or packed."""
+    """`start(settings, data, name, **machine)`: a Fit of a tiny student; `data`: task, packed."""
 
-    def make(options: Training, data: str | Batches = "task", name: str = "student") -> Fit:
+    def make(
+        options: Training, data: str | Batches = "task", name: str = "student", **machine: Any
+    ) -> Fit:
         teacher = make_teacher("qwen3")
         torch.manual_seed(1)
         if data == "packed":
@@ -46,7 +48,7 @@ def start(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> C
             make_objective(make_student(teacher), teacher, options),
             data,
             options,
-            CPU,
+            CPU.model_copy(update=machine),
             Reporter(tmp_path / "log.jsonl", quiet=True),
             tmp_path / f"{name}.training",
         )

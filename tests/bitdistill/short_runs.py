@@ -51,10 +51,9 @@ def advance(fit: Fit, steps: int) -> list[dict[str, float]]:
     """Steps as `run` takes them, with each one's terms."""
     terms = []
     for _ in range(steps):
-        sums: dict[str, torch.Tensor] = {}
-        fit.optimize(fit.batches.window(fit.step), sums)
+        fit.optimize(fit.batches.window(fit.step))
         fit.step += 1
-        terms.append({key: float(value) for key, value in sums.items()})
+        terms.append(fit.read_terms(1))
     return terms
 
 

@@ -56,8 +56,8 @@ def test_a_signal_saves_and_stops(
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     optimize = Fit.optimize
 
-    def signalled(self: Fit, window: Any, sums: Any) -> None:
-        optimize(self, window, sums)
+    def signalled(self: Fit, window: Any) -> None:
+        optimize(self, window)
         if self.step == 4:
             os.kill(os.getpid(), number)
 
@@ -85,10 +85,10 @@ def test_run_continues_where_it_was_saved(
     part.machine = Machine(device="cpu", save_minutes=1e-9)
     optimize = Fit.optimize
 
-    def interrupted(self: Fit, window: Any, sums: Any) -> None:
+    def interrupted(self: Fit, window: Any) -> None:
         if self.step == 14:
             raise KeyboardInterrupt
-        optimize(self, window, sums)
+        optimize(self, window)
 
     monkeypatch.setattr(Fit, "optimize", interrupted)
     with pytest.raises(KeyboardInterrupt):
