@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill.config import dump_config
 from bitdistill.data import TaskBatches, check_sources, corpus_batches, task_rows
+from bitdistill.hardware import TrainingError
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.quantize import BitLinear
@@ -27,7 +28,7 @@ from bitdistill.schema import Config, Distillation, Training
 from bitdistill.student import make_student
 from bitdistill.tasks import load_examples
 from bitdistill.teacher import ModelError, check_model, load_model
-from bitdistill.training import Fit, TrainingError
+from bitdistill.training import Fit
 
 # fp32 master weight, gradient and two AdamW moments
 STUDENT_BYTES = 16

@@ -23,16 +23,17 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bitdistill import __version__, checkpoint, manifest
+from bitdistill import __version__, checkpoint, manifest, training_state
 from bitdistill.cards import model_card
 from bitdistill.config import dump_config
 from bitdistill.data import Batches, TaskBatches, check_sources, corpus_batches, task_rows
+from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Training
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
 from bitdistill.teacher import licence_of, load_model, name_of
-from bitdistill.training import Fit, Hardware, TrainingError, discard_state
+from bitdistill.training import Fit
 
 LoadedModel = tuple[PreTrainedModel, Tokenizer]
 
@@ -123,7 +124,11 @@ class Recipe:
         if options.calibrate and options.norm_style != "none":
             batches = self._examples(self.config.distill, tokenizer)
             windows = (batches.window(step) for step in range(options.calibration_batches))
-            moved = (hardware.move(batch) for window in windows for batch in window)
+            moved = (
+                {key: hardware.move(value) for key, value in batch.items()}
+                for window in windows
+                for batch in window
+            )
             gains = measure_gains(model, options.norm_style, moved)
             set_gains(student, gains)
         return (student, tokenizer), {"gains": gains}
@@ -197,7 +202,7 @@ class Recipe:
             state_dir,
             self._fingerprint(stage),
         )
-        if state_dir.exists():
+        if training_state.saved_states(state_dir):
             if not self.resume:
                 raise TrainingError(
                     f"stage {stage.directory} was interrupted; pass --resume to continue it, or "
@@ -223,6 +228,7 @@ class Recipe:
                     f"{path} was made with another configuration; use another --out, or remove it "
                     "and the stages after it"
                 )
+            training_state.discard(self.out / f"{stage.directory}.training")
             self.reporter.say(f"{stage.directory}: complete, skipped")
             return
         self.reporter.say(f"{stage.directory}: started")
@@ -233,7 +239,7 @@ class Recipe:
         content = self._content(stage, model, mark, metrics)
         card = model_card(content)
         checkpoint.save(path, model, tokenizer, stage.kind, content, card)
-        discard_state(self.out / f"{stage.directory}.training")
+        training_state.discard(self.out / f"{stage.directory}.training")
         self.reporter.say(f"{stage.directory}: written to {path}")
 
     def _fingerprint(self, stage: Stage) -> str:

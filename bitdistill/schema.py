@@ -181,6 +181,9 @@ class Machine(Section):
 
     `compile` compiles each decoder layer; `auto` does so on CUDA. `pad_multiple` keeps the number
     of batch lengths, and so of compiled variants, small.
+
+    A stage's state is saved after `save_minutes` or `save_steps`, whichever comes first; the last
+    `keep_states` of them are kept.
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -188,6 +191,8 @@ class Machine(Section):
     compile: bool | Literal["auto"] = "auto"
     threads: int | None = Field(None, gt=0)
     save_minutes: float = Field(5.0, gt=0)
+    save_steps: int | None = Field(None, gt=0)
+    keep_states: int = Field(2, gt=0)
     pad_multiple: int = Field(8, gt=0)
 
 

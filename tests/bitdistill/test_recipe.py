@@ -12,11 +12,11 @@ from short_runs import log_of, stages_of
 import bitdistill
 from bitdistill import checkpoint, manifest
 from bitdistill.config import load_config
+from bitdistill.hardware import TrainingError
 from bitdistill.quantize import BitLinear
 from bitdistill.recipe import train
 from bitdistill.schema import Config
 from bitdistill.teacher import name_of
-from bitdistill.training import TrainingError
 
 
 def test_the_embedded_recipe(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import torch
 from short_runs import stages_of
 
 from bitdistill import checkpoint, manifest
+from bitdistill.hardware import TrainingError
 from bitdistill.recipe import train
 from bitdistill.schema import Config
-from bitdistill.training import Fit, TrainingError
+from bitdistill.training import Fit
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:

@@ -13,9 +13,10 @@ import torch
 from short_runs import TEXTS, advance, anneal_of, settings, task_batches
 
 from bitdistill.data import PackedBatches, TextStream
+from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.quantize import BitLinear
 from bitdistill.schema import Machine, Training
-from bitdistill.training import Fit, Hardware, TrainingError, schedule, total_steps
+from bitdistill.training import Fit, schedule, total_steps
 
 # --- schedule and steps ---------------------------------------------------------------------------
 

@@ -13,8 +13,10 @@ import torch
 from short_runs import advance, anneal_of, settings, weights
 
 from bitdistill import manifest
+from bitdistill.hardware import TrainingError
 from bitdistill.schema import Machine
-from bitdistill.training import Fit, TrainingError, discard_state
+from bitdistill.training import Fit
+from bitdistill.training_state import discard
 
 
 @pytest.mark.parametrize("data", ["task", "packed"])
@@ -173,6 +175,6 @@ def test_discarding_a_state_twice_is_harmless(start: Callable[..., Fit]) -> None
     fit = start(settings())
     advance(fit, 1)
     fit.save()
-    discard_state(fit.state_dir)
+    discard(fit.state_dir)
     assert not fit.state_dir.exists()
-    discard_state(fit.state_dir)
+    discard(fit.state_dir)
