@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bitdistill import manifest
@@ -180,33 +180,35 @@ def _write_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
 def _read_tensors(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> None:
-    weights = load_file(folder / "model.safetensors", device=str(device))
-    tensors = load_file(folder / "optimizer.safetensors", device=str(device))
-    _set_random_states(tensors)
-    states: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, field = key.rpartition(":")
-        states.setdefault(name, {})[field] = value
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-            if name in states:
-                optimizer.state[parameter] = states[name]
+    """One tensor at a time, each a copy: a mapped file could not be removed from the disk."""
+    parameters = dict(model.named_parameters())
+    with safe_open(folder / "model.safetensors", "pt") as weights, torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights.get_tensor(name))
+    random_states = {}
+    with safe_open(folder / "optimizer.safetensors", "pt") as tensors:
+        for key in sorted(tensors.keys()):
+            name, _, field = key.rpartition(":")
+            value = tensors.get_tensor(key)
+            if name in parameters:
+                optimizer.state[parameters[name]][field] = value.to(device, copy=True)
+            else:
+                random_states[field] = value.clone()
+    _set_random_states(random_states)
 
 
 def _random_states() -> dict[str, Tensor]:
     """PyTorch's generators, CPU and GPUs; no run draws on Python's or NumPy's global ones."""
-    states = {"random.cpu": torch.get_rng_state()}
+    states = {"random:cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            states[f"random.cuda.{index}"] = state
+            states[f"random:cuda{index}"] = state
     return states
 
 
-def _set_random_states(tensors: dict[str, Tensor]) -> None:
-    """Take the generators' states out of `tensors` and set them, as far as there are such GPUs."""
-    found = {k: tensors.pop(k).cpu() for k in list(tensors) if k.startswith("random.")}
-    torch.set_rng_state(found["random.cpu"])
+def _set_random_states(states: dict[str, Tensor]) -> None:
+    """Set the generators, as far as there are such GPUs."""
+    torch.set_rng_state(states["cpu"])
     for index in range(torch.cuda.device_count()):
-        if (state := found.get(f"random.cuda.{index}")) is not None:
+        if (state := states.get(f"cuda{index}")) is not None:
             torch.cuda.set_rng_state(state, index)
