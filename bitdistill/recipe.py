@@ -15,6 +15,7 @@ never overwritten.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from bitdistill.config import dump_config
 from bitdistill.data import Batches, TaskBatches, check_sources, corpus_batches, task_rows
 from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.objective import make_objective
+from bitdistill.prefetch import prefetched
 from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Training
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
@@ -195,7 +197,7 @@ class Recipe:
         fit = Fit(
             stage.directory,
             make_objective(model, teacher, settings),
-            batches,
+            prefetched(batches, self.config.machine),
             settings,
             self.config.machine,
             self.reporter,
@@ -210,7 +212,8 @@ class Recipe:
                 )
             fit.restore()
             self.reporter.say(f"{stage.directory}: continuing at step {fit.step}")
-        terms = fit.run()
+        with closing(fit.batches):
+            terms = fit.run()
         model.cpu()
         weight = fit.objective.relation_weight
         return {"steps": fit.total, "terms": terms, "relation_weight": weight}
