@@ -29,6 +29,7 @@ from bitdistill.cards import model_card
 from bitdistill.config import dump_config
 from bitdistill.data import Batches, TaskBatches, check_sources, corpus_batches, task_rows
 from bitdistill.hardware import Hardware, TrainingError
+from bitdistill.inputs import Inputs
 from bitdistill.objective import make_objective
 from bitdistill.prefetch import prefetched
 from bitdistill.progress import Reporter
@@ -68,12 +69,16 @@ class Recipe:
         """All stages; returns the student directory."""
         config = self.config
         check_sources(config)
+        self.inputs = Inputs(config)
         if config.machine.threads is not None:
             torch.set_num_threads(config.machine.threads)
         shared = ("model", "seed")
         base = None
         if config.base.enabled:
-            base = Stage("base", "teacher", "base", (*shared, "base", "corpus"), None)
+            depends = (*shared, "base", "corpus")
+            if "task" in config.corpus.sources:
+                depends = (*depends, "task")
+            base = Stage("base", "teacher", "base", depends, None)
             self._stage(base, self._train_base)
         parent = base.directory if base is not None else None
         task = (*shared, "task")
@@ -227,9 +232,10 @@ class Recipe:
         if path.exists():
             content = manifest.read_manifest(path, stage.kind)
             if content.get("fingerprint") != mark:
+                made_with = self.inputs.difference(stage.depends, content)
                 raise TrainingError(
-                    f"{path} was made with another configuration; use another --out, or remove it "
-                    "and the stages after it"
+                    f"{path} was made with {made_with}; use another --out, or remove it and the "
+                    "stages after it"
                 )
             training_state.discard(self.out / f"{stage.directory}.training")
             self.reporter.say(f"{stage.directory}: complete, skipped")
@@ -250,7 +256,8 @@ class Recipe:
         parent = None
         if stage.parent is not None:
             parent = manifest.read_manifest(self.out / stage.parent)["fingerprint"]
-        return manifest.fingerprint([{key: values[key] for key in stage.depends}, parent])
+        own = {key: values[key] for key in stage.depends}
+        return manifest.fingerprint([own, self.inputs.of(stage.depends), parent])
 
     def _content(
         self, stage: Stage, model: PreTrainedModel, mark: str, metrics: dict[str, Any]
@@ -271,6 +278,7 @@ class Recipe:
             "recipe": self.config.name,
             "seed": self.config.seed,
             "fingerprint": mark,
+            "inputs": self.inputs.of(stage.depends),
             "parent": stage.parent,
             "metrics": metrics,
             "created_by": f"bitdistill {__version__}",

@@ -16,8 +16,7 @@ Row = dict[str, Any]
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst")  # of JSON lines, in a corpus
 
-HASHED_WHOLE = 1 << 28  # bytes; of a larger file a sample is hashed
-SAMPLES, SAMPLE = 256, 1 << 20
+SAMPLES = 256  # blocks of a large file that are hashed
 
 
 def form_of(file: Path) -> str:
@@ -62,22 +61,20 @@ def local_files(source: str) -> list[Path]:
     return files
 
 
-def content_hash(file: Path) -> str:
-    """A hash of a file's size and content, in hexadecimal.
+def content_hash(file: Path, most: int | None = None) -> str:
+    """A hash of a file's content, in hexadecimal; times are left out, as a run may be copied.
 
-    Of a file beyond 256 MiB it covers 256 blocks of 1 MiB, evenly spaced, first and last included:
-    an edit elsewhere that keeps the size goes unnoticed. Times are left out, because a run may be
-    copied to another machine.
+    Of a file of more than `most` bytes it covers the size and as many bytes in evenly spaced
+    blocks, the first and the last included: an edit in between that keeps the size goes unnoticed.
     """
     size = file.stat().st_size
-    if size <= HASHED_WHOLE:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
+        if most is None or size <= most:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest, block = hashlib.sha256(str(size).encode()), most // SAMPLES
         for index in range(SAMPLES):
-            stream.seek((size - SAMPLE) * index // (SAMPLES - 1))
-            digest.update(stream.read(SAMPLE))
+            stream.seek((size - block) * index // (SAMPLES - 1))
+            digest.update(stream.read(block))
     return digest.hexdigest()
 
 
