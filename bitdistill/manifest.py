@@ -183,8 +183,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
     Linux and macOS have a call for it, some file systems refuse it.
     """
-    library = ctypes.CDLL(None) if sys.platform in ("linux", "darwin") else None
-    paths = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "win32":
+        return False
+    library, paths = ctypes.CDLL(None), (os.fsencode(one), os.fsencode(other))
     if hasattr(library, "renameat2"):
         here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
         return library.renameat2(here, paths[0], here, paths[1], swap) == 0

@@ -35,9 +35,11 @@ PARQUET_BATCH = 256  # rows decoded at once
 
 
 class Reader(Protocol):
-    """Raw rows of a source. `position` (JSON) is that after the row last given."""
+    """Raw rows of a source."""
 
-    position: Any
+    @property
+    def position(self) -> Any:
+        """The position after the row last given, as JSON."""
 
     def rows(self, position: Any) -> Iterator[Any]:
         """Raw rows from a saved position; None is the beginning."""

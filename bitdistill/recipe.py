@@ -75,10 +75,8 @@ class Recipe:
         shared = ("model", "seed")
         base = None
         if config.base.enabled:
-            depends = (*shared, "base", "corpus")
-            if "task" in config.corpus.sources:
-                depends = (*depends, "task")
-            base = Stage("base", "teacher", "base", depends, None)
+            text = ("task",) if "task" in config.corpus.sources else ()
+            base = Stage("base", "teacher", "base", (*shared, "base", "corpus", *text), None)
             self._stage(base, self._train_base)
         parent = base.directory if base is not None else None
         task = (*shared, "task")

@@ -185,7 +185,8 @@ class Packer:
                 )
             taken, skip = state["rows"][str(number)]
             self._rows[number] = _Row(number, taken, skip)
-        self._dealer.restore(*state["reader"], self._wanted())
+        document, sources = state["reader"]
+        self._dealer.restore(document, sources, self._wanted())
 
     def close(self) -> None:
         """Nothing to let go of: files are closed with their readers."""

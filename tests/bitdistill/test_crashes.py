@@ -255,10 +255,7 @@ def test_no_whole_state(start: Callable[..., Fit]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_runs_killed_at_random_points(
-    recipe: Callable[..., Config], tmp_path: Path, seed: int
-) -> None:
+def test_a_run_killed_at_random_points(recipe: Callable[..., Config], tmp_path: Path) -> None:
     """SIGKILL again and again, --resume each time: the student is the uninterrupted run's."""
     config = recipe(
         *("teacher.steps=60", "distill.steps=60", "machine.save_steps=1", "pretrain.enabled=true"),
@@ -268,13 +265,13 @@ def test_runs_killed_at_random_points(
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = [sys.executable, "-m", "bitdistill", "train", "--recipe", str(file), "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    out, generator, kills = tmp_path / "run", random.Random(seed), 0
+    out, generator, kills = tmp_path / "run", random.Random(), 0
     while not (out / "student").exists():
         run = subprocess.Popen(
             [*command, str(out), "--resume"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
         )
         _wait_for_progress(out, run)
-        if kills < 6:
+        if kills < 5:
             time.sleep(generator.uniform(0.0, 1.5))
             kills += run.poll() is None
             run.kill()
