@@ -15,6 +15,7 @@ never overwritten.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,19 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bitdistill import __version__, checkpoint, manifest
+from bitdistill import __version__, checkpoint, manifest, training_state
 from bitdistill.cards import model_card
 from bitdistill.config import dump_config
 from bitdistill.data import Batches, TaskBatches, check_sources, corpus_batches, task_rows
 from bitdistill.hardware import Hardware, TrainingError
+from bitdistill.inputs import Inputs
 from bitdistill.objective import make_objective
+from bitdistill.prefetch import prefetched
 from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Training
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
 from bitdistill.teacher import licence_of, load_model, name_of
-from bitdistill.training import Fit, discard_state
+from bitdistill.training import Fit
 
 LoadedModel = tuple[PreTrainedModel, Tokenizer]
 
@@ -66,12 +69,14 @@ class Recipe:
         """All stages; returns the student directory."""
         config = self.config
         check_sources(config)
+        self.inputs = Inputs(config)
         if config.machine.threads is not None:
             torch.set_num_threads(config.machine.threads)
         shared = ("model", "seed")
         base = None
         if config.base.enabled:
-            base = Stage("base", "teacher", "base", (*shared, "base", "corpus"), None)
+            text = ("task",) if "task" in config.corpus.sources else ()
+            base = Stage("base", "teacher", "base", (*shared, "base", "corpus", *text), None)
             self._stage(base, self._train_base)
         parent = base.directory if base is not None else None
         task = (*shared, "task")
@@ -195,14 +200,14 @@ class Recipe:
         fit = Fit(
             stage.directory,
             make_objective(model, teacher, settings),
-            batches,
+            prefetched(batches, self.config.machine),
             settings,
             self.config.machine,
             self.reporter,
             state_dir,
             self._fingerprint(stage),
         )
-        if state_dir.exists():
+        if training_state.saved_states(state_dir):
             if not self.resume:
                 raise TrainingError(
                     f"stage {stage.directory} was interrupted; pass --resume to continue it, or "
@@ -210,7 +215,8 @@ class Recipe:
                 )
             fit.restore()
             self.reporter.say(f"{stage.directory}: continuing at step {fit.step}")
-        terms = fit.run()
+        with closing(fit.batches):
+            terms = fit.run()
         model.cpu()
         weight = fit.objective.relation_weight
         return {"steps": fit.total, "terms": terms, "relation_weight": weight}
@@ -224,10 +230,12 @@ class Recipe:
         if path.exists():
             content = manifest.read_manifest(path, stage.kind)
             if content.get("fingerprint") != mark:
+                made_with = self.inputs.difference(stage.depends, content)
                 raise TrainingError(
-                    f"{path} was made with another configuration; use another --out, or remove it "
-                    "and the stages after it"
+                    f"{path} was made with {made_with}; use another --out, or remove it and the "
+                    "stages after it"
                 )
+            training_state.discard(self.out / f"{stage.directory}.training")
             self.reporter.say(f"{stage.directory}: complete, skipped")
             return
         self.reporter.say(f"{stage.directory}: started")
@@ -238,7 +246,7 @@ class Recipe:
         content = self._content(stage, model, mark, metrics)
         card = model_card(content)
         checkpoint.save(path, model, tokenizer, stage.kind, content, card)
-        discard_state(self.out / f"{stage.directory}.training")
+        training_state.discard(self.out / f"{stage.directory}.training")
         self.reporter.say(f"{stage.directory}: written to {path}")
 
     def _fingerprint(self, stage: Stage) -> str:
@@ -246,7 +254,8 @@ class Recipe:
         parent = None
         if stage.parent is not None:
             parent = manifest.read_manifest(self.out / stage.parent)["fingerprint"]
-        return manifest.fingerprint([{key: values[key] for key in stage.depends}, parent])
+        own = {key: values[key] for key in stage.depends}
+        return manifest.fingerprint([own, self.inputs.of(stage.depends), parent])
 
     def _content(
         self, stage: Stage, model: PreTrainedModel, mark: str, metrics: dict[str, Any]
@@ -267,6 +276,7 @@ class Recipe:
             "recipe": self.config.name,
             "seed": self.config.seed,
             "fingerprint": mark,
+            "inputs": self.inputs.of(stage.depends),
             "parent": stage.parent,
             "metrics": metrics,
             "created_by": f"bitdistill {__version__}",

@@ -1,25 +1,20 @@
 """The one training loop: every stage, teacher or student, runs through `fit`.
 
 A step takes a window of micro-batches, sums the weighted terms' gradients, clips and updates. The
-state that a resumed run needs (weights, optimizer, data position, random state) is written beside
-the stage directory on a time budget, atomically, as safetensors and JSON.
+state that a resumed run needs is written beside the stage directory on a budget of minutes and
+steps (training_state.py).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitdistill import manifest
 from bitdistill.data import Batch, Batches
 from bitdistill.engine import Engine
 from bitdistill.hardware import Hardware, TrainingError
@@ -28,6 +23,7 @@ from bitdistill.objective import Objective, count_window, prepare, recompute_act
 from bitdistill.progress import Reporter
 from bitdistill.quantize import set_integer, share_anneal
 from bitdistill.schema import Machine, Training
+from bitdistill.training_state import Budget, States, saved_states
 
 LOG_EVERY = 10
 BETAS = (0.9, 0.98)
@@ -147,10 +143,12 @@ class Fit:
         """Steps to the end, with records, saved states and an ear for signals."""
         tokens, read = 0, self.step
         last: dict[str, float] = {}
-        saved = time.monotonic()
+        machine = self.machine
+        budget = Budget(machine.save_minutes, machine.save_steps, self.step)
         with self.reporter.stage(self.name, self.total, self.step) as meter, stop_signals() as stop:
             while self.step < self.total:
-                window = self.batches.window(self.step)
+                with meter.waiting():
+                    window = self.batches.window(self.step)
                 tokens += sum(int(b["attention_mask"].sum()) for b in window)
                 self.optimize(window)
                 self.step += 1
@@ -158,9 +156,9 @@ class Fit:
                     last = self.read_terms(self.step - read)
                     meter.update(self.step, tokens, last, self._rate())
                     tokens, read = 0, self.step
-                    if time.monotonic() - saved > 60 * self.machine.save_minutes:
-                        self.save()
-                        saved = time.monotonic()
+                if budget.due(self.step, read == self.step) and self.step < self.total:
+                    self.save()
+                    budget.saved(self.step)
                 if stop.requested and self.step < self.total:
                     self.save()
                     raise TrainingError(
@@ -211,63 +209,25 @@ class Fit:
         kept = f"; the state of an earlier step is kept in {self.state_dir}"
         return TrainingError(
             f"stage {self.name}: {fact} at step {self.step}; lower {section}.learning_rate or "
-            f"raise {section}.warmup" + (kept if self.state_dir.exists() else "")
+            f"raise {section}.warmup" + (kept if saved_states(self.state_dir) else "")
         )
 
     def save(self) -> None:
-        """Write the training state, whole or not at all; it replaces the one before."""
+        """Write the training state, whole or not at all (training_state.py)."""
         self._check_weights()
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        tensors = {"random": torch.get_rng_state()}
-        for parameter, values in self.optimizer.state.items():
-            for key, value in values.items():
-                tensors[f"{names[id(parameter)]}:{key}"] = torch.as_tensor(value).contiguous()
-        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
-        with manifest.new_directory(self.state_dir, force=True) as partial:
-            save_file(weights, partial / "model.safetensors")
-            save_file(tensors, partial / "optimizer.safetensors")
-            position = {
-                "step": self.step,
-                "data": self.batches.state(),
-                "relation_weight": self.objective.relation_weight,
-            }
-            manifest.write_json(partial / "position.json", position)
-            manifest.write_manifest(partial, "training-state", self._identity())
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be equal for a saved state to be continued."""
-        return {"stage": self.name, "total": self.total, "fingerprint": self.fingerprint}
+        position = {
+            "data": self.batches.state(),
+            "relation_weight": self.objective.relation_weight,
+        }
+        self._states().save(self.step, self.model, self.optimizer, position)
 
     def restore(self) -> None:
-        """Return to the state `save` wrote; FormatError if it is incomplete or altered."""
-        content = manifest.read_manifest(self.state_dir, "training-state")
-        if differing := [k for k, v in self._identity().items() if content.get(k) != v]:
-            raise TrainingError(
-                f"{self.state_dir} is the state of another run ({', '.join(differing)} differ); "
-                f"continue with the configuration it began with, or remove it to start stage "
-                f"{self.name} again"
-            )
-        manifest.verify_files(self.state_dir, content)
-        position: dict[str, Any] = json.loads((self.state_dir / "position.json").read_text("utf-8"))
-        device = str(self.hardware.device)
-        weights = load_file(self.state_dir / "model.safetensors", device=device)
-        tensors = load_file(self.state_dir / "optimizer.safetensors", device=device)
-        torch.set_rng_state(tensors.pop("random").cpu())
-        states: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            name, _, field = key.rpartition(":")
-            states.setdefault(name, {})[field] = value
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name])
-                if name in states:
-                    self.optimizer.state[parameter] = states[name]
+        """Return to the newest whole state; FormatError or TrainingError where there is none."""
+        position = self._states().restore(self.model, self.optimizer, self.hardware.device)
         self.step = position["step"]
         self.batches.restore(position["data"])
         self.objective.relation_weight = position["relation_weight"]
 
-
-def discard_state(state_dir: Path) -> None:
-    """Remove a training state, once its stage directory is complete."""
-    if state_dir.exists():
-        shutil.rmtree(state_dir)
+    def _states(self) -> States:
+        identity = {"stage": self.name, "total": self.total, "fingerprint": self.fingerprint}
+        return States(self.state_dir, identity, self.machine.keep_states, self.reporter.say)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from short_runs import TEXTS, Done, task_batches
+from short_runs import TEXTS, Done, packed_batches, task_batches
 
 import bitdistill
 from bitdistill.cli import main
 from bitdistill.config import load_config
-from bitdistill.data import Batches, PackedBatches, TextStream
+from bitdistill.data import Batches
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Machine, Training
@@ -38,8 +38,8 @@ def start(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> C
         teacher = make_teacher("qwen3")
         torch.manual_seed(1)
         if data == "packed":
-            streams = [TextStream(TEXTS), TextStream(TEXTS[::-1])]
-            data = PackedBatches(streams, tokenizer, 8, options.batch_size, options.accumulate)
+            documents = [TEXTS, TEXTS[::-1]]
+            data = packed_batches(documents, tokenizer, 8, options.batch_size, options.accumulate)
         elif data == "task":
             data = task_batches(options.batch_size, options.accumulate)
         assert not isinstance(data, str)

@@ -187,7 +187,9 @@ def test_a_loss_that_is_not_finite_leaves_no_stage(
     recipe: Callable[..., Config], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with pytest.raises(TrainingError, match=r"not finite .*at step 2; lower distill\.learning_rate"):
+    with pytest.raises(
+        TrainingError, match=r"not finite .*at step 2; lower distill\.learning_rate"
+    ):
         train(recipe("distill.learning_rate=1e30"), out, quiet=True)
     assert stages_of(out) == {"teacher", "refined"}
     assert list(out.glob("*.partial")) == []

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import TEXTS, advance, anneal_of, settings, task_batches, weights
+from short_runs import TEXTS, advance, anneal_of, packed_batches, settings, task_batches, weights
 
-from bitdistill.data import PackedBatches, TextStream
 from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.quantize import BitLinear
 from bitdistill.schema import Machine, Training
@@ -47,7 +46,7 @@ def test_epochs_become_steps(epochs: float, steps: int) -> None:
 
 def test_a_corpus_has_no_epochs(tokenizer: Any) -> None:
     with pytest.raises(TrainingError, match="a corpus has no epochs: give the stage's steps"):
-        total_steps(Training(epochs=1), PackedBatches([TextStream(TEXTS)], tokenizer, 8, 2))
+        total_steps(Training(epochs=1), packed_batches([TEXTS], tokenizer, 8, 2))
 
 
 # --- learning -------------------------------------------------------------------------------------
