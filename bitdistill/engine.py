@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bitdistill.data import Batch
+from bitdistill.distributed import ALONE, World, whole
 from bitdistill.hardware import Hardware
 from bitdistill.objective import Objective
 from bitdistill.quantize import cache_weights, forget_weights
@@ -36,11 +37,12 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         clip_norm: float,
         hardware: Hardware,
+        world: World = ALONE,
         *,
         graphs: bool = False,
     ) -> None:
         self.objective, self.optimizer, self.clip_norm = objective, optimizer, clip_norm
-        self.hardware = hardware
+        self.hardware, self.world = hardware, world
         self.totals: dict[str, Tensor] = {}
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._graphs: dict[Any, _Captured] | None = {} if graphs else None
@@ -111,17 +113,19 @@ class Engine:
 
     def _run(self, window: list[Batch]) -> None:
         """The step itself: a fixed sequence of kernels for the shapes of the batches."""
-        if len(window) > 1:
+        sharded = self.world.size > 1
+        if len(window) > 1 and not sharded:  # a shard cannot be rounded without the others
             cache_weights(self.objective.student, self.hardware.dtype)
-        for batch in window:
+        for index, batch in enumerate(window):
+            if sharded:  # gradients are exchanged once a step
+                self.objective.set_requires_gradient_sync(index == len(window) - 1)
             with self.hardware.autocast():
                 loss, terms = self.objective(batch)
             loss.backward()
             self._add(terms)
-        if len(window) > 1:
-            forget_weights(self.objective.student)
+        forget_weights(self.objective.student)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
-        self._add({"gradient_norm": norm})
+        self._add({"gradient_norm": whole(norm)})
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -132,8 +136,10 @@ class Engine:
             self.totals[name] += term
 
     def read(self, steps: int) -> dict[str, float]:
-        """Mean terms of the last `steps` steps, which are then forgotten."""
-        means = {name: float(total) / steps for name, total in self.totals.items()}
+        """Mean terms of the last `steps` steps over all devices, which are then forgotten."""
+        sums = self.world.sum([float(total) for total in self.totals.values()])
+        parts = steps * self.world.size
+        means = {name: value / parts for name, value in zip(self.totals, sums, strict=True)}
         for total in self.totals.values():
             total.zero_()
         return means

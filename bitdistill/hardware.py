@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,11 @@ class Hardware:
         precision = machine.precision
         if precision == "auto":
             precision = "bfloat16" if name == "cuda" else "float32"
-        return cls(torch.device(name), getattr(torch, precision))
+        device = torch.device(name)
+        if name == "cuda":  # one process a device, as torchrun numbers them
+            device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        return cls(device, getattr(torch, precision))
 
     @property
     def cuda(self) -> bool:

@@ -147,7 +147,7 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
         raise FileExistsError(f"{path} exists; pass --force to replace it, or another --out")
     if path.exists() and not (path / MANIFEST).is_file() and any(path.iterdir()):
         raise FileExistsError(f"{path} was not written by bitdistill and will not be replaced")
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -162,6 +162,11 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
         _flush_file(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where `new_directory` builds what becomes `path`."""
+    return path.with_name(path.name + ".partial")
 
 
 def _replaced(path: Path) -> Path:

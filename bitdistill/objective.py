@@ -135,8 +135,8 @@ class Capture:
 class Counts:
     """What the terms of one optimizer step are divided by."""
 
-    answers: int
-    related: int
+    answers: float
+    related: float
 
 
 def count_window(window: list[Batch], relations: RelationLoss) -> Counts:
@@ -227,6 +227,8 @@ class Objective(nn.Module):
         """Give the models back as they were: stock attention, nothing captured."""
         for model in filter(None, (self.student, self.teacher)):
             model.set_attn_implementation("sdpa")
+            for layer in layers_of(model):
+                vars(layer).pop("forward", None)  # the compiled one
         for capture in self._captures or ():
             capture.release()
 
@@ -244,7 +246,8 @@ class Objective(nn.Module):
         warnings.filterwarnings("ignore", "\\s*Online softmax is disabled", UserWarning)
         for model in filter(None, (self.student, self.teacher)):
             for layer in layers_of(model):
-                layer.compile(**options)
+                # not the call: hooks of FSDP2 stay outside
+                layer.forward = torch.compile(layer.forward, **options)
         self.chunk_terms = torch.compile(chunk_terms, **options)
         self.relation_sum = torch.compile(relation_sum, **options)
 
@@ -292,8 +295,13 @@ class Objective(nn.Module):
         return loss, terms
 
     @torch.no_grad()
-    def fit_relation_weight(self, batches: list[Batch]) -> None:
-        """Set the relations' weight so that the term is `target_ratio` times the cross-entropy."""
+    def fit_relation_weight(
+        self, batches: list[Batch], total: Callable[[list[float]], list[float]] = list
+    ) -> None:
+        """Set the relations' weight so that the term is `target_ratio` times the cross-entropy.
+
+        `total` sums numbers over all devices.
+        """
         ratio = self.relations.target_ratio
         if ratio is None or self._captures is None:
             return
@@ -303,6 +311,7 @@ class Objective(nn.Module):
             _, terms = self(prepare(batch, count_window([batch], self.relations)))
             ce += float(terms["ce"])
             relation += float(terms["relations"])
+        ce, relation = total([ce, relation])
         if not relation > 0.0:
             raise ValueError("the attention relations do not differ: target_ratio has no meaning")
         self.relation_weight = ratio * ce / relation

@@ -14,6 +14,7 @@ never overwritten.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from bitdistill import __version__, checkpoint, manifest, training_state
 from bitdistill.cards import model_card
 from bitdistill.config import dump_config
-from bitdistill.data import Batches, TaskBatches, check_sources, corpus_batches, task_rows
+from bitdistill.data import Batches, Shard, TaskBatches, check_sources, corpus_batches, task_rows
+from bitdistill.distributed import World, collect
 from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.inputs import Inputs
 from bitdistill.objective import make_objective
@@ -62,11 +64,17 @@ class Recipe:
         if any(p.exists() and not p.is_dir() for p in (out, *out.parents)):
             raise FileExistsError(f"{out} cannot be a directory there; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        self.reporter = Reporter(out / "log.jsonl", quiet)
+        self.world = World.from_environment()
+        log = out / "log.jsonl" if self.world.main else None
+        self.reporter = Reporter(log, quiet or not self.world.main)
         self.task = config.task.resolve()
 
     def run(self) -> Path:
-        """All stages; returns the student directory."""
+        """All stages, on however many devices; returns the student directory."""
+        with self.world.joined(Hardware.resolve(self.config.machine)):
+            return self._run()
+
+    def _run(self) -> Path:
         config = self.config
         check_sources(config)
         self.inputs = Inputs(config)
@@ -127,7 +135,7 @@ class Recipe:
         student = make_student(model, options.norm_style, options.activation_bits)
         gains: dict[str, float] = {}
         if options.calibrate and options.norm_style != "none":
-            batches = self._examples(self.config.distill, tokenizer)
+            batches = self._examples(self.config.distill, tokenizer, World())
             windows = (batches.window(step) for step in range(options.calibration_batches))
             moved = (
                 {key: hardware.move(value) for key, value in batch.items()}
@@ -164,20 +172,30 @@ class Recipe:
             return self._load("base")
         return load_model(self.config.model, self.config.seed)
 
-    def _examples(self, settings: Training, tokenizer: Tokenizer) -> TaskBatches:
+    def _examples(
+        self, settings: Training, tokenizer: Tokenizer, world: World | None = None
+    ) -> TaskBatches:
+        """Task batches, shared by the devices of this run or of `world`."""
+        world = self.world if world is None else world
         rows = task_rows(self.config.task, tokenizer, settings.max_length, self.config.seed)
         return TaskBatches(
             rows,
             pad=tokenizer.pad_token_id or 0,
             batch_size=settings.batch_size,
-            accumulate=settings.accumulate,
+            accumulate=world.share(settings.accumulate, "accumulate"),
             seed=self.config.seed,
             multiple=self.config.machine.pad_multiple,
+            shard=Shard(world.rank, world.size),
         )
 
     def _corpus(self, settings: Training, tokenizer: Tokenizer) -> Batches:
         return corpus_batches(
-            self.config, tokenizer, settings.max_length, settings.batch_size, settings.accumulate
+            self.config,
+            tokenizer,
+            settings.max_length,
+            settings.batch_size,
+            self.world.share(settings.accumulate, "accumulate"),
+            Shard(self.world.rank, self.world.size),
         )
 
     def _fit(
@@ -196,16 +214,19 @@ class Recipe:
                 f"model's context of {context}; lower it"
             )
         torch.manual_seed(self.config.seed)
+        # sharding changes a model for good: what is saved in the end is another one
+        trained = copy.deepcopy(model) if self.world.size > 1 else model
         state_dir = self.out / f"{stage.directory}.training"
         fit = Fit(
             stage.directory,
-            make_objective(model, teacher, settings),
+            make_objective(trained, teacher, settings),
             prefetched(batches, self.config.machine),
             settings,
             self.config.machine,
             self.reporter,
             state_dir,
             self._fingerprint(stage),
+            self.world,
         )
         if training_state.saved_states(state_dir):
             if not self.resume:
@@ -218,6 +239,8 @@ class Recipe:
         with closing(fit.batches):
             terms = fit.run()
         model.cpu()
+        if trained is not model:
+            collect(trained, model)
         weight = fit.objective.relation_weight
         return {"steps": fit.total, "terms": terms, "relation_weight": weight}
 
@@ -239,14 +262,17 @@ class Recipe:
             self.reporter.say(f"{stage.directory}: complete, skipped")
             return
         self.reporter.say(f"{stage.directory}: started")
-        (self.out / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+        if self.world.main:
+            (self.out / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
         (model, tokenizer), metrics = work(stage)
         if stage.kind == "student":
             metrics |= quantization_statistics(model)
         content = self._content(stage, model, mark, metrics)
         card = model_card(content)
-        checkpoint.save(path, model, tokenizer, stage.kind, content, card)
-        training_state.discard(self.out / f"{stage.directory}.training")
+        with self.world.phase():
+            if self.world.main:
+                checkpoint.save(path, model, tokenizer, stage.kind, content, card)
+                training_state.discard(self.out / f"{stage.directory}.training")
         self.reporter.say(f"{stage.directory}: written to {path}")
 
     def _fingerprint(self, stage: Stage) -> str:

@@ -94,6 +94,8 @@ class Corpus(Section):
 class Training(Section):
     """Optimisation of one stage. Give `steps` or `epochs`. Rates are per step, shares of the run.
 
+    `accumulate` micro-batches of `batch_size` make a step; several devices share them.
+
     `anneal` is the share of the steps over which quantisation is blended in (0: hard at once).
     `decay_until` is the share of the run after which weight decay is zero.
     """

@@ -9,47 +9,32 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitdistill import distributed
 from bitdistill.data import Batch, Batches
+from bitdistill.distributed import ALONE, World
 from bitdistill.engine import Engine
 from bitdistill.hardware import Hardware, TrainingError
-from bitdistill.interrupt import stop_signals
-from bitdistill.objective import Objective, count_window, prepare, recompute_activations
+from bitdistill.interrupt import Stop, stop_signals
+from bitdistill.objective import (
+    Counts,
+    Objective,
+    count_window,
+    prepare,
+    recompute_activations,
+)
+from bitdistill.optimizer import make_optimizer, schedule, total_steps
 from bitdistill.progress import Reporter
 from bitdistill.quantize import set_integer, share_anneal
 from bitdistill.schema import Machine, Training
+from bitdistill.sequences import merge_states
 from bitdistill.training_state import Budget, States, saved_states
 
 LOG_EVERY = 10
-BETAS = (0.9, 0.98)
 # sections of the configuration, where a stage has another name
 SECTIONS = {"bitnet-sft": "bitnet_sft", "pretrained": "pretrain", "student": "distill"}
-
-
-def schedule(settings: Training, step: int, total: int) -> float:
-    """The learning rate's factor at a step: linear warm-up, then cosine, linear or constant."""
-    warmup = max(1, round(settings.warmup * total))
-    if step < warmup:
-        return (step + 1) / warmup
-    share = (step - warmup) / max(1, total - warmup)
-    if settings.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * share))
-    return 1 - share if settings.schedule == "linear" else 1.0
-
-
-def total_steps(settings: Training, batches: Batches) -> int:
-    """Optimizer steps of a stage; TrainingError where `epochs` is asked of a stream."""
-    if settings.steps is not None:
-        return settings.steps
-    per_epoch = batches.steps_per_epoch()
-    if per_epoch is None or settings.epochs is None:
-        raise TrainingError("a corpus has no epochs: give the stage's steps instead")
-    return max(1, math.ceil(settings.epochs * per_epoch))
 
 
 class Fit:
@@ -65,12 +50,13 @@ class Fit:
         reporter: Reporter,
         state_dir: Path,
         fingerprint: str = "",
+        world: World = ALONE,
     ) -> None:
         self.fingerprint = fingerprint  # of everything the stage depends on
         self.name, self.objective, self.batches = name, objective, batches
         self.model: PreTrainedModel = objective.student
         self.settings, self.machine, self.reporter = settings, machine, reporter
-        self.state_dir = state_dir
+        self.state_dir, self.world = state_dir, world
         self.hardware = Hardware.resolve(machine)
         self.total = total_steps(settings, batches)
         self.step = 0
@@ -82,29 +68,13 @@ class Fit:
         self._integer = False
         if machine.recompute:
             recompute_activations(self.model, True)
-        self.optimizer = self._make_optimizer()
+        graphs = self.hardware.cuda and self.hardware.wants(machine.graphs) and world.size == 1
+        if world.size > 1:
+            distributed.shard(objective, self.model, self.hardware.device)
+        self.optimizer = make_optimizer(self.model, settings, self.hardware, graphs=graphs)
         self.engine = Engine(
-            objective,
-            self.optimizer,
-            settings.clip_norm,
-            self.hardware,
-            graphs=self.hardware.cuda and self.hardware.wants(machine.graphs),
+            objective, self.optimizer, settings.clip_norm, self.hardware, world, graphs=graphs
         )
-
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        """AdamW; matrices decay, vectors (norms, biases) do not."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        decay = self.settings.weight_decay
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        rate: float | Tensor = self.settings.learning_rate
-        if not self.hardware.cuda:
-            return torch.optim.AdamW(groups, lr=rate, betas=BETAS)
-        # a captured step reads the rate from the device
-        rate = torch.tensor(rate, device=self.hardware.device)
-        return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True, capturable=True)
 
     def fit_relation_weight(self) -> None:
         """Where a target ratio is asked for, find the relations' weight on the first window."""
@@ -112,7 +82,7 @@ class Fit:
             window = self.batches.window(0)
             window = [{k: self.hardware.move(v) for k, v in batch.items()} for batch in window]
             with self.hardware.autocast():
-                self.objective.fit_relation_weight(window)
+                self.objective.fit_relation_weight(window, self.world.sum)
 
     def run(self) -> dict[str, float]:
         """Train to the end; the mean terms of the last records."""
@@ -156,16 +126,22 @@ class Fit:
                     last = self.read_terms(self.step - read)
                     meter.update(self.step, tokens, last, self._rate())
                     tokens, read = 0, self.step
-                if budget.due(self.step, read == self.step) and self.step < self.total:
+                due, stopping = self._agreed(budget.due(self.step, read == self.step), stop)
+                if due and self.step < self.total:
                     self.save()
                     budget.saved(self.step)
-                if stop.requested and self.step < self.total:
+                if stopping and self.step < self.total:
                     self.save()
                     raise TrainingError(
                         f"stage {self.name} was stopped at step {self.step} of {self.total} and "
                         "its state saved; --resume continues it"
                     )
         return last
+
+    def _agreed(self, due: bool, stop: Stop) -> tuple[bool, bool]:
+        """Whether to save, by the first process' clock, and whether any process is to stop."""
+        due_sum, stops = self.world.sum([due and self.world.main, stop.requested])
+        return due_sum > 0, stops > 0
 
     def _rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
@@ -176,9 +152,19 @@ class Fit:
         self._set_anneal()
         if self.step >= settings.decay_until * self.total:
             self.optimizer.param_groups[0]["weight_decay"] = 0.0
-        counts = count_window(window, self.objective.relations)
+        counts = self._counts(window)
         rate = settings.learning_rate * schedule(settings, self.step, self.total)
         self.engine.step([prepare(batch, counts) for batch in window], rate)
+
+    def _counts(self, window: list[Batch]) -> Counts:
+        """The counts of all devices' windows.
+
+        Gradients are averaged over the devices, so each takes its share of the counts: the average
+        of the devices' losses is then the loss of the whole window.
+        """
+        counts = count_window(window, self.objective.relations)
+        answers, related = self.world.sum([counts.answers, counts.related])
+        return Counts(answers / self.world.size, related / self.world.size)
 
     def _set_anneal(self) -> None:
         """The share of quantisation of this step; once it is whole, products may be integer."""
@@ -201,7 +187,8 @@ class Fit:
 
     def _check_weights(self) -> None:
         """A finite loss can still have had gradients that are not; such weights are not kept."""
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        parameters = map(distributed.local, self.model.parameters())
+        if self.world.any(not all(bool(p.isfinite().all()) for p in parameters)):
             raise self._diverged("the weights are not finite")
 
     def _diverged(self, fact: str) -> TrainingError:
@@ -215,19 +202,21 @@ class Fit:
     def save(self) -> None:
         """Write the training state, whole or not at all (training_state.py)."""
         self._check_weights()
+        data = self.world.gather(self.batches.state())
         position = {
-            "data": self.batches.state(),
+            "data": None if data[0] is None else merge_states(data),
             "relation_weight": self.objective.relation_weight,
         }
         self._states().save(self.step, self.model, self.optimizer, position)
 
     def restore(self) -> None:
         """Return to the newest whole state; FormatError or TrainingError where there is none."""
-        position = self._states().restore(self.model, self.optimizer, self.hardware.device)
+        position = self._states().restore(self.model, self.optimizer)
         self.step = position["step"]
         self.batches.restore(position["data"])
         self.objective.relation_weight = position["relation_weight"]
 
     def _states(self) -> States:
         identity = {"stage": self.name, "total": self.total, "fingerprint": self.fingerprint}
-        return States(self.state_dir, identity, self.machine.keep_states, self.reporter.say)
+        keep, say = self.machine.keep_states, self.reporter.say
+        return States(self.state_dir, identity, keep, say, self.world)

@@ -14,6 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bitdistill import manifest
+from bitdistill.distributed import ALONE, World, local, part_like
 from bitdistill.hardware import TrainingError
 
 PREFIX = "step-"
+WEIGHTS, OPTIMIZER = "model", "optimizer"  # stems of the files
 DAMAGED = ".damaged"
 
 
@@ -55,12 +58,19 @@ class States:
     """The saved states of one stage; at most `keep` of them.
 
     `identity` is what must be equal for a state to be continued; `say` tells the person of damage.
+    Of several processes each writes and reads its own shards; the first does the rest.
     """
 
     def __init__(
-        self, path: Path, identity: dict[str, Any], keep: int, say: Callable[[str], None]
+        self,
+        path: Path,
+        identity: dict[str, Any],
+        keep: int,
+        say: Callable[[str], None],
+        world: World = ALONE,
     ) -> None:
         self.path, self.identity, self.keep, self.say = path, identity, keep, say
+        self.world = world
 
     def save(
         self,
@@ -76,15 +86,25 @@ class States:
         path = self.path / f"{PREFIX}{step:08d}"
         if (path / manifest.MANIFEST).is_file():
             return  # a signal after a save on schedule: the state of this step is there
+        world, identity = self.world, self.identity
         try:
-            with manifest.new_directory(path) as partial:
-                _write_tensors(partial, model, optimizer)
-                manifest.write_json(partial / "position.json", {"step": step, **position})
-                manifest.write_manifest(partial, "training-state", self.identity)
+            with ExitStack() as stack:
+                with world.phase():
+                    if world.main:
+                        stack.enter_context(manifest.new_directory(path))
+                partial = manifest.partial_of(path)
+                with world.phase():
+                    _write_tensors(partial, model, optimizer, world)
+                with world.phase():
+                    if world.main:
+                        manifest.write_json(partial / "position.json", {"step": step, **position})
+                        manifest.write_manifest(partial, "training-state", identity)
+                        stack.pop_all().close()
         except (OSError, SafetensorError) as error:
             raise TrainingError(self._unwritten(step, error)) from error
-        for old in saved_states(self.path)[: -self.keep]:
-            _remove(old)
+        if world.main:
+            for old in saved_states(self.path)[: -self.keep]:
+                _remove(old)
 
     def _unwritten(self, step: int, error: Exception) -> str:
         states = saved_states(self.path)
@@ -94,14 +114,20 @@ class States:
             f"free space there{rest if states else ''}"
         )
 
-    def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-    ) -> dict[str, Any]:
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return to the newest whole state and give its position.
 
         Raises FormatError if none is whole, TrainingError if it belongs to another run. Every hash
         is checked before anything is changed.
         """
+        with self.world.phase():
+            path = self._newest_whole() if self.world.main else self.path
+        path = self.path / self.world.gather(path.name)[0]
+        _read_tensors(path, model, optimizer)
+        return json.loads((path / "position.json").read_text("utf-8"))
+
+    def _newest_whole(self) -> Path:
+        """The state to continue; damaged newer ones are reported and set aside."""
         states = saved_states(self.path)
         damage: list[str] = []
         while states:
@@ -113,21 +139,15 @@ class States:
                 damage.append(str(error))
                 continue
             self._check_identity(path, content)
-            return self._read(path, model, optimizer, device, damage)
+            self._set_aside(path, damage)
+            return path
         raise manifest.FormatError(
             f"{self.path} holds no whole training state ({damage[0] if damage else 'it is empty'});"
             " remove it to start the stage again"
         )
 
-    def _read(
-        self,
-        path: Path,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        damage: list[str],
-    ) -> dict[str, Any]:
-        """Load a state that was found whole; newer ones that were not are set aside."""
+    def _set_aside(self, path: Path, damage: list[str]) -> None:
+        """`path` was found whole; newer states were not."""
         for state in saved_states(self.path):
             if state.name > path.name:
                 aside = state.with_name(state.name + DAMAGED)
@@ -135,8 +155,6 @@ class States:
                 state.rename(aside)
         for reason in damage:
             self.say(f"a saved state is damaged ({reason}); the one before it, {path}, is used")
-        _read_tensors(path, model, optimizer, device)
-        return json.loads((path / "position.json").read_text("utf-8"))
 
     def _check_identity(self, path: Path, content: dict[str, Any]) -> None:
         if differing := [k for k, v in self.identity.items() if content.get(k) != v]:
@@ -166,34 +184,59 @@ def _remove(state: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _write_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _write_tensors(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> None:
+    """This process' shards; several processes' files differ in a number."""
+    suffix = "" if world.size == 1 else f"-{world.rank:05d}-of-{world.size:05d}"
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = _random_states()
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
-            tensors[f"{names[id(parameter)]}:{key}"] = torch.as_tensor(value).contiguous()
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    save_file(weights, folder / "model.safetensors")
-    save_file(tensors, folder / "optimizer.safetensors")
+            part = local(torch.as_tensor(value)).contiguous()
+            tensors[f"{names[id(parameter)]}:{key}"] = part
+    weights = {name: local(p.detach()).contiguous() for name, p in model.named_parameters()}
+    save_file(weights, folder / f"{WEIGHTS}{suffix}.safetensors")
+    save_file(tensors, folder / f"{OPTIMIZER}{suffix}.safetensors")
 
 
-def _read_tensors(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> None:
-    """One tensor at a time, each a copy: a mapped file could not be removed from the disk."""
+class _Shards:
+    """The tensors of one state, put together from the files of however many processes wrote it."""
+
+    def __init__(self, stack: ExitStack, folder: Path, stem: str) -> None:
+        files = sorted(folder.glob(f"{stem}*.safetensors"))
+        self._files = [stack.enter_context(safe_open(file, "pt")) for file in files]
+
+    def names(self) -> list[str]:
+        return sorted(self._files[0].keys())
+
+    def whole(self, name: str) -> Tensor:
+        """One tensor, a copy: a mapped file could not be removed from the disk."""
+        parts = [file.get_tensor(name) for file in self._files]
+        return parts[0].clone() if parts[0].ndim == 0 else torch.cat(parts)
+
+    def first(self, name: str) -> Tensor:
+        """The first process' own tensor."""
+        return self._files[0].get_tensor(name).clone()
+
+
+@torch.no_grad()
+def _read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One tensor at a time; this process keeps the part that it has of it."""
     parameters = dict(model.named_parameters())
-    with safe_open(folder / "model.safetensors", "pt") as weights, torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights.get_tensor(name))
     random_states = {}
-    with safe_open(folder / "optimizer.safetensors", "pt") as tensors:
-        for key in sorted(tensors.keys()):
+    with ExitStack() as stack:
+        weights = _Shards(stack, folder, WEIGHTS)
+        for name, parameter in parameters.items():
+            parameter.copy_(part_like(parameter, weights.whole(name)))
+        tensors = _Shards(stack, folder, OPTIMIZER)
+        for key in tensors.names():
             name, _, field = key.rpartition(":")
-            value = tensors.get_tensor(key)
             if name in parameters:
-                optimizer.state[parameters[name]][field] = value.to(device, copy=True)
+                parameter = parameters[name]
+                optimizer.state[parameter][field] = part_like(parameter, tensors.whole(key))
             else:
-                random_states[field] = value.clone()
+                random_states[field] = tensors.first(key)
     _set_random_states(random_states)
 
 
