@@ -36,12 +36,6 @@ constexpr int kPrefetch = 2048;              // bytes ahead of the weights being
 inline __m256i load(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
 inline void store(void *p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i *>(p), v); }
 
-// Tokens of the next tile, so that tiles differ by at most one token.
-inline int tile_tokens(int64_t remaining, int most) {
-  const int64_t tiles = (remaining + most - 1) / most;
-  return static_cast<int>((remaining + tiles - 1) / tiles);
-}
-
 }  // namespace
 #endif
 #endif
