@@ -71,10 +71,12 @@ CpuFeatures read_features() {
   const bool ymm = (state & 0x6) == 0x6;
   const bool zmm = (state & 0xe6) == 0xe6;
   const bool tiles = (state & 0x60000) == 0x60000;
-  const bool avx512 = bit(extended.b, 16) && bit(extended.b, 30) && bit(extended.b, 31);
+  const bool avx512 =
+      bit(extended.b, 16) && bit(extended.b, 17) && bit(extended.b, 30) && bit(extended.b, 31);
   CpuFeatures features = {};
   features.avx2 = ymm && bit(extended.b, 5);
   features.f16c = ymm && bit(basic.c, 29);
+  features.fma = ymm && bit(basic.c, 12);
   features.avx_vnni = ymm && extended.a >= 1 && bit(cpuid(7, 1).a, 4);
   features.avx512_vnni = zmm && avx512 && bit(extended.c, 11);
   features.amx = tiles && bit(extended.d, 24) && bit(extended.d, 25) && tiles_permitted();
