@@ -31,8 +31,9 @@ BD_INLINE double rounds_of(int64_t rounds, Type start, int operations, Step step
   for (int64_t i = 0; i < rounds; ++i) {
     BD_STEP(0)
     BD_STEP(1)
-    BD_STEP(2) BD_STEP(3) BD_STEP(4) BD_STEP(5) BD_STEP(6) BD_STEP(7) BD_STEP(8) BD_STEP(9)
-        BD_STEP(10) BD_STEP(11)
+    BD_STEP(2)
+    BD_STEP(3)
+    BD_STEP(4) BD_STEP(5) BD_STEP(6) BD_STEP(7) BD_STEP(8) BD_STEP(9) BD_STEP(10) BD_STEP(11)
   }
   return static_cast<double>(rounds) * kSums * operations;
 }
