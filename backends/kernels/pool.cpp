@@ -45,6 +45,18 @@ struct Job {
   }
 };
 
+// One part, on a cache line of its own: the numbers of the last call for which someone took it, and
+// for which its worker finished it.
+struct alignas(64) Part {
+  std::atomic<uint64_t> taken{0};
+  std::atomic<uint64_t> done{0};
+
+  bool take(uint64_t call) {
+    uint64_t last = taken.load(std::memory_order_relaxed);
+    return last < call && taken.compare_exchange_strong(last, call, std::memory_order_acq_rel);
+  }
+};
+
 }  // namespace
 
 struct BdPool {
@@ -52,57 +64,68 @@ struct BdPool {
   std::mutex sleep;
   std::condition_variable wake;
   std::vector<std::thread> workers;
-  Job job = {};  // written before `calls` rises, read after
-  // Each on a cache line of its own: workers poll the first while others count down the second.
+  std::unique_ptr<Part[]> parts;
+  // Written before `calls` rises. A call ends when all its parts are taken and done, so whoever
+  // takes a part of a call reads that call's job.
+  Job job = {};
   alignas(64) std::atomic<uint64_t> calls{0};
-  alignas(64) std::atomic<int> unfinished{0};
   alignas(64) std::atomic<int> sleeping{0};
   std::atomic<bool> stopping{false};
 
   // After an exception the destructor still ends the workers that were started.
   void start(int threads) {
+    parts = std::make_unique<Part[]>(static_cast<size_t>(threads));
     for (int part = 1; part < threads; ++part) workers.emplace_back([this, part] { work(part); });
   }
 
   // A sleeper counts itself before it looks at `calls`, and a caller raises `calls` before it looks
   // for sleepers, in one order that all threads see: one of the two notices the other.
-  void wait_for_call(uint64_t seen) {
+  uint64_t next_call(uint64_t seen) {
     for (int i = 0; i < kSpins; ++i) {
-      if (calls.load(std::memory_order_acquire) != seen) return;
+      const uint64_t call = calls.load(std::memory_order_acquire);
+      if (call != seen) return call;
       pause_briefly();
     }
     std::unique_lock<std::mutex> lock(sleep);
     sleeping.fetch_add(1);
     wake.wait(lock, [&] { return calls.load() != seen; });
     sleeping.fetch_sub(1);
+    return calls.load();
   }
 
   void work(int part) {
-    for (uint64_t seen = 0;; ++seen) {
-      wait_for_call(seen);
+    uint64_t call = 0;
+    for (;;) {
+      call = next_call(call);
       if (stopping.load()) return;
+      if (!parts[part].take(call)) continue;
       job.run(part);
-      unfinished.fetch_sub(1, std::memory_order_release);
+      parts[part].done.store(call, std::memory_order_release);
     }
   }
 
-  void call_workers() {
-    calls.fetch_add(1);
-    if (sleeping.load() == 0) return;
+  uint64_t call_workers() {
+    const uint64_t call = calls.fetch_add(1) + 1;
+    if (sleeping.load() == 0) return call;
     const std::lock_guard<std::mutex> lock(sleep);
     wake.notify_all();
+    return call;
+  }
+
+  void finish(int part, uint64_t call) {
+    if (parts[part].take(call)) return job.run(part);
+    // A worker that has lost its processor needs this one.
+    for (int i = 0; parts[part].done.load(std::memory_order_acquire) != call; ++i)
+      i < kSpins ? pause_briefly() : std::this_thread::yield();
   }
 
   void run(const Job &next) {
     const std::unique_lock<std::mutex> lock(busy, std::try_to_lock);
     if (!lock.owns_lock()) return next.body(next.context, 0, next.total);
     job = next;
-    unfinished.store(static_cast<int>(workers.size()), std::memory_order_relaxed);
-    call_workers();
+    const uint64_t call = call_workers();
     job.run(0);
-    // A worker that has lost its processor needs this one.
-    for (int i = 0; unfinished.load(std::memory_order_acquire) != 0; ++i)
-      i < kSpins ? pause_briefly() : std::this_thread::yield();
+    for (int part = 1; part < job.parts; ++part) finish(part, call);
   }
 
   ~BdPool() {

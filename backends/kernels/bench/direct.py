@@ -54,9 +54,12 @@ def ternary(case: Case, seconds: float) -> Figure:
     """ternary-2bit: RMSNorm left out, quantising included."""
     weight_bytes = int(np.prod(kernel_shape(case.N, case.K)))
     packed = packed_copies(case.N, case.K, copies_of(case, weight_bytes))
-    scale = np.full(case.N, 0.02, np.float32)
+    scales = np.full((len(packed), case.N), 0.02, np.float32)
     copies = (Ternary * len(packed))(
-        *(Ternary(w.ctypes.data, scale.ctypes.data, None, case.N, case.K) for w in packed)
+        *(
+            Ternary(w.ctypes.data, scale.ctypes.data, None, case.N, case.K)
+            for w, scale in zip(packed, scales, strict=True)
+        )
     )
     x = np.random.default_rng(1).standard_normal((case.M, case.K), np.float32)
     y = np.empty((case.M, case.N), np.float32)
