@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bitdistill_kernels.h"
+#include "split.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -150,6 +151,7 @@ struct Layer {
   const BdTokens *tokens;
   float *y;
   bool floats;
+  bitdistill::Split split;
 };
 
 void prepare_part(void *context, int64_t first, int64_t last) {
@@ -159,7 +161,9 @@ void prepare_part(void *context, int64_t first, int64_t last) {
 
 void multiply_part(void *context, int64_t first, int64_t last) {
   const Layer &l = *static_cast<const Layer *>(context);
-  (l.floats ? l.kernels->ternary_float : l.kernels->ternary)(l.w, l.tokens, l.y, first, last);
+  for (int64_t part = first; part < last; ++part)
+    l.split.run(l.floats ? l.kernels->ternary_float : l.kernels->ternary, part, *l.w, *l.tokens,
+                l.y);
 }
 
 }  // namespace
@@ -191,14 +195,18 @@ void bd_pool_run(BdPool *pool, int64_t total, BdBody body, void *context) {
 
 void bd_ternary_layers(const BdKernels *kernels, const BdTernary *w, int count, const BdInput *in,
                        int activation_bits, void *scratch, BdPool *pool, float *const *y) {
+  if (in->tokens == 0) return;
   const BdTokens tokens = bd_tokens(scratch, in->tokens, in->columns, activation_bits);
-  Layer layer = {kernels, w, in, &tokens, nullptr, activation_bits == 0};
+  const int threads = pool != nullptr ? bd_pool_threads(pool) : 1;
+  const bitdistill::Split none(1, 1, 1);
+  Layer layer = {kernels, nullptr, in, &tokens, nullptr, activation_bits == 0, none};
   const bool small = in->tokens * in->columns < kShareOfTokens;
   run_parts(small ? nullptr : pool, in->tokens, prepare_part, &layer);
   for (int i = 0; i < count; ++i) {
     layer.w = w + i;
     layer.y = y[i];
-    run_parts(pool, bd_blocks(layer.w->rows), multiply_part, &layer);
+    layer.split = bitdistill::Split(in->tokens, bd_blocks(layer.w->rows), threads);
+    run_parts(pool, layer.split.parts(), multiply_part, &layer);
   }
 }
 
