@@ -32,6 +32,7 @@ STRICT = [
 AVX512 = ["-mavx2", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
 # The machine flags of the kernels, by the start of a file's name, and the table they define.
 MACHINE = {
+    "avx2_ceilings": (["-mavx2", "-mfma"], None),
     "avx2_": (["-mavx2", "-mf16c"], None),
     "avx_vnni_": (["-mavx2", "-mf16c", "-mavxvnni"], "BD_AVX_VNNI"),
     "avx512_vnni_": (AVX512, "BD_AVX512_VNNI"),
@@ -92,15 +93,14 @@ def test_kernels_that_this_cpu_may_lack(compiler: str, sanitize: bool, tmp_path:
     flags = ["-O3"]
     if sanitize:
         flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    names = ("dispatch", "scalar", "x86_tables", "avx2")
-    plain = [KERNELS / f"{name}.cpp" for name in names]
-    machine = [KERNELS / f"{name}_ternary.cpp" for name in ("avx_vnni", "avx512_vnni", "avx2")]
-    machine += [KERNELS / "avx2_float.cpp", KERNELS / "avx2_quantize.cpp"]
-    sources = [DRIVER.with_name("emulated_driver.cpp"), *plain, *machine]
+    machine = ("avx2_", "avx_vnni_t", "avx512_vnni_t")
+    plain = ("dispatch", "scalar", "x86_tables", "avx2.", "work_memory")
+    sources = [path for path in KERNELS.glob("*.cpp") if path.name.startswith((*machine, *plain))]
+    sources.append(DRIVER.with_name("emulated_driver.cpp"))
     objects = [tmp_path / f"{source.stem}.o" for source in sources]
     program = tmp_path / "driver"
     for source, target in zip(sources, objects, strict=True):
-        more = [] if source in plain else AVX512
+        more = [] if source.name.startswith(plain) else [*AVX512, "-mfma"]
         result = run(compiler, *STRICT, *flags, *more, "-I", KERNELS, "-c", source, "-o", target)
         assert result.returncode == 0, result.stderr
     result = run(compiler, *flags, *objects, "-pthread", "-o", program)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 STREAMED_BYTES = 160 << 20  # more than the last-level cache of most machines
 OPERATIONS = 20_000_000_000
+MOST_COPIES = 1024
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def figure_of(case: Case, seconds: float, weight_bytes: int) -> Figure:
 def copies_of(case: Case, weight_bytes: int) -> int:
     """Copies of a layer: more than the caches hold, or about a tenth of a second of arithmetic."""
     enough = OPERATIONS // (2 * max(case.M, 1) * case.K * case.N)
-    return int(max(2, min(STREAMED_BYTES // weight_bytes, enough)))
+    return int(max(2, min(STREAMED_BYTES // weight_bytes, enough, MOST_COPIES)))
 
 
 def small_pages(size: int) -> NDArray[np.uint8]:
