@@ -27,6 +27,7 @@ constexpr int kTokens = Lanes::kTokens;
 constexpr int kEntry = 2 * kTokens;  // bytes
 constexpr int64_t kMostBlocks = 48;  // of 32 rows: their sums stay in the L2 cache
 constexpr int64_t kFlush = 15;
+constexpr int64_t kAhead = 16;       // blocks, of which 128 bytes are fetched ahead
 constexpr int kLine = 64;
 
 // The tables start where they spread over the sets of an L1 cache; of the last, every byte value is
@@ -171,8 +172,9 @@ void tile(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64
     fill_tables(in, token, count, g, work);
     const uint8_t *packed = block_bytes(w, first) + g * BD_BLOCK_BYTES;
     for (int64_t b = 0; b < blocks; ++b, packed += step) {
-      _mm_prefetch(reinterpret_cast<const char *>(packed + 4 * step), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char *>(packed + 4 * step + kLine), _MM_HINT_T0);
+      const char *ahead = reinterpret_cast<const char *>(packed + kAhead * step);
+      _mm_prefetch(ahead, _MM_HINT_T0);
+      _mm_prefetch(ahead + kLine, _MM_HINT_T0);
       add_group(packed, work->tables, work->narrow + b * BD_BLOCK_ROWS);
     }
     if ((g + 1) % kFlush == 0 || g + 1 == groups) widen(work, blocks * BD_BLOCK_ROWS);
@@ -185,7 +187,7 @@ void tile(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64
 int64_t by_lookup(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
   const int64_t rest = in->tokens % kTokens;
   const int64_t tokens = in->tokens - (rest < Lanes::kFewest ? rest : 0);
-  if (tokens == 0 || last - first < Lanes::kFewestBlocks) return 0;
+  if (tokens < Lanes::kLeast || last - first < Lanes::kFewestBlocks) return 0;
   Work *work = static_cast<Work *>(bitdistill::work_memory(sizeof(Work)));
   if (work == nullptr) return 0;
   const int64_t parts = (last - first + kMostBlocks - 1) / kMostBlocks;

@@ -33,7 +33,7 @@ def test_prefill_sums_are_exact_at_their_bounds(isa: str, k: int) -> None:
     trits = np.ones((260, k), np.int8)
     trits[::2] = -1
     for value in (-128, 127):
-        q = np.full((16, k), value, np.int8)
+        q = np.full((48, k), value, np.int8)
         expected = np.tile(q[:, :1].astype(np.float64) * k, (1, 260)) * trits[:, 0]
         assert np.array_equal(Kernels(isa).ternary_dots(q, pack_kernel(trits), 260), expected)
 
