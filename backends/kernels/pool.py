@@ -77,7 +77,9 @@ class Layer:
         rows = self.scale.shape[0]
         if self.packed.dtype != np.uint8 or self.packed.shape != kernel_shape(rows, columns):
             raise ValueError(f"packed must be uint8 {kernel_shape(rows, columns)}")
-        arrays = [self.packed, self.scale] + ([] if self.bias is None else [self.bias])
+        arrays: list[NDArray] = [self.packed, self.scale]
+        if self.bias is not None:
+            arrays.append(self.bias)
         if not all(array.flags.c_contiguous for array in arrays):
             raise ValueError("packed, scale and bias must be contiguous")
         bias = None if self.bias is None else self.bias.ctypes.data

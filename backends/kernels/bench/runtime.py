@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -34,7 +35,7 @@ class Layer:
     arrays: dict[str, NDArray]
     op: str
     domain: str = ""
-    attributes: dict[str, int] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weight_bytes(self) -> int:
@@ -51,13 +52,13 @@ def _fp32(case: Case) -> Layer:
 
 
 def _int8(case: Case) -> Layer:
-    weights = {"W": _random_bytes(case.K, case.N).view(np.int8), "scale": np.float32([0.02])}
+    weights: dict[str, NDArray] = {"W": _random_bytes(case.K, case.N).view(np.int8), "scale": np.full(1, 0.02, np.float32)}
     return Layer(weights, "DynamicQuantizeMatMul", MICROSOFT)
 
 
 def _n_bits(case: Case, bits: int) -> Layer:
     blocks = -(-case.K // BLOCK)
-    weights = {
+    weights: dict[str, NDArray] = {
         "W": _random_bytes(case.N, blocks, BLOCK * bits // 8),
         "scale": np.full(case.N * blocks, 0.02, np.float32),
     }
@@ -66,7 +67,7 @@ def _n_bits(case: Case, bits: int) -> Layer:
 
 
 def _ternary(case: Case) -> Layer:
-    weights = {"W": packed_copies(case.N, case.K, 1)[0], "scale": np.float32([0.02])}
+    weights: dict[str, NDArray] = {"W": packed_copies(case.N, case.K, 1)[0], "scale": np.full(1, 0.02, np.float32)}
     attributes = {
         "N": case.N, "K": case.K, "scale_rows": case.N, "layout": KERNEL_LAYOUT_VERSION,
         "activation_bits": 8,
