@@ -15,9 +15,9 @@
  * halves (16, 8, 4, 2, 1); `ternary_float` adds column 16 q + 4 s + j into partial sum s in the
  * order of q, then j, and folds (0 + 1) + (2 + 3).
  *
- * Nothing throws, and nothing but the pool allocates or locks. Pointers need no alignment beyond
- * their type's
- * (`packed`: none). The caller checks sizes; codes of 3 in `packed` are read as the trit 2.
+ * Nothing throws, and only the pool locks. It allocates, and so does AVX2 prefill: once a thread,
+ * and without memory it takes a slower way. Pointers need no alignment beyond their type's
+ * (`packed`: none). The caller checks sizes; codes of 3 in `packed` give some result, never a fault.
  */
 #ifndef BITDISTILL_KERNELS_H
 #define BITDISTILL_KERNELS_H

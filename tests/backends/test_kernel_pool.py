@@ -1,4 +1,4 @@
-"""The kernels' own threads: every part once, callers at the same time, layers that share an input."""
+"""The kernels' own threads: every part once, concurrent callers, layers of one input."""
 
 from __future__ import annotations
 
