@@ -10,7 +10,7 @@ struct Lanes {
   static constexpr int kTokens = 16;
   static constexpr int kEntryBits = 5;
   static constexpr int kStart[4] = {0, 134, 282, 428};  // of the tables, in cache lines
-  static constexpr int kFewest = 11;  // tokens that are worth a tile
+  static constexpr int kFewest = 11;                    // tokens that are worth a tile
   // Tokens from which it pays: the first tile reads the rows in an order that memory serves badly.
   static constexpr int kLeast = 48;
   static constexpr int kFewestBlocks = 8;

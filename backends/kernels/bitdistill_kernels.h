@@ -17,7 +17,7 @@
  *
  * Nothing throws, and only the pool locks. It allocates, and so does AVX2 prefill: once a thread,
  * and without memory it takes a slower way. Pointers need no alignment beyond their type's
- * (`packed`: none). The caller checks sizes; codes of 3 in `packed` give some result, never a fault.
+ * (`packed`: none). The caller checks sizes; codes of 3 in `packed` give some result and no fault.
  */
 #ifndef BITDISTILL_KERNELS_H
 #define BITDISTILL_KERNELS_H

@@ -27,7 +27,7 @@ constexpr int kTokens = Lanes::kTokens;
 constexpr int kEntry = 2 * kTokens;  // bytes
 constexpr int64_t kMostBlocks = 48;  // of 32 rows: their sums stay in the L2 cache
 constexpr int64_t kFlush = 15;
-constexpr int64_t kAhead = 16;       // blocks, of which 128 bytes are fetched ahead
+constexpr int64_t kAhead = 16;  // blocks, of which 128 bytes are fetched ahead
 constexpr int kLine = 64;
 
 // The tables start where they spread over the sets of an L1 cache; of the last, every byte value is

@@ -39,7 +39,7 @@ class Split {
  private:
   static constexpr int64_t kBlocks = 32;  // of 32 rows: a part with fewer had better split tokens
   static constexpr int64_t kTokens = 32;
-  static constexpr int64_t kTile = 16;    // tokens of a tile: parts are whole tiles
+  static constexpr int64_t kTile = 16;  // tokens of a tile: parts are whole tiles
 
   static int64_t within(int64_t value, int64_t most) {
     value = value < most ? value : most;

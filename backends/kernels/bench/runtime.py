@@ -52,7 +52,10 @@ def _fp32(case: Case) -> Layer:
 
 
 def _int8(case: Case) -> Layer:
-    weights: dict[str, NDArray] = {"W": _random_bytes(case.K, case.N).view(np.int8), "scale": np.full(1, 0.02, np.float32)}
+    weights: dict[str, NDArray] = {
+        "W": _random_bytes(case.K, case.N).view(np.int8),
+        "scale": np.full(1, 0.02, np.float32),
+    }
     return Layer(weights, "DynamicQuantizeMatMul", MICROSOFT)
 
 
@@ -67,7 +70,10 @@ def _n_bits(case: Case, bits: int) -> Layer:
 
 
 def _ternary(case: Case) -> Layer:
-    weights: dict[str, NDArray] = {"W": packed_copies(case.N, case.K, 1)[0], "scale": np.full(1, 0.02, np.float32)}
+    weights: dict[str, NDArray] = {
+        "W": packed_copies(case.N, case.K, 1)[0],
+        "scale": np.full(1, 0.02, np.float32),
+    }
     attributes = {
         "N": case.N, "K": case.K, "scale_rows": case.N, "layout": KERNEL_LAYOUT_VERSION,
         "activation_bits": 8,
