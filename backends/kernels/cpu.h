@@ -7,6 +7,10 @@ namespace bitdistill {
 struct CpuFeatures {
   bool avx2;
   bool f16c;
+  bool fma;
+  bool avx_vnni;
+  bool avx512_vnni;  // with F, BW, DQ and VL
+  bool amx;          // AMX-INT8, and the system's permission to use it
 };
 CpuFeatures cpu_features();
 }  // namespace bitdistill

@@ -29,6 +29,22 @@ STRICT = [
 ]
 
 
+AVX512 = ["-mavx2", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
+# The machine flags of the kernels, by the start of a file's name, and the table they define.
+MACHINE = {
+    "avx2_ceilings": (["-mavx2", "-mfma"], None),
+    "avx2_": (["-mavx2", "-mf16c"], None),
+    "avx_vnni_": (["-mavx2", "-mf16c", "-mavxvnni"], "BD_AVX_VNNI"),
+    "avx512_vnni_": (AVX512, "BD_AVX512_VNNI"),
+    "amx_": ([*AVX512, "-mamx-tile", "-mamx-int8"], "BD_AMX"),
+}
+
+
+def machine_flags(name: str) -> list[str]:
+    flags = [flags for start, (flags, _) in MACHINE.items() if name.startswith(start)]
+    return flags[0] if X86 and flags else []
+
+
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(part) for part in command],
@@ -42,8 +58,11 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
 def build_driver(compiler: str, folder: Path, *flags: str) -> Path:
     """Compile kernels (each file with its machine flags) and driver; warnings are errors."""
     objects = []
+    tables = [f"-D{name}" for _, name in MACHINE.values() if X86 and name]
     for source in [*sorted(KERNELS.glob("*.cpp")), DRIVER]:
-        machine = ["-mavx2", "-mf16c"] if X86 and source.name.startswith("avx2_") else []
+        if not X86 and source.name.startswith(tuple(MACHINE)):
+            continue
+        machine = [*machine_flags(source.name), *tables]
         target = folder / f"{source.stem}.o"
         result = run(compiler, *STRICT, *flags, *machine, "-I", KERNELS, "-c", source, "-o", target)
         assert result.returncode == 0, result.stderr
@@ -64,6 +83,33 @@ def test_tables_agree_under_sanitizers(compiler: str, sanitizers: str, tmp_path:
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.startswith("best ")
     assert result.stdout.rstrip().endswith("scalar")
+
+
+@pytest.mark.skipif(not X86, reason="x86-64 instructions")
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("sanitize", [False, True])
+def test_kernels_that_this_cpu_may_lack(compiler: str, sanitize: bool, tmp_path: Path) -> None:
+    """AMX emulated and AVX-VNNI in the other encoding of its instruction, against scalar."""
+    flags = ["-O3"]
+    if sanitize:
+        flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    machine = ("avx2_", "avx_vnni_t", "avx512_vnni_t")
+    plain = ("dispatch", "scalar", "x86_tables", "avx2.", "work_memory")
+    sources = [path for path in KERNELS.glob("*.cpp") if path.name.startswith((*machine, *plain))]
+    sources.append(DRIVER.with_name("emulated_driver.cpp"))
+    objects = [tmp_path / f"{source.stem}.o" for source in sources]
+    program = tmp_path / "driver"
+    for source, target in zip(sources, objects, strict=True):
+        more = [] if source.name.startswith(plain) else [*AVX512, "-mfma"]
+        result = run(compiler, *STRICT, *flags, *more, "-I", KERNELS, "-c", source, "-o", target)
+        assert result.returncode == 0, result.stderr
+    result = run(compiler, *flags, *objects, "-pthread", "-o", program)
+    assert result.returncode == 0, result.stderr
+    result = run(program)
+    if result.returncode == 2:
+        pytest.skip("needs AVX-512 VNNI")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "amx: " in result.stdout
 
 
 @pytest.mark.skipif(not (X86 and shutil.which("qemu-x86_64")), reason="needs qemu-x86_64")
