@@ -150,7 +150,7 @@ def fit_of(args: argparse.Namespace, model: PreTrainedModel, data: Synthetic, fo
     objective = make_objective(student, teacher, settings)
     fit = Fit("bench", objective, data, settings, machine, Reporter(quiet=True), Path(folder) / "s")
     if fit.hardware.wants(machine.compile):
-        fit.compile()
+        objective.compile()
     return fit
 
 

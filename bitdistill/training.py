@@ -91,7 +91,7 @@ class Fit:
     def run(self) -> dict[str, float]:
         """Train to the end; the mean terms of the last records."""
         if self.hardware.wants(self.machine.compile):
-            self.compile()
+            self.objective.compile()
         with self.engine.stream():
             if self.step == 0:
                 self.fit_relation_weight()
@@ -108,10 +108,6 @@ class Fit:
         set_integer(self.model, False)
         recompute_activations(self.model, False)
         self.model.eval()
-
-    def compile(self) -> None:
-        """Task batches come in many lengths, for which one dynamic shape starts up faster."""
-        self.objective.compile(dynamic=self.batches.steps_per_epoch() is not None)
 
     def _loop(self) -> dict[str, float]:
         """Steps to the end, with records, saved states and an ear for signals."""
