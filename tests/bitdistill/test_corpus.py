@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from bitdistill.config import load_config
 from bitdistill.data import IGNORED, Batch, Batches, PackedBatches, Shard, corpus_batches
 from bitdistill.prefetch import Prefetched, prefetched
 from bitdistill.schema import Machine
-from bitdistill.sequences import SNAPSHOT, Encoder, merge_states
+from bitdistill.sequences import CHUNK, SNAPSHOT, Chunk, Encoder, merge_states, split_document
 
 WORDS = "the film is not good bad but very dull bright and we liked it a plot".split()
 DOCUMENTS = [
@@ -59,7 +60,8 @@ def test_the_encoder_is_the_tokenizer(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.no_truncation()
     texts = ["the film is not good", "", "ümläut 🎬", tokenizer.eos_token]
     expected = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts).input_ids]
-    assert [tokens.tolist() for tokens in encode(texts)] == expected
+    chunks = [chunk for text in texts for chunk in split_document(text)]
+    assert [tokens.tolist() for tokens in encode(chunks)] == expected
 
 
 def test_documents_are_dealt_to_rows(tokenizer: Any) -> None:
@@ -116,6 +118,41 @@ def test_documents_of_a_sequence_are_numbered(tokenizer: Any) -> None:
     assert max(seen) > 1
 
 
+def test_long_documents_are_tokenised_in_chunks(tokenizer: Any) -> None:
+    """To the same tokens; a sequence counts their chunks as one document."""
+    texts = [" ".join(WORDS[(i * k) % 16] for i in range(9_000)) for k in (1, 3)]
+    encode = Encoder(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    for text in texts:
+        chunks = split_document(text)
+        assert len(chunks) == -(-len(text) // CHUNK)
+        assert "".join(chunk.text for chunk in chunks) == text
+        assert [c.first for c in chunks] == [True, *[False] * (len(chunks) - 1)]
+        assert [c.last for c in chunks] == [*[False] * (len(chunks) - 1), True]
+        joined = [token for tokens in encode(chunks) for token in tokens]
+        assert joined == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    batches = packed_batches([texts], tokenizer, 1000, 1, document_mask=True)
+    ids, documents, states = [], [], []
+    for step in range(18):
+        (batch,) = batches.window(step)
+        ids += batch["input_ids"][0].tolist()
+        documents.append(int(batch["documents"].max()))
+        states.append((batch, json.dumps(batches.state())))
+    for (_, state), (expected, _) in pairwise(states):
+        again = packed_batches([texts], tokenizer, 1000, 1, document_mask=True)
+        again.restore(json.loads(state))
+        assert same(again.window(0), [expected])
+    assert ids == tokenizer(tokenizer.eos_token.join(texts)).input_ids[: len(ids)]
+    assert set(documents) == {0, 1}
+
+
+def test_splitting_documents() -> None:
+    assert split_document("") == [Chunk("", True, True)]
+    assert [c.text for c in split_document("字" * (CHUNK + 5))] == ["字" * CHUNK, "字" * 5]
+    lone = "a" * CHUNK + " b"  # a space at which nothing may be cut comes too late
+    assert [c.text for c in split_document(lone)] == ["a" * CHUNK, " b"]
+    assert [len(c.text) for c in split_document("x " * CHUNK)] == [CHUNK - 1, CHUNK - 2, 3]
+
+
 def test_a_corpus_of_nothing_but_empty_texts(tokenizer: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("bitdistill.sequences.MAX_EMPTY_ROUNDS", 20)
     bare = copy.deepcopy(tokenizer)
@@ -154,7 +191,7 @@ def test_resuming_does_not_read_from_the_start(tokenizer: Any) -> None:
         batches.window(step)
     state = json.loads(json.dumps(batches.state()))
     noted, (source,) = state["reader"]
-    wanted = min(taken * 4 + int(row) for row, (taken, _) in state["rows"].items())
+    wanted = min(document * 4 + int(row) for row, (document, *_) in state["rows"].items())
     assert 2 * SNAPSHOT < noted <= wanted < noted + SNAPSHOT
     assert source["index"] == noted
     again = packed_batches([texts], tokenizer, 64, 4)
