@@ -210,7 +210,7 @@ class Machine(Section):
     save_steps: int | None = Field(None, gt=0)
     keep_states: int = Field(2, gt=0)
     pad_multiple: int = Field(8, gt=0)
-    workers: int = Field(1, ge=0)
+    workers: int = Field(2, ge=0)
     prefetch: int = Field(4, ge=0)
 
 

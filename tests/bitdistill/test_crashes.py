@@ -81,6 +81,12 @@ def test_a_save_killed_anywhere(start: Callable[..., Fit]) -> None:
         fit.save()
         again.restore()
         assert again.step == 3
+        advance(again, 1)
+        again.save()  # after which nothing of the dead process is left
+        assert [p.name for p in sorted(fit.state_dir.iterdir())] == [
+            "step-00000003",
+            "step-00000004",
+        ]
         shutil.rmtree(fit.state_dir)
         shutil.copytree(before, fit.state_dir)
         operation += 1
