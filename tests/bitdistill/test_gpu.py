@@ -83,7 +83,7 @@ def test_a_saved_state_is_exact_on_cuda(tmp_path: Path) -> None:
     step(layer, optimizer)
     torch.cuda.manual_seed(99)
     again, resumed = make()
-    assert states.restore(again, resumed, torch.device("cuda")) == {"step": 1, "data": None}
+    assert states.restore(again, resumed) == {"step": 1, "data": None}
     step(again, resumed)
     for mine, theirs in zip(again.parameters(), layer.parameters(), strict=True):
         assert torch.equal(mine, theirs)
