@@ -53,11 +53,12 @@ def main() -> None:
     for workers in options.workers:
         settings = [f"corpus.sources={json.dumps(options.sources)}", f"machine.workers={workers}"]
         config = load_config("tiny", settings)
-        two = (
+        batches, again = (
             corpus_batches(config, tokenizer, options.length, options.batch_size, 1)
             for _ in range(2)
         )
-        print(json.dumps({"workers": workers} | measure(*two, options.steps)), flush=True)
+        found = measure(batches, again, options.steps)
+        print(json.dumps({"workers": workers} | found), flush=True)
 
 
 if __name__ == "__main__":

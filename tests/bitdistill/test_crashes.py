@@ -31,6 +31,9 @@ from bitdistill.schema import Config
 from bitdistill.training import Fit
 from bitdistill.training_state import saved_states
 
+# the child of a fork writes files and dies; it needs none of the parent's threads
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 FILES = ("model.safetensors", "optimizer.safetensors", "position.json", manifest.MANIFEST)
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 
