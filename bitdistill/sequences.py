@@ -1,13 +1,13 @@
 """Documents to full sequences of tokens, the same for any number of processes and devices.
 
-Documents are dealt like cards: the j-th goes to row j mod R of the global batch of R sequences, and
-every row joins its own documents by the end-of-text token and cuts them into sequences. A row needs
-nothing from another row, so rows can be spread over worker processes and devices at will: the
-sequences of a step depend on R alone. Everybody reads all documents, which is cheap, and tokenises
-only those of their own rows, which is not.
+Documents are dealt like cards to the R rows of the global batch, each to the row with the fewest
+characters so far, and every row joins its own documents by the end-of-text token and cuts them into
+sequences. A row needs nothing from another row, so rows can be spread over worker processes and
+devices at will: the sequences of a step depend on R alone. Everybody reads all documents, which is
+cheap, and tokenises only those of their own rows, which is not.
 
 A row's position is a document, one of its chunks and an offset into that chunk's tokens; a resumed
-run needs no more. So that it need not read from the start, the sources' positions are noted every
+run needs no more. So that it need not read from the start, the dealer's position is noted every
 SNAPSHOT documents; and so that a book neither holds up a step nor is tokenised again as a whole, a
 document is tokenised in chunks of CHUNK characters, cut before a space. Tokenizers split there
 anyway.
@@ -15,6 +15,7 @@ anyway.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -83,38 +84,46 @@ class Dealer:
     """Reads sources in turn and deals their documents to `rows` of `total`."""
 
     def __init__(self, sources: list[Source], rows: Sequence[int], total: int) -> None:
-        self.sources, self.total = sources, total
-        self._hands: dict[int, deque[str]] = {row: deque() for row in rows}
-        self.restore(0, [source.state() for source in sources], dict.fromkeys(rows, 0))
+        self.sources = sources
+        self._hands: dict[int, deque[tuple[int, str]]] = {row: deque() for row in rows}
+        start = {"document": 0, "loads": [0] * total, "sources": [s.state() for s in sources]}
+        self.restore(start, dict.fromkeys(rows, 0))
 
-    def restore(self, document: int, sources: list[Any], wanted: dict[int, int]) -> None:
-        """Go on at a document; each row takes only those from its `wanted` one on."""
-        self._document, self._wanted = document, wanted
-        self._snapshots: deque[tuple[int, list[Any]]] = deque([(document, sources)])
-        for source, state in zip(self.sources, sources, strict=True):
-            source.restore(state)
+    def restore(self, state: State, wanted: dict[int, int]) -> None:
+        """Go on at a noted position; each row takes only documents from its `wanted` one on."""
+        self._document, self._wanted = state["document"], wanted
+        self._loads = sorted((load, row) for row, load in enumerate(state["loads"]))  # a heap
+        self._snapshots: deque[State] = deque([state])
+        for source, position in zip(self.sources, state["sources"], strict=True):
+            source.restore(position)
         for hand in self._hands.values():
             hand.clear()
 
-    def take(self, row: int) -> str:
-        """The next document of a row; ValueError for a source without any."""
+    def take(self, row: int) -> tuple[int, str]:
+        """The next document of a row, with its number among all."""
         while not self._hands[row]:
             self._deal()
         return self._hands[row].popleft()
 
     def _deal(self) -> None:
-        number, row = self._document, self._document % self.total
+        number = self._document
         if number % SNAPSHOT == 0:
-            self._snapshots.append((number, [source.state() for source in self.sources]))
-        source = self.sources[number % len(self.sources)]
-        raw = source.next()
+            self._snapshots.append(self._note())
+        text = self.sources[number % len(self.sources)].next()
+        load, row = self._loads[0]
+        heapq.heapreplace(self._loads, (load + len(text) + 1, row))
         if number >= self._wanted.get(row, number + 1):
-            self._hands[row].append(source.text(raw))
+            self._hands[row].append((number, text))
         self._document += 1
 
-    def snapshot(self, number: int) -> tuple[int, list[Any]]:
+    def _note(self) -> State:
+        loads = [load for _, load in sorted((row, load) for load, row in self._loads)]
+        sources = [source.state() for source in self.sources]
+        return {"document": self._document, "loads": loads, "sources": sources}
+
+    def snapshot(self, number: int) -> State:
         """The last noted position at or before a document; earlier ones are forgotten."""
-        while len(self._snapshots) > 1 and self._snapshots[1][0] <= number:
+        while len(self._snapshots) > 1 and self._snapshots[1]["document"] <= number:
             self._snapshots.popleft()
         return self._snapshots[0]
 
@@ -122,7 +131,7 @@ class Dealer:
 class _Held(NamedTuple):
     """Tokens of a chunk, the first `offset` of them used."""
 
-    document: int  # of the row
+    document: int
     chunk: int
     offset: int
     tokens: Tokens
@@ -130,7 +139,10 @@ class _Held(NamedTuple):
 
 @dataclass
 class _Row:
-    """The tokens that a row holds and has not used, and the document and chunk that come next."""
+    """The tokens that a row holds and has not used, and what comes next.
+
+    That is a chunk of the first document dealt to this row whose number is at least `document`.
+    """
 
     number: int
     document: int = 0
@@ -148,7 +160,8 @@ class _Row:
     def next_chunk(self, dealer: Dealer) -> Chunk:
         """The next chunk to tokenise."""
         if not self.pending:
-            self.pending.extend(split_document(dealer.take(self.number))[self.chunk :])
+            self.document, text = dealer.take(self.number)
+            self.pending.extend(split_document(text)[self.chunk :])
         return self.pending.popleft()
 
     def add(self, tokens: Tokens) -> None:
@@ -195,7 +208,7 @@ class Packer:
         total: int,
         length: int,
     ) -> None:
-        self.encode, self.total, self.length = encode, total, length
+        self.encode, self.length = encode, length
         self._rows = {row: _Row(row) for row in rows}
         self._dealer = Dealer(sources, list(self._rows), total)
 
@@ -220,12 +233,11 @@ class Packer:
     def state(self) -> State:
         """The rows' places, and a position of the sources from which all of them can be reached."""
         places = {str(row.number): list(row.place) for row in self._rows.values()}
-        reader = self._dealer.snapshot(min(self._wanted().values()))
-        return {"rows": places, "reader": list(reader)}
+        return {"rows": places, "reader": self._dealer.snapshot(min(self._wanted().values()))}
 
     def _wanted(self) -> dict[int, int]:
-        """The number, in the dealt order, of each row's next document."""
-        return {r.number: r.place[0] * self.total + r.number for r in self._rows.values()}
+        """The number from which on each row needs documents."""
+        return {row.number: row.place[0] for row in self._rows.values()}
 
     def restore(self, state: State) -> None:
         """Return to a state, of these rows or of more; ValueError where one of them is missing."""
@@ -236,8 +248,7 @@ class Packer:
                     "accumulation and devices it was saved with"
                 )
             self._rows[number] = _Row(number, *state["rows"][str(number)])
-        document, sources = state["reader"]
-        self._dealer.restore(document, sources, self._wanted())
+        self._dealer.restore(state["reader"], self._wanted())
 
     def close(self) -> None:
         """Nothing to let go of: files are closed with their readers."""
@@ -247,4 +258,5 @@ def merge_states(states: Sequence[State]) -> State:
     """One state of all rows, from those of the processes or devices that share them."""
     rows = {row: place for state in states for row, place in state["rows"].items()}
     ordered = dict(sorted(rows.items(), key=lambda item: int(item[0])))
-    return {"rows": ordered, "reader": min((s["reader"] for s in states), key=lambda r: r[0])}
+    reader = min((state["reader"] for state in states), key=lambda r: r["document"])
+    return {"rows": ordered, "reader": reader}
