@@ -56,8 +56,7 @@ def _check_texts(config: Config) -> None:
         load_examples(data.resolve(), data.validation, limit=1, columns=data.columns)
     if config.base.enabled or config.pretrain.enabled:
         for name in config.corpus.sources:
-            source = open_source(name, config.corpus, config.task, config.seed)
-            source.text(source.next())
+            open_source(name, config.corpus, config.task, config.seed).next()
 
 
 def _stages(config: Config) -> dict[str, Training]:

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 LINES_WITHOUT_TERMINAL = 5
+WAIT_WORTH_SAYING = 0.05  # share of the time
 
 
 class Reporter:
@@ -105,6 +106,7 @@ class Meter:
         self._clock, self._waited = now, 0.0
         text = " ".join(f"{key} {value:.3f}" for key, value in terms.items())
         text += f"  {speed:,.0f} tok/s"
+        text += f"  {wait:.0%} waiting for data" if wait >= WAIT_WORTH_SAYING else ""
         self.progress.update(self.task, completed=step, terms=text)
         record = {"stage": self.name, "step": step, **terms, **measured(elapsed)}
         record |= {"tokens_per_second": round(speed), "data_wait": round(wait, 4)}

@@ -45,7 +45,7 @@ class Reader(Protocol):
         """Raw rows from a saved position; None is the beginning."""
 
     def value(self, row: Any) -> Any:
-        """What the text column holds. Apart from `rows`, for rows that nobody needs."""
+        """What the text column of the row last given holds."""
 
 
 def column_of(source: str, row: dict[str, Any], column: str) -> Any:
@@ -213,8 +213,8 @@ class Source:
         self._at: Any = None
         self._rows: Iterator[Any] | None = None
 
-    def next(self) -> Any:
-        """The next raw row; ValueError for a source without any."""
+    def next(self) -> str:
+        """The next document; ValueError for a source without any, or for what is not text."""
         row = self._next_of_epoch()
         if row is None:
             if self.index == 0:
@@ -222,7 +222,7 @@ class Source:
             self.restore({"epoch": self.epoch + 1, "index": 0, "at": None})
             return self.next()
         self.index += 1
-        return row
+        return self._text(row)
 
     def _next_of_epoch(self) -> Any:
         if self.limit is not None and self.index >= self.limit:
@@ -231,8 +231,7 @@ class Source:
             self._rows = self.reader.rows(self._at)
         return next(self._rows, None)
 
-    def text(self, row: Any) -> str:
-        """The text of the row last given; ValueError where it is something else."""
+    def _text(self, row: Any) -> str:
         value = self.reader.value(row)
         if not isinstance(value, str):
             raise ValueError(

@@ -206,11 +206,11 @@ class Machine(Section):
     integer_forward: bool = False
     recompute: bool = False
     threads: int | None = Field(None, gt=0)
-    save_minutes: float = Field(5.0, gt=0)
+    save_minutes: float = Field(10.0, gt=0)
     save_steps: int | None = Field(None, gt=0)
     keep_states: int = Field(2, gt=0)
     pad_multiple: int = Field(8, gt=0)
-    workers: int = Field(1, ge=0)
+    workers: int = Field(2, ge=0)
     prefetch: int = Field(4, ge=0)
 
 

@@ -91,6 +91,7 @@ class States:
             with ExitStack() as stack:
                 with world.phase():
                     if world.main:
+                        self._clear_unfinished()
                         stack.enter_context(manifest.new_directory(path))
                 partial = manifest.partial_of(path)
                 with world.phase():
@@ -105,6 +106,11 @@ class States:
         if world.main:
             for old in saved_states(self.path)[: -self.keep]:
                 _remove(old)
+
+    def _clear_unfinished(self) -> None:
+        """Remove what a run that was killed had begun to write or to remove."""
+        for unfinished in self.path.glob(f"{PREFIX}*.partial"):
+            shutil.rmtree(unfinished)
 
     def _unwritten(self, step: int, error: Exception) -> str:
         states = saved_states(self.path)

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,17 @@ from bitdistill import corpus
 from bitdistill.config import load_config
 from bitdistill.data import IGNORED, Batch, Batches, PackedBatches, Shard, corpus_batches
 from bitdistill.prefetch import Prefetched, prefetched
+from bitdistill.readers import Source, Texts
 from bitdistill.schema import Machine
-from bitdistill.sequences import SNAPSHOT, Encoder, merge_states
+from bitdistill.sequences import (
+    CHUNK,
+    SNAPSHOT,
+    Chunk,
+    Dealer,
+    Encoder,
+    merge_states,
+    split_document,
+)
 
 WORDS = "the film is not good bad but very dull bright and we liked it a plot".split()
 DOCUMENTS = [
@@ -59,17 +69,17 @@ def test_the_encoder_is_the_tokenizer(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.no_truncation()
     texts = ["the film is not good", "", "ümläut 🎬", tokenizer.eos_token]
     expected = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts).input_ids]
-    assert [tokens.tolist() for tokens in encode(texts)] == expected
+    chunks = [chunk for text in texts for chunk in split_document(text)]
+    assert [tokens.tolist() for tokens in encode(chunks)] == expected
 
 
 def test_documents_are_dealt_to_rows(tokenizer: Any) -> None:
-    """Sources in turn, the j-th document to row j mod R, each row joined by itself."""
+    """Sources in turn, each document to the row with the fewest characters, rows by themselves."""
     batches = packed_batches([["the film", "is not"], ["good"]], tokenizer, 6, 2)
-    turn = ["the film", "good", "is not", "good"] * 40
-    expected = []
-    for row in range(2):
-        text = tokenizer.eos_token.join(turn[row::2])
-        expected.append(tokenizer(text).input_ids)
+    rows: list[list[str]] = [[], []]
+    for text in ["the film", "good", "is not", "good"] * 40:
+        min(rows, key=lambda row: sum(len(t) + 1 for t in row)).append(text)
+    expected = [tokenizer(tokenizer.eos_token.join(row)).input_ids for row in rows]
     for step in range(5):
         (batch,) = batches.window(step)
         assert batch["input_ids"].tolist() == [e[step * 6 : step * 6 + 6] for e in expected]
@@ -80,17 +90,39 @@ def test_documents_are_dealt_to_rows(tokenizer: Any) -> None:
     assert same(batches.window(4), [batch])  # the same step again is the same window
 
 
+def test_every_document_is_dealt_once() -> None:
+    """To one row of one process, whoever asks first."""
+    texts = [f"{i} " * (1 + i * 7 % 13) for i in range(48)]
+    dealt: list[tuple[int, str]] = []
+    for rows in ([3, 0], [1], [2, 4]):
+        dealer = Dealer([Source("list", Texts(lambda: texts))], rows, 5)
+        for row in rows:
+            while (document := dealer.take(row))[0] < 96:
+                dealt.append(document)
+    assert sorted(dealt) == [(number, texts[number % 48]) for number in range(96)]
+
+
+def test_no_row_runs_far_ahead(tokenizer: Any) -> None:
+    """However uneven the documents, few are held for rows that have enough of them."""
+    texts = ["good " * (1 + (i * i) % 97) for i in range(3000)]
+    batches = packed_batches([texts], tokenizer, 32, 16)
+    for step in range(300):
+        batches.window(step)
+    dealer = batches.steps._packing._dealer  # type: ignore[union-attr]
+    assert sum(len(hand) for hand in dealer._hands.values()) < 2 * 16
+
+
 def test_an_epoch_holds_every_document_once(tokenizer: Any) -> None:
     """No row gets another row's documents, whatever their lengths."""
     texts = [f"{i} " * (1 + i * 7 % 13) for i in range(48)]
     batches = packed_batches([texts], tokenizer, 5, 4, 2)
     streams: list[list[int]] = [[] for _ in range(8)]
-    while min(Counter(s)[tokenizer.eos_token_id] for s in streams) < 6:
-        for stream, row in zip(streams, rows_of(batches, range(1))[0], strict=True):
+    for step in range(60):
+        for stream, row in zip(streams, rows_of(batches, range(step, step + 1))[0], strict=True):
             stream += row
-        batches._step = None  # go on
-    found = [tokenizer.decode(s).split(tokenizer.eos_token)[:6] for s in streams]
-    assert sorted(d for documents in found for d in documents) == sorted(texts)
+    found = Counter(d for s in streams for d in tokenizer.decode(s).split(tokenizer.eos_token)[:-1])
+    assert set(found) == set(texts)
+    assert max(found.values()) <= min(found.values()) + 2  # rows are not in step to the document
 
 
 def test_documents_of_a_sequence_are_numbered(tokenizer: Any) -> None:
@@ -114,6 +146,41 @@ def test_documents_of_a_sequence_are_numbered(tokenizer: Any) -> None:
                         number, position = number + 1, 0
                 seen.add(number)
     assert max(seen) > 1
+
+
+def test_long_documents_are_tokenised_in_chunks(tokenizer: Any) -> None:
+    """To the same tokens; a sequence counts their chunks as one document."""
+    texts = [" ".join(WORDS[(i * k) % 16] for i in range(9_000)) for k in (1, 3)]
+    encode = Encoder(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    for text in texts:
+        chunks = split_document(text)
+        assert len(chunks) == -(-len(text) // CHUNK)
+        assert "".join(chunk.text for chunk in chunks) == text
+        assert [c.first for c in chunks] == [True, *[False] * (len(chunks) - 1)]
+        assert [c.last for c in chunks] == [*[False] * (len(chunks) - 1), True]
+        joined = [token for tokens in encode(chunks) for token in tokens]
+        assert joined == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    batches = packed_batches([texts], tokenizer, 1000, 1, document_mask=True)
+    ids, documents, states = [], [], []
+    for step in range(18):
+        (batch,) = batches.window(step)
+        ids += batch["input_ids"][0].tolist()
+        documents.append(int(batch["documents"].max()))
+        states.append((batch, json.dumps(batches.state())))
+    for (_, state), (expected, _) in pairwise(states):
+        again = packed_batches([texts], tokenizer, 1000, 1, document_mask=True)
+        again.restore(json.loads(state))
+        assert same(again.window(0), [expected])
+    assert ids == tokenizer(tokenizer.eos_token.join(texts)).input_ids[: len(ids)]
+    assert set(documents) == {0, 1}
+
+
+def test_splitting_documents() -> None:
+    assert split_document("") == [Chunk("", True, True)]
+    assert [c.text for c in split_document("字" * (CHUNK + 5))] == ["字" * CHUNK, "字" * 5]
+    lone = "a" * CHUNK + " b"  # a space at which nothing may be cut comes too late
+    assert [c.text for c in split_document(lone)] == ["a" * CHUNK, " b"]
+    assert [len(c.text) for c in split_document("x " * CHUNK)] == [CHUNK - 1, CHUNK - 2, 3]
 
 
 def test_a_corpus_of_nothing_but_empty_texts(tokenizer: Any, monkeypatch: Any) -> None:
@@ -153,8 +220,8 @@ def test_resuming_does_not_read_from_the_start(tokenizer: Any) -> None:
     for step in range(200):
         batches.window(step)
     state = json.loads(json.dumps(batches.state()))
-    noted, (source,) = state["reader"]
-    wanted = min(taken * 4 + int(row) for row, (taken, _) in state["rows"].items())
+    noted, (source,) = state["reader"]["document"], state["reader"]["sources"]
+    wanted = min(document for document, *_ in state["rows"].values())
     assert 2 * SNAPSHOT < noted <= wanted < noted + SNAPSHOT
     assert source["index"] == noted
     again = packed_batches([texts], tokenizer, 64, 4)

@@ -31,6 +31,9 @@ from bitdistill.schema import Config
 from bitdistill.training import Fit
 from bitdistill.training_state import saved_states
 
+# the child of a fork writes files and dies; it needs none of the parent's threads
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 FILES = ("model.safetensors", "optimizer.safetensors", "position.json", manifest.MANIFEST)
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 
@@ -81,6 +84,12 @@ def test_a_save_killed_anywhere(start: Callable[..., Fit]) -> None:
         fit.save()
         again.restore()
         assert again.step == 3
+        advance(again, 1)
+        again.save()  # after which nothing of the dead process is left
+        assert [p.name for p in sorted(fit.state_dir.iterdir())] == [
+            "step-00000003",
+            "step-00000004",
+        ]
         shutil.rmtree(fit.state_dir)
         shutil.copytree(before, fit.state_dir)
         operation += 1

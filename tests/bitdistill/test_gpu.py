@@ -60,3 +60,33 @@ def test_replayed_steps_equal_launched_ones(tmp_path: Path) -> None:
     ):
         assert [stage, key] == same
         assert replayed == pytest.approx(launched, rel=0.05), (stage, key)
+
+
+def test_a_saved_state_is_exact_on_cuda(tmp_path: Path) -> None:
+    """Weights, moments and step on the device, and the device's random state."""
+    from bitdistill.training_state import States
+
+    def make() -> tuple[torch.nn.Linear, torch.optim.AdamW]:
+        layer = torch.nn.Linear(64, 64).cuda()
+        rate = torch.tensor(1e-3, device="cuda")
+        return layer, torch.optim.AdamW(layer.parameters(), rate, fused=True, capturable=True)
+
+    def step(layer: torch.nn.Linear, optimizer: torch.optim.AdamW) -> None:
+        layer(torch.randn(8, 64, device="cuda")).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    layer, optimizer = make()
+    step(layer, optimizer)
+    states = States(tmp_path / "states", {"stage": "test"}, 2, print)
+    states.save(1, layer, optimizer, {"data": None})
+    step(layer, optimizer)
+    torch.cuda.manual_seed(99)
+    again, resumed = make()
+    assert states.restore(again, resumed) == {"step": 1, "data": None}
+    step(again, resumed)
+    for mine, theirs in zip(again.parameters(), layer.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        for key, value in resumed.state[mine].items():
+            assert torch.equal(value, optimizer.state[theirs][key])
+            assert value.device == optimizer.state[theirs][key].device

@@ -67,7 +67,7 @@ def source_of(name: str, *settings: str) -> Source:
 
 
 def take(source: Source, count: int) -> list[str]:
-    return [source.text(source.next()) for _ in range(count)]
+    return [source.next() for _ in range(count)]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from short_runs import TEXTS, advance, anneal_of, packed_batches, settings, task_batches, weights
 
+from bitdistill.data import Batch, TaskBatches
 from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.quantize import BitLinear
 from bitdistill.schema import Machine, Training
@@ -59,10 +61,32 @@ def test_the_loss_falls(start: Callable[..., Fit], data: str, tmp_path: Path) ->
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [10, 20, 30, 40]
     assert {"ce", "logits", "relations", "learning_rate", "tokens_per_second"} <= set(records[0])
+    assert all(0 <= record["data_wait"] < 1 for record in records)
     terms = ("ce", "logits", "relations")
     assert last == {key: records[-1][key] for key in (*terms, "gradient_norm")}
     assert sum(last[key] for key in terms) < 0.5 * sum(records[0][key] for key in terms)
     assert not fit.model.training
+
+
+def test_waiting_for_data_is_measured(
+    start: Callable[..., Fit], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a share of all time, in the log and, where it is worth it, for the person."""
+
+    class Slow(TaskBatches):
+        def window(self, step: int) -> list[Batch]:
+            time.sleep(0.2)
+            return super().window(step)
+
+    slow = Slow(task_batches().rows, 0, 2)
+    fit = start(settings(steps=10), slow)
+    fit.reporter.console.quiet = False
+    begun = time.perf_counter()
+    fit.run()
+    elapsed = time.perf_counter() - begun
+    (record,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert 2.0 / elapsed <= record["data_wait"] < 1
+    assert "waiting for data" in capfd.readouterr().err
 
 
 def test_annealing_reaches_one_and_stays(start: Callable[..., Fit]) -> None:
