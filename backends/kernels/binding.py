@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill.backends.kernels import library_path
+from bitdistill.backends.kernels.binding_tables import (
+    HalfTable,
+    HeadTable,
+    declare,
+    gather_rows,
+    quantized_head,
+)
 from bitdistill.packing import kernel_shape
+from bitdistill.tables import Table
 
 MAX_COLUMNS = 1 << 17
 Floats = NDArray[np.float32]
@@ -53,18 +61,13 @@ class Tokens(c.Structure):
     )
 
 
-class Head(c.Structure):
-    _fields_ = (("table", c.c_void_p), ("rows", c.c_int64), ("columns", c.c_int64))
-
-
 _PREPARE = c.CFUNCTYPE(None, c.POINTER(Input), c.POINTER(Tokens), c.c_int64, c.c_int64)
 _PRODUCT = c.CFUNCTYPE(
     None, c.POINTER(Ternary), c.POINTER(Tokens), c.c_void_p, c.c_int64, c.c_int64
 )
-_HEAD = c.CFUNCTYPE(None, c.POINTER(Head), c.c_void_p, c.c_int64, c.c_void_p, c.c_int64, c.c_int64)
 
 
-class Table(c.Structure):
+class KernelTable(c.Structure):
     _fields_ = (
         ("name", c.c_char_p),
         ("supported", c.CFUNCTYPE(c.c_int)),
@@ -72,7 +75,7 @@ class Table(c.Structure):
         ("normalize", _PREPARE),
         ("ternary", _PRODUCT),
         ("ternary_float", _PRODUCT),
-        ("head", _HEAD),
+        ("head", c.POINTER(HeadTable)),
     )
 
 
@@ -80,7 +83,7 @@ class Table(c.Structure):
 def library() -> c.CDLL:
     """The loaded library with its signatures; FileNotFoundError when it was not built."""
     lib = c.CDLL(str(library_path()))
-    lib.bd_kernels.restype = c.POINTER(Table)
+    lib.bd_kernels.restype = c.POINTER(KernelTable)
     lib.bd_kernels.argtypes = [c.c_char_p]
     lib.bd_kernels_error.restype = c.c_char_p
     lib.bd_kernels_error.argtypes = [c.c_char_p]
@@ -94,8 +97,10 @@ def library() -> c.CDLL:
     lib.bd_tokens.argtypes = [c.c_void_p, c.c_int64, c.c_int64, c.c_int]
     lib.bd_ternary_linear.restype = None
     lib.bd_ternary_linear.argtypes = [
-        c.POINTER(Table), c.POINTER(Ternary), c.POINTER(Input), c.c_int, c.c_void_p, c.c_void_p,
+        c.POINTER(KernelTable), c.POINTER(Ternary), c.POINTER(Input), c.c_int,
+        c.c_void_p, c.c_void_p,
     ]  # fmt: skip
+    declare(lib)
     lib.bd_has_code_3.argtypes = [c.c_void_p, c.c_size_t]
     return lib
 
@@ -132,7 +137,7 @@ class Kernels:
         self._table = library().bd_kernels(name)
         if not self._table:
             raise ValueError(library().bd_kernels_error(name).decode())
-        self.table: Table = self._table.contents
+        self.table: KernelTable = self._table.contents
         self.isa: str = self.table.name.decode()
 
     def ternary_linear(
@@ -218,6 +223,16 @@ class Kernels:
         tokens = x.shape[0]
         x = _float_array("x", x, (tokens, columns))
         y = np.empty((tokens, rows), np.float32)
-        weights = Head(table.ctypes.data, rows, columns)
-        self.table.head(weights, x.ctypes.data, tokens, y.ctypes.data, 0, rows)
+        weights = HalfTable(table.ctypes.data, rows, columns)
+        self.table.head.contents.half(weights, x.ctypes.data, tokens, y.ctypes.data, 0, rows)
         return y
+
+    def quantized_head(self, x: Floats, table: Table) -> Floats:
+        """x (M, K), a table (N, K) of 8 or 4 bits -> (M, N), on this thread."""
+        x = _float_array("x", x, (x.shape[0], table.columns))
+        return quantized_head(library(), self.table.head.contents, x, table)
+
+
+def gather(table: Table, ids: NDArray[np.int64]) -> Floats:
+    """Rows (n, K) of a table; ids (n,). IndexError for an id without a row."""
+    return gather_rows(library(), table, ids)

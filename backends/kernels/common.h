@@ -19,6 +19,7 @@ namespace bitdistill {
 const BdKernels *scalar_kernels();
 #if BD_X86
 const BdKernels *avx2_kernels();
+const BdKernels *avx512_kernels();
 #endif
 }  // namespace bitdistill
 

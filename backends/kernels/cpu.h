@@ -7,6 +7,7 @@ namespace bitdistill {
 struct CpuFeatures {
   bool avx2;
   bool f16c;
+  bool avx512_vnni;  // with F, BW, DQ and VL
 };
 CpuFeatures cpu_features();
 }  // namespace bitdistill

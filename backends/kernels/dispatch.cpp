@@ -54,12 +54,15 @@ bool bit(uint32_t word, int i) { return (word >> i & 1) != 0; }
 CpuFeatures cpu_features() {
   const Registers basic = cpuid(1);
   const Registers extended = cpuid(7);
-  const bool xsave = bit(basic.c, 27);
-  const bool ymm = xsave && (saved_state() & 6) == 6;
-  return {ymm && bit(extended.b, 5), ymm && bit(basic.c, 29)};
+  const uint64_t saved = bit(basic.c, 27) ? saved_state() : 0;
+  const bool ymm = (saved & 0x06) == 0x06;
+  const bool zmm = (saved & 0xe6) == 0xe6;
+  const bool avx512 =
+      bit(extended.b, 16) && bit(extended.b, 17) && bit(extended.b, 30) && bit(extended.b, 31);
+  return {ymm && bit(extended.b, 5), ymm && bit(basic.c, 29), zmm && avx512 && bit(extended.c, 11)};
 }
 #else
-CpuFeatures cpu_features() { return {false, false}; }
+CpuFeatures cpu_features() { return {false, false, false}; }
 #endif
 }  // namespace bitdistill
 
@@ -70,6 +73,7 @@ using Provider = const BdKernels *(*)();
 // Best first: a new instruction set is one file and one row.
 constexpr Provider kProviders[] = {
 #if BD_X86
+    bitdistill::avx512_kernels,
     bitdistill::avx2_kernels,
 #endif
     bitdistill::scalar_kernels,

@@ -29,7 +29,7 @@ struct Kernel {
   float epsilon;  // NaN: not given
   bool checked[kInputs];
   std::unique_ptr<float[]> row_scales;  // (rows); null: expanded for each call
-  char name[160];                       // "TernaryLinear 'node name'"
+  char name[kNameSize];                 // "TernaryLinear 'node name'"
 };
 
 Expected expected(const Kernel &k, size_t input) {
@@ -46,34 +46,14 @@ Expected expected(const Kernel &k, size_t input) {
   }
 }
 
-void read_name(Kernel *k, const ort::KernelInfo *info) {
-  char node[128] = "";
-  size_t size = sizeof node;
-  ort::Status *status = k->api->KernelInfo_GetNodeName(info, node, &size);
-  if (status != nullptr) {  // longer than the buffer: messages do without it
-    k->api->ReleaseStatus(status);
-    node[0] = '\0';
-  }
-  format_name(k->name, sizeof k->name, "TernaryLinear", node);
-}
-
-ort::Status *read_int(const Kernel &k, const ort::KernelInfo *info, const char *attribute,
-                      int64_t *out) {
-  ort::Status *status = k.api->KernelInfoGetAttribute_int64(info, attribute, out);
-  if (status == nullptr) return nullptr;
-  k.api->ReleaseStatus(status);
-  return refuse(k.api, "%s: the integer attribute %s is missing; export the model again", k.name,
-                attribute);
-}
-
 ort::Status *read_attributes(Kernel *k, const ort::KernelInfo *info) {
   int64_t layout = 0;
   int64_t bits = 0;
-  BD_TRY(read_int(*k, info, "N", &k->rows));
-  BD_TRY(read_int(*k, info, "K", &k->columns));
-  BD_TRY(read_int(*k, info, "scale_rows", &k->scale_rows));
-  BD_TRY(read_int(*k, info, "layout", &layout));
-  BD_TRY(read_int(*k, info, "activation_bits", &bits));
+  BD_TRY(read_int(k->api, info, k->name, "N", &k->rows));
+  BD_TRY(read_int(k->api, info, k->name, "K", &k->columns));
+  BD_TRY(read_int(k->api, info, k->name, "scale_rows", &k->scale_rows));
+  BD_TRY(read_int(k->api, info, k->name, "layout", &layout));
+  BD_TRY(read_int(k->api, info, k->name, "activation_bits", &bits));
   if (layout != BD_LAYOUT_VERSION)
     return refuse(k->api, "%s: weight layout %lld is not known here (this library reads %d); %s",
                   k->name, static_cast<long long>(layout), BD_LAYOUT_VERSION,
@@ -97,14 +77,6 @@ ort::Status *read_attributes(Kernel *k, const ort::KernelInfo *info) {
   return nullptr;
 }
 
-ort::Status *check_scale(const Kernel &k, const float *scale) {
-  for (int64_t i = 0; i < k.rows / k.scale_rows; ++i)
-    if (!(scale[i] >= 0) || isinf(scale[i]))
-      return refuse(k.api, "%s: scale[%lld] = %g is not finite and >= 0; export the model again",
-                    k.name, static_cast<long long>(i), static_cast<double>(scale[i]));
-  return nullptr;
-}
-
 // (rows / scale_rows) -> (rows).
 void expand_scales(const Kernel &k, const float *scale, float *out) {
   for (int64_t n = 0; n < k.rows; ++n) out[n] = scale[n / k.scale_rows];
@@ -125,7 +97,8 @@ ort::Status *keep_scales(Kernel *k, const ort::KernelInfo *info) {
 // Every check of one tensor but the codes, which cost a pass over the weights.
 ort::Status *check_input(const Kernel &k, size_t input, const Tensor &tensor) {
   BD_TRY(check_tensor(k.api, k.name, tensor, expected(k, input)));
-  return input == kScale ? check_scale(k, tensor.floats()) : nullptr;
+  if (input != kScale) return nullptr;
+  return check_scales(k.api, k.name, tensor.floats(), k.rows / k.scale_rows);
 }
 
 ort::Status *check_constants(Kernel *k, const ort::KernelInfo *info) {
@@ -146,7 +119,7 @@ ort::Status *check_constants(Kernel *k, const ort::KernelInfo *info) {
 ort::Status *make(Kernel *k, const ort::KernelInfo *info) {
   k->kernels = bd_kernels(nullptr);
   if (k->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
-  read_name(k, info);
+  read_name(k->api, info, "TernaryLinear", k->name);
   BD_TRY(read_attributes(k, info));
   BD_TRY(check_constants(k, info));
   return keep_scales(k, info);
@@ -214,7 +187,7 @@ ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   BD_TRY(check_activations(k.api, k.name, inputs[kX], k.columns, &tokens));
   BD_TRY(read_inputs(k, context, inputs));
   float *y = nullptr;
-  BD_TRY(make_output(k.api, context, inputs[kX], k.rows, &y));
+  BD_TRY(make_output(k.api, context, inputs[kX], inputs[kX].rank - 1, k.rows, &y));
   if (tokens == 0) return nullptr;
   const bool kept = k.row_scales != nullptr;
   const BdTernary w = {static_cast<const uint8_t *>(inputs[kW].data),
@@ -226,12 +199,9 @@ ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
 
 ort::Status *infer(const ort::CustomOp *op, ort::ShapeContext *context) noexcept {
   const ort::Api *api = static_cast<const Op *>(op)->api;
-  const ort::Attribute *attribute = nullptr;
-  BD_TRY(api->ShapeInferContext_GetAttribute(context, "N", &attribute));
   int64_t rows = 0;
-  size_t size = 0;
-  BD_TRY(api->ReadOpAttr(attribute, ort::kAttributeInt, &rows, sizeof rows, &size));
-  return infer_last_dimension(api, context, rows);
+  BD_TRY(infer_int(api, context, "N", &rows));
+  return infer_output(api, context, 1, rows);
 }
 
 const char *name(const ort::CustomOp *) { return "TernaryLinear"; }

@@ -1,5 +1,5 @@
 // The oracle: plain C++ in the order that bitdistill_kernels.h specifies, for any CPU.
-#include "common.h"
+#include "head.h"
 
 namespace {
 
@@ -96,33 +96,10 @@ void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t fir
     }
 }
 
-float from_half(uint16_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16;
-  const uint32_t exponent = half >> 10 & 31;
-  const uint32_t fraction = half & 1023u;
-  uint32_t bits = sign | (exponent + 112) << 23 | fraction << 13;
-  if (exponent == 31) bits = sign | 0x7f800000u | fraction << 13;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  if (exponent != 0) return value;
-  const float small = static_cast<float>(fraction) * (1.0f / 16777216.0f);  // subnormal: 2^-24
-  return sign != 0 ? -small : small;
-}
-
-void head(const BdHead *w, const float *x, int64_t tokens, float *y, int64_t first, int64_t last) {
-  for (int64_t row = first; row < last; ++row)
-    for (int64_t token = 0; token < tokens; ++token) {
-      const uint16_t *table = w->table + row * w->columns;
-      float lanes[kLanes] = {};
-      for (int64_t i = 0; i < w->columns; ++i)
-        lanes[i % kLanes] += x[token * w->columns + i] * from_half(table[i]);
-      y[token * w->rows + row] = fold(lanes, kLanes);
-    }
-}
-
 int supported() { return 1; }
 
-const BdKernels kTable = {"scalar", supported, quantize, normalize, ternary, ternary_float, head};
+const BdKernels kTable = {
+    "scalar", supported, quantize, normalize, ternary, ternary_float, &bitdistill::scalar_heads};
 
 }  // namespace
 

@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "backends" / "kernels"
 DRIVER = Path(__file__).with_name("kernels_driver.cpp")
 X86 = os.uname().machine in ("x86_64", "amd64")
+MACHINE = {
+    "avx2_": ["-mavx2", "-mf16c"],
+    "avx512_": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")), "-mf16c"],
+}
 COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
 STRICT = [
     "-std=c++17",
@@ -43,7 +47,8 @@ def build_driver(compiler: str, folder: Path, *flags: str) -> Path:
     """Compile kernels (each file with its machine flags) and driver; warnings are errors."""
     objects = []
     for source in [*sorted(KERNELS.glob("*.cpp")), DRIVER]:
-        machine = ["-mavx2", "-mf16c"] if X86 and source.name.startswith("avx2_") else []
+        prefix = source.name.partition("_")[0] + "_"
+        machine = MACHINE.get(prefix, []) if X86 else []
         target = folder / f"{source.stem}.o"
         result = run(compiler, *STRICT, *flags, *machine, "-I", KERNELS, "-c", source, "-o", target)
         assert result.returncode == 0, result.stderr

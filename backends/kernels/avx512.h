@@ -1,0 +1,20 @@
+// What the AVX-512 files share.
+#ifndef BITDISTILL_AVX512_H
+#define BITDISTILL_AVX512_H
+
+#include "common.h"
+
+// GCC 12 takes the deliberately undefined operands in its own AVX-512 headers for a mistake.
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#if BD_X86
+namespace bitdistill {
+namespace avx512 {
+extern const BdHeadKernels heads;
+}  // namespace avx512
+}  // namespace bitdistill
+#endif
+#endif
