@@ -113,7 +113,9 @@ def recipes(name: str | None) -> None:
 @click.argument("student", type=click.Path(path_type=Path))
 @click.option("--target", required=True, help="onnx or mlx.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Artifact directory.")
-@click.option("--embed-bits", default=16, show_default=True, help="Embedding and head: 16 or 32.")
+@click.option(
+    "--embed-bits", default=16, show_default=True, help="Embedding and head: 32, 16, 8 or 4 (onnx)."
+)
 @click.option("--context", type=int, help="Longest sequence [the model's, at most 8192].")
 @click.option("--parity/--no-parity", default=True, help="Compare with PyTorch.  [default: parity]")
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")

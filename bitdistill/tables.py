@@ -70,6 +70,34 @@ def dequantize(table: Table) -> Floats:
     return wide.astype(np.float32) * table.scale[:, None]
 
 
+def error_bound(table: Table) -> Floats:
+    """The most by which a value of a Table may differ from what was quantised, (V, K or 1).
+
+    At 4 bits a group's largest value may stand at -9 steps, one beyond its code, and the opposite
+    one two beyond; rounding the group's own scale adds half a row scale for each of 9 steps.
+    """
+    if table.group_scale is None:
+        return np.float32(0.501) * table.scale[:, None]
+    steps = np.abs(table.group_scale.astype(np.float32)) * np.float32(2.01) + np.float32(4.6)
+    by_row = steps.transpose(0, 2, 1).reshape(-1, steps.shape[1])[: table.rows]
+    bounds = np.repeat(by_row, BLOCK_COLUMNS, 1)[:, : table.columns]
+    return np.asarray(bounds * table.scale[:, None], np.float32)
+
+
+def take_rows(table: Table, start: int, stop: int) -> Table:
+    """Rows [start, stop) of a Table; `start` must be a multiple of 16."""
+    if start % BLOCK_ROWS:
+        raise ValueError(f"row {start} is not the first of a block of {BLOCK_ROWS}")
+    stop = min(stop, table.rows)
+    scale, count = table.scale[start:stop], stop - start
+    if table.group_scale is None:
+        return Table(table.bits, count, table.columns, table.codes[start:stop], scale)
+    blocks = slice(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS))
+    return Table(
+        table.bits, count, table.columns, table.codes[blocks], scale, table.group_scale[blocks]
+    )
+
+
 def shapes(rows: int, columns: int, bits: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the stored arrays."""
     if bits == 8:
