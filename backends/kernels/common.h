@@ -15,11 +15,20 @@
 #define BD_X86 0
 #endif
 
+#if defined(__aarch64__) && !defined(_MSC_VER)
+#define BD_ARM 1
+#else
+#define BD_ARM 0
+#endif
+
 namespace bitdistill {
 const BdKernels *scalar_kernels();
+#if BD_ARM
+const BdKernels *neon_kernels();
+#endif
 #if BD_X86
 const BdKernels *avx2_kernels();
-const BdKernels *avx512_kernels();
+const BdKernels *avx512_vnni_kernels();
 #endif
 }  // namespace bitdistill
 

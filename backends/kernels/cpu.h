@@ -8,6 +8,7 @@ struct CpuFeatures {
   bool avx2;
   bool f16c;
   bool avx512_vnni;  // with F, BW, DQ and VL
+  bool dot_product;  // of Armv8.2
 };
 CpuFeatures cpu_features();
 }  // namespace bitdistill

@@ -13,6 +13,10 @@
 #endif
 #endif
 
+#if BD_ARM && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace bitdistill {
 #if BD_X86
 namespace {
@@ -59,10 +63,18 @@ CpuFeatures cpu_features() {
   const bool zmm = (saved & 0xe6) == 0xe6;
   const bool avx512 =
       bit(extended.b, 16) && bit(extended.b, 17) && bit(extended.b, 30) && bit(extended.b, 31);
-  return {ymm && bit(extended.b, 5), ymm && bit(basic.c, 29), zmm && avx512 && bit(extended.c, 11)};
+  return {ymm && bit(extended.b, 5), ymm && bit(basic.c, 29), zmm && avx512 && bit(extended.c, 11),
+          false};
 }
+#elif BD_ARM && defined(__linux__)
+CpuFeatures cpu_features() {
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  return {false, false, false, (getauxval(AT_HWCAP) & kDotProduct) != 0};
+}
+#elif BD_ARM && defined(__APPLE__)
+CpuFeatures cpu_features() { return {false, false, false, true}; }  // every Apple silicon Mac
 #else
-CpuFeatures cpu_features() { return {false, false, false}; }
+CpuFeatures cpu_features() { return {false, false, false, false}; }
 #endif
 }  // namespace bitdistill
 
@@ -72,8 +84,11 @@ using Provider = const BdKernels *(*)();
 
 // Best first: a new instruction set is one file and one row.
 constexpr Provider kProviders[] = {
+#if BD_ARM
+    bitdistill::neon_kernels,
+#endif
 #if BD_X86
-    bitdistill::avx512_kernels,
+    bitdistill::avx512_vnni_kernels,
     bitdistill::avx2_kernels,
 #endif
     bitdistill::scalar_kernels,

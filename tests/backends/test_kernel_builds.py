@@ -17,10 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "backends" / "kernels"
 DRIVER = Path(__file__).with_name("kernels_driver.cpp")
 X86 = os.uname().machine in ("x86_64", "amd64")
-MACHINE = {
+CROSS = "aarch64-linux-gnu-g++"
+MACHINE = {  # flags by the start of a file's name, for the compilers of its processor
     "avx2_": ["-mavx2", "-mf16c"],
-    "avx512_": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")), "-mf16c"],
+    "avx512_vnni_": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")), "-mf16c"],
 }
+ARM_MACHINE = {"neon_": ["-march=armv8.2-a+dotprod"]}
 COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
 STRICT = [
     "-std=c++17",
@@ -45,10 +47,10 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
 
 def build_driver(compiler: str, folder: Path, *flags: str) -> Path:
     """Compile kernels (each file with its machine flags) and driver; warnings are errors."""
+    flags_of = ARM_MACHINE if compiler == CROSS else MACHINE if X86 else {}
     objects = []
     for source in [*sorted(KERNELS.glob("*.cpp")), DRIVER]:
-        prefix = source.name.partition("_")[0] + "_"
-        machine = MACHINE.get(prefix, []) if X86 else []
+        machine = next((f for start, f in flags_of.items() if source.name.startswith(start)), [])
         target = folder / f"{source.stem}.o"
         result = run(compiler, *STRICT, *flags, *machine, "-I", KERNELS, "-c", source, "-o", target)
         assert result.returncode == 0, result.stderr
@@ -81,6 +83,19 @@ def test_a_cpu_without_avx2_takes_the_scalar_path(tmp_path: Path) -> None:
     result = run(*emulator)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "best scalar, compared scalar"
+
+
+@pytest.mark.skipif(
+    not (shutil.which(CROSS) and shutil.which("qemu-aarch64")),
+    reason=f"needs {CROSS} and qemu-aarch64",
+)
+@pytest.mark.parametrize(("cpu", "names"), [("max", "neon scalar"), ("cortex-a53", "scalar")])
+def test_neon_agrees_with_the_oracle_under_emulation(cpu: str, names: str, tmp_path: Path) -> None:
+    """A Cortex-A53 lacks the dot product and takes the scalar path."""
+    program = build_driver(CROSS, tmp_path, "-O2", "-static")
+    result = run("qemu-aarch64", "-cpu", cpu, program)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.strip() == f"best {names.split()[0]}, compared {names}"
 
 
 def test_the_wheel_holds_the_library(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 // What the AVX-512 files share.
-#ifndef BITDISTILL_AVX512_H
-#define BITDISTILL_AVX512_H
+#ifndef BITDISTILL_AVX512_VNNI_H
+#define BITDISTILL_AVX512_VNNI_H
 
 #include "common.h"
 
@@ -12,9 +12,9 @@
 
 #if BD_X86
 namespace bitdistill {
-namespace avx512 {
+namespace avx512_vnni {
 extern const BdHeadKernels heads;
-}  // namespace avx512
+}  // namespace avx512_vnni
 }  // namespace bitdistill
 #endif
 #endif

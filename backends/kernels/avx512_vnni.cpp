@@ -1,5 +1,5 @@
-// The AVX-512 VNNI table: its own heads (avx512_head.cpp), the rest as in AVX2.
-#include "avx512.h"
+// The AVX-512 VNNI table: its own heads (avx512_vnni_head.cpp), the rest as in AVX2.
+#include "avx512_vnni.h"
 #include "avx2.h"
 #include "cpu.h"
 
@@ -19,11 +19,11 @@ const BdKernels kTable = {"avx512-vnni",
                           avx2::normalize,
                           avx2::ternary,
                           avx2::ternary_float,
-                          &bitdistill::avx512::heads};
+                          &bitdistill::avx512_vnni::heads};
 
 }  // namespace
 
 namespace bitdistill {
-const BdKernels *avx512_kernels() { return &kTable; }
+const BdKernels *avx512_vnni_kernels() { return &kTable; }
 }  // namespace bitdistill
 #endif

@@ -1,6 +1,6 @@
 // AVX-512 with VNNI: the three heads. vpdpbusd adds four products of unsigned codes and q to an
 // int32 lane, so nothing can saturate; what the codes' offsets owe is taken from sums of q.
-#include "avx512.h"
+#include "avx512_vnni.h"
 #include "head.h"
 
 #if BD_X86
@@ -229,8 +229,8 @@ void int4(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int
 }  // namespace
 
 namespace bitdistill {
-namespace avx512 {
+namespace avx512_vnni {
 const BdHeadKernels heads = {half, int8, int4};
-}  // namespace avx512
+}  // namespace avx512_vnni
 }  // namespace bitdistill
 #endif
