@@ -2,9 +2,9 @@
 
 An exporter is a function `write(student, out, options, progress) -> dict`: it writes the runtime's
 own files into `out` and answers with its part of the manifest (`parts` in bytes, `storage`,
-`context`, ...). Its module says in EMBED_BITS what it can store an embedding in. A target is a row
-in EXPORTERS and one file. `export` opens the student, builds the
-directory beside its destination, adds tokenizer, config and card, and seals it last, so that an
+`context`, ...). Its module says in EMBED_BITS and WEIGHT_BITS what it can store an embedding and
+a ternary weight in. A target is a row in EXPORTERS and one file. `export` opens the student, builds
+the directory beside its destination, adds tokenizer, config and card, and seals it last, so that an
 interrupted export leaves nothing behind.
 """
 
@@ -40,10 +40,12 @@ class Options:
 
     `embed_bits`: bits of an element of the embedding and head, one of the target's EMBED_BITS.
     `context`: the most tokens a sequence may have (None: the model's own, at most 8192).
+    `weight_bits`: bits of a ternary weight, one of the target's WEIGHT_BITS.
     """
 
     embed_bits: int = 16
     context: int | None = None
+    weight_bits: float = 2.0
 
     def resolve_context(self, model_context: int) -> int:
         """The context of the artifact; ValueError unless it is between 1 and the model's."""
@@ -69,6 +71,7 @@ def export(
     force: bool = False,
     embed_bits: int = 16,
     context: int | None = None,
+    weight_bits: float = 2.0,
     progress: Progress | None = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> Path:
@@ -80,12 +83,13 @@ def export(
     unknown target or option.
     """
     write: Exporter = resolve(EXPORTERS, target, "target")
-    _check_embed_bits(write, target, embed_bits)
+    _check_bits(write, target, "embed_bits", embed_bits)
+    _check_bits(write, target, "weight_bits", weight_bits)
     files = _open(Path(student))
     out = Path(out)
     _guard(out, force)
     with manifest.new_directory(out, force=force) as partial:
-        part = write(files, partial, Options(embed_bits, context), progress or _silent)
+        part = write(files, partial, Options(embed_bits, context, weight_bits), progress or _silent)
         content = _describe(files, target) | part
         _complete(files, partial, content)
         manifest.write_manifest(partial, "artifact", content)
@@ -99,13 +103,15 @@ def _silent(name: str, done: int, total: int) -> None:
     """The progress callback that shows nothing."""
 
 
-def _check_embed_bits(write: Exporter, target: str, bits: int) -> None:
-    allowed: tuple[int, ...] = sys.modules[write.__module__].EMBED_BITS
+def _check_bits(write: Exporter, target: str, option: str, bits: float) -> None:
+    """ValueError unless the target's module lists `bits` under the option's name."""
+    allowed: tuple[float, ...] = getattr(sys.modules[write.__module__], option.upper())
     if bits not in allowed:
         nearest = min(allowed, key=lambda known: abs(known - bits))
-        choices = ", ".join(map(str, allowed))
+        choices = ", ".join(f"{known:g}" for known in allowed)
         raise ValueError(
-            f"embed_bits must be one of {choices} for {target}, got {bits}; did you mean {nearest}?"
+            f"{option} must be one of {choices} for {target}, got {bits:g}; "
+            f"did you mean {nearest:g}?"
         )
 
 

@@ -48,12 +48,13 @@ class DecoderGraph(NodeBuilder):
         spec: DecoderSpec,
         context: int,
         embed_bits: int,
+        layout: int,
         tensor: ReadTensor,
         ternary: ReadTernary,
         data: TensorFile,
     ) -> None:
         super().__init__(data)
-        self.spec, self.context, self.embed_bits = spec, context, embed_bits
+        self.spec, self.context, self.embed_bits, self.layout = spec, context, embed_bits, layout
         self.tensor, self.ternary = tensor, ternary
         self.stored = stored_linears(spec)
         self.outputs: list[ir.Value] = []
@@ -144,7 +145,7 @@ class DecoderGraph(NodeBuilder):
             N=sum(spec.shape(part)[0] for part in parts),
             K=spec.shape(parts[0])[1],
             scale_rows=scale_rows(spec, parts),
-            layout=packing.KERNEL_LAYOUT_VERSION,
+            layout=self.layout,
             epsilon=epsilon,
             activation_bits=spec.activation_bits or 0,
         )
@@ -173,7 +174,7 @@ class DecoderGraph(NodeBuilder):
         read = [self.ternary(f"{prefix}.{part}") for part in parts]
         shared = scale_rows(self.spec, parts)
         scales = [np.full(len(trits) // shared, scale, np.float32) for trits, scale in read]
-        packed = packing.pack_kernel(np.concatenate([trits for trits, _ in read]))
+        packed = packing.pack_layout(np.concatenate([trits for trits, _ in read]), self.layout)
         return (
             self.data.add(f"{name}.weight", packed, "body"),
             self.data.add(f"{name}.scale", np.concatenate(scales), "body"),

@@ -40,6 +40,7 @@ from bitdistill.exporters.base import Options, Progress
 from bitdistill.exporters.tensor_files import TensorWriter, bfloat16
 
 EMBED_BITS = (32, 16)
+WEIGHT_BITS = (2.0,)
 _TABLES = (EMBEDDING, HEAD)
 
 

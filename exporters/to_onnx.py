@@ -27,6 +27,7 @@ from bitdistill.exporters.onnx_tensors import TensorFile
 from bitdistill.manifest import FormatError
 
 EMBED_BITS = (32, 16, 8, 4)
+WEIGHT_BITS = tuple(packing.LAYOUTS)
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -74,9 +75,11 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
     spec = student.spec
     check_supported(spec, options)
     context = options.resolve_context(spec.context)
-    reader = _Reader(student, progress)
+    reader, layout = _Reader(student, progress), packing.LAYOUTS[options.weight_bits]
     with TensorFile(out / DATA) as data:
-        graph = DecoderGraph(spec, context, options.embed_bits, reader.tensor, reader.ternary, data)
+        graph = DecoderGraph(
+            spec, context, options.embed_bits, layout, reader.tensor, reader.ternary, data
+        )
         ir.save(graph.build(), out / MODEL)
     if reader.unread:
         raise FormatError(
@@ -87,7 +90,7 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
     errors = table_errors(student, out)
     return {
         "context": context,
-        "kernel_layout": packing.KERNEL_LAYOUT_VERSION,
+        "kernel_layout": layout,
         "scale_granularity": "matrix",
         "storage": {"embedding": STORAGE[options.embed_bits], "norms": "float32"},
         "embedding_error": errors,
@@ -101,6 +104,11 @@ def check_supported(spec: DecoderSpec, options: Options) -> None:
         raise ValueError(
             f"hidden size {spec.hidden}: a quantised embedding has at most {tables.MAX_COLUMNS} "
             "columns; export with --embed-bits 16"
+        )
+    if options.weight_bits != 2 and spec.activation_bits is None:
+        raise ValueError(
+            "the kernels read 1.6-bit weights with 8-bit activations alone, and this student's are "
+            "not quantised; export with --weight-bits 2"
         )
     if spec.head_dim % HEAD_SIZE_MULTIPLE:
         raise ValueError(
@@ -154,7 +162,8 @@ def _unstack(
 ) -> Iterator[tuple[str, NDArray[np.int8], float]]:
     """The linears that are stacked in one node's matrix."""
     packed = node.inputs[1].const_value.numpy()
-    trits = packing.unpack_kernel(packed, *(node.attributes[name].as_int() for name in ("N", "K")))
+    sizes = (node.attributes[name].as_int() for name in ("N", "K", "layout"))
+    trits = packing.unpack_layout(packed, *sizes)
     scales = _row_scales(node, prefix)
     start = 0
     for part in parts:

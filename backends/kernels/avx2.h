@@ -12,6 +12,7 @@ void quantize(const BdInput *in, const BdTokens *out, int64_t first, int64_t las
 void normalize(const BdInput *in, const BdTokens *out, int64_t first, int64_t last);
 void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
+void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 extern const BdHeadKernels heads;
 }  // namespace avx2
 }  // namespace bitdistill

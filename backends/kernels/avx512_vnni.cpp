@@ -1,4 +1,5 @@
-// The AVX-512 VNNI table: its own heads (avx512_vnni_head.cpp), the rest as in AVX2.
+// The AVX-512 VNNI table: its own heads and base-3 product (avx512_vnni_head.cpp,
+// avx512_vnni_base3.cpp), the rest as in AVX2.
 #include "avx512_vnni.h"
 #include "avx2.h"
 #include "cpu.h"
@@ -19,6 +20,7 @@ const BdKernels kTable = {"avx512-vnni",
                           avx2::normalize,
                           avx2::ternary,
                           avx2::ternary_float,
+                          bitdistill::avx512_vnni::ternary_base3,
                           &bitdistill::avx512_vnni::heads};
 
 }  // namespace

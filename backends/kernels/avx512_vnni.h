@@ -13,6 +13,7 @@
 #if BD_X86
 namespace bitdistill {
 namespace avx512_vnni {
+void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 extern const BdHeadKernels heads;
 }  // namespace avx512_vnni
 }  // namespace bitdistill

@@ -22,7 +22,7 @@ from bitdistill.backends.kernels.binding_tables import (
     gather_rows,
     quantized_head,
 )
-from bitdistill.packing import kernel_shape
+from bitdistill.packing import BASE3_LAYOUT_VERSION, base3_shape, kernel_shape
 from bitdistill.tables import Table
 
 MAX_COLUMNS = 1 << 17
@@ -75,6 +75,7 @@ class KernelTable(c.Structure):
         ("normalize", _PREPARE),
         ("ternary", _PRODUCT),
         ("ternary_float", _PRODUCT),
+        ("ternary_base3", _PRODUCT),
         ("head", c.POINTER(HeadTable)),
     )
 
@@ -91,6 +92,9 @@ def library() -> c.CDLL:
     lib.bd_isa_name.argtypes = [c.c_int]
     lib.bd_packed_bytes.restype = c.c_int64
     lib.bd_packed_bytes.argtypes = [c.c_int64, c.c_int64]
+    lib.bd_base3_bytes.restype = c.c_int64
+    lib.bd_base3_bytes.argtypes = [c.c_int64, c.c_int64]
+    lib.bd_has_no_trits.argtypes = [c.c_void_p, c.c_size_t]
     lib.bd_scratch_bytes.restype = c.c_size_t
     lib.bd_scratch_bytes.argtypes = [c.c_int64, c.c_int64, c.c_int]
     lib.bd_tokens.restype = Tokens
@@ -198,21 +202,41 @@ class Kernels:
         return q[:, :columns], down, total
 
     def ternary_dots(
-        self, q: NDArray[np.int8], packed: NDArray[np.uint8], rows: int
+        self, q: NDArray[np.int8], packed: NDArray[np.uint8], rows: int, layout: int = 1
     ) -> NDArray[np.float32]:
-        """Integer products of q int8 (M, K), all of -128..127, with trits (N, K): (M, N)."""
+        """Integer products of q int8 (M, K), all of -128..127, with trits (N, K): (M, N).
+
+        `packed` is in the kernel layout of version `layout`.
+        """
         tokens, columns = q.shape
-        if packed.dtype != np.uint8 or packed.shape != kernel_shape(rows, columns):
-            raise ValueError(f"packed must be uint8 {kernel_shape(rows, columns)}")
         out = library().bd_tokens(None, tokens, columns, 8)
         padded = np.zeros((tokens, out.stride), np.int8)
         padded[:, :columns] = q
         ones = np.ones(max(tokens, rows), np.float32)
         total = q.sum(1, dtype=np.int32)
         out.q, out.down, out.sum = padded.ctypes.data, ones.ctypes.data, total.ctypes.data
-        w = Ternary(packed.ctypes.data, ones.ctypes.data, None, rows, columns)
-        y = np.empty((tokens, rows), np.float32)
-        self.table.ternary(w, out, y.ctypes.data, 0, packed.shape[0])
+        return self._product(out, packed, ones[:rows], layout)
+
+    def base3_linear(self, x: Floats, packed: NDArray[np.uint8], scale: Floats) -> Floats:
+        """x (M, K), packed in base 3, scale (N,) -> y (M, N), on this thread."""
+        tokens, columns = x.shape
+        x = _float_array("x", x, (tokens, columns))
+        scratch = np.empty(library().bd_scratch_bytes(tokens, columns, 8) // 8 + 1, np.uint64)
+        prepared = library().bd_tokens(scratch.ctypes.data, tokens, columns, 8)
+        self.table.quantize(Input(x.ctypes.data, None, 0.0, tokens, columns), prepared, 0, tokens)
+        return self._product(prepared, packed, scale, BASE3_LAYOUT_VERSION)
+
+    def _product(
+        self, tokens: Tokens, packed: NDArray[np.uint8], scale: Floats, layout: int
+    ) -> Floats:
+        base3, rows = layout == BASE3_LAYOUT_VERSION, len(scale)
+        shape = (base3_shape if base3 else kernel_shape)(rows, tokens.columns)
+        if packed.dtype != np.uint8 or packed.shape != shape or not packed.flags.c_contiguous:
+            raise ValueError(f"packed must be uint8 {shape}")
+        w = Ternary(packed.ctypes.data, scale.ctypes.data, None, rows, tokens.columns)
+        y = np.empty((tokens.tokens, rows), np.float32)
+        product = self.table.ternary_base3 if base3 else self.table.ternary
+        product(w, tokens, y.ctypes.data, 0, len(packed))
         return y
 
     def head(self, x: Floats, table: NDArray[np.float16]) -> Floats:

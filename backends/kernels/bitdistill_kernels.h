@@ -51,6 +51,8 @@ enum {
   BD_BLOCK_ROWS = 32,
   BD_BLOCK_COLUMNS = 16,
   BD_BLOCK_BYTES = 128,
+  BD_BASE3_LAYOUT_VERSION = 2,
+  BD_BASE3_COLUMNS = 20,    /* of a block of 128 bytes */
   BD_MAX_COLUMNS = 1 << 17, /* |q . t| <= 128 K must be exact in fp32 */
   BD_TABLE_ROWS = 16,       /* of a 4-bit table; bitdistill/tables.py */
   BD_TABLE_COLUMNS = 32,
@@ -59,7 +61,9 @@ enum {
   BD_MAX_TABLE_COLUMNS = 1 << 14 /* 128 * 8 * 64 K must fit int32 */
 };
 
-/* A ternary matrix (rows, columns): packed is uint8 (ceil(rows/32), ceil(columns/16), 32, 4). */
+/* A ternary matrix (rows, columns): packed is uint8 (ceil(rows/32), ceil(columns/16), 32, 4), or in
+ * base 3 (ceil(rows/32), ceil(columns/20), 32, 4), where no byte is a fault: one that is not of the
+ * 243 counts as its neighbour. */
 typedef struct BdTernary {
   const uint8_t *packed;
   const float *scale; /* (rows) */
@@ -140,6 +144,9 @@ typedef struct BdKernels {
                   int64_t last_block);
   void (*ternary_float)(const BdTernary *w, const BdTokens *in, float *y, int64_t first_block,
                         int64_t last_block);
+  /* As `ternary`, of weights in base 3. */
+  void (*ternary_base3)(const BdTernary *w, const BdTokens *in, float *y, int64_t first_block,
+                        int64_t last_block);
   const BdHeadKernels *head;
 } BdKernels;
 
@@ -162,6 +169,9 @@ BD_API int64_t bd_blocks(int64_t rows);
 /* Bytes of `packed` of a (rows, columns) matrix. */
 BD_API int64_t bd_packed_bytes(int64_t rows, int64_t columns);
 
+/* The same in base 3. */
+BD_API int64_t bd_base3_bytes(int64_t rows, int64_t columns);
+
 /* Bytes of scratch memory for `tokens` tokens; activation_bits is 8 or 0 (fp32 activations). */
 BD_API size_t bd_scratch_bytes(int64_t tokens, int64_t columns, int activation_bits);
 
@@ -174,6 +184,9 @@ BD_API void bd_ternary_linear(const BdKernels *kernels, const BdTernary *w, cons
 
 /* 1 if any 2-bit code among `bytes` packed bytes is 3. */
 BD_API int bd_has_code_3(const uint8_t *packed, size_t bytes);
+
+/* 1 if any of `bytes` bytes is none of the 243 that hold five trits. */
+BD_API int bd_has_no_trits(const uint8_t *packed, size_t bytes);
 
 /* Bytes of scratch memory for a quantised head, and its division (aligned to 8 bytes). */
 BD_API size_t bd_head_scratch_bytes(int64_t tokens, int64_t columns);

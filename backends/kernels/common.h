@@ -42,6 +42,10 @@ inline int64_t groups_of(int64_t columns) {
   return (columns + BD_BLOCK_COLUMNS - 1) / BD_BLOCK_COLUMNS;
 }
 
+inline int64_t base3_groups(int64_t columns) {
+  return (columns + BD_BASE3_COLUMNS - 1) / BD_BASE3_COLUMNS;
+}
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // |x| as an integer: it orders like |x|, and NaN and infinity are >= kInfinityBits. A maximum of
@@ -100,6 +104,10 @@ inline void write_float_rows(const BdTernary *w, int64_t block, const float *dot
 
 inline const uint8_t *block_bytes(const BdTernary *w, int64_t block) {
   return w->packed + block * groups_of(w->columns) * BD_BLOCK_BYTES;
+}
+
+inline const uint8_t *base3_block(const BdTernary *w, int64_t block) {
+  return w->packed + block * base3_groups(w->columns) * BD_BLOCK_BYTES;
 }
 
 }  // namespace

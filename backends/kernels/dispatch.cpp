@@ -207,6 +207,17 @@ void bd_ternary_linear(const BdKernels *kernels, const BdTernary *w, const BdInp
   }
 }
 
+int64_t bd_base3_bytes(int64_t rows, int64_t columns) {
+  return bd_blocks(rows) * base3_groups(columns) * BD_BLOCK_BYTES;
+}
+
+int bd_has_no_trits(const uint8_t *packed, size_t bytes) {
+  int found = 0;  // x = byte * 243 / 256 is the number whose byte is ceil(x * 256 / 243)
+  for (size_t i = 0; i < bytes; ++i)
+    found |= ((packed[i] * 243 >> 8) * 256 + 242) / 243 != packed[i];
+  return found;
+}
+
 int bd_has_code_3(const uint8_t *packed, size_t bytes) {
   uint8_t found = 0;
   for (size_t i = 0; i < bytes; ++i) found |= packed[i] & (packed[i] >> 1) & 0x55;

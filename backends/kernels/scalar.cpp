@@ -96,10 +96,33 @@ void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t fir
     }
 }
 
+// Five codes of a byte: three times it carries one beyond its 8 bits.
+void base3_dots(const uint8_t *packed, const int8_t *q, int64_t groups, int32_t *dots) {
+  for (int r = 0; r < BD_BLOCK_ROWS; ++r) dots[r] = 0;
+  for (int64_t g = 0; g < groups; ++g, packed += BD_BLOCK_BYTES, q += BD_BASE3_COLUMNS)
+    for (int r = 0; r < BD_BLOCK_ROWS; ++r)
+      for (int j = 0; j < 4; ++j) {
+        int byte = packed[4 * r + j];
+        for (int s = 0; s < 5; ++s) {
+          dots[r] += (3 * byte >> 8) * q[4 * s + j];
+          byte = 3 * byte & 255;
+        }
+      }
+}
+
+void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
+  int32_t dots[BD_BLOCK_ROWS];
+  for (int64_t block = first; block < last; ++block)
+    for (int64_t token = 0; token < in->tokens; ++token) {
+      base3_dots(base3_block(w, block), in->q + token * in->stride, base3_groups(w->columns), dots);
+      write_rows(w, block, dots, in->sum[token], in->down[token], y + token * w->rows);
+    }
+}
+
 int supported() { return 1; }
 
-const BdKernels kTable = {
-    "scalar", supported, quantize, normalize, ternary, ternary_float, &bitdistill::scalar_heads};
+const BdKernels kTable = {"scalar", supported,     quantize,      normalize,
+                          ternary,  ternary_float, ternary_base3, &bitdistill::scalar_heads};
 
 }  // namespace
 
