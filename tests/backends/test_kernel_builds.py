@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "backends" / "kernels"
 DRIVER = Path(__file__).with_name("kernels_driver.cpp")
+FUZZER = Path(__file__).with_name("kernels_fuzz.cpp")
 X86 = os.uname().machine in ("x86_64", "amd64")
 CROSS = "aarch64-linux-gnu-g++"
 MACHINE = {  # flags by the start of a file's name, for the compilers of its processor
@@ -45,11 +46,11 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def build_driver(compiler: str, folder: Path, *flags: str) -> Path:
+def build_driver(compiler: str, folder: Path, *flags: str, driver: Path = DRIVER) -> Path:
     """Compile kernels (each file with its machine flags) and driver; warnings are errors."""
     flags_of = ARM_MACHINE if compiler == CROSS else MACHINE if X86 else {}
     objects = []
-    for source in [*sorted(KERNELS.glob("*.cpp")), DRIVER]:
+    for source in [*sorted(KERNELS.glob("*.cpp")), driver]:
         machine = next((f for start, f in flags_of.items() if source.name.startswith(start)), [])
         target = folder / f"{source.stem}.o"
         result = run(compiler, *STRICT, *flags, *machine, "-I", KERNELS, "-c", source, "-o", target)
@@ -71,6 +72,16 @@ def test_tables_agree_under_sanitizers(compiler: str, sanitizers: str, tmp_path:
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.startswith("best ")
     assert result.stdout.rstrip().endswith("scalar")
+
+
+@pytest.mark.skipif("clang++" not in COMPILERS, reason="needs clang++")
+def test_no_bytes_confuse_the_kernels(tmp_path: Path) -> None:
+    """libFuzzer on every entry point that takes packed bytes, under both sanitizers."""
+    flags = ("-O1", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all")
+    program = build_driver("clang++", tmp_path, *flags, driver=FUZZER)
+    result = run(program, "-seed=1", "-runs=20000", "-max_total_time=60", "-max_len=600")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Done " in result.stderr
 
 
 @pytest.mark.skipif(not (X86 and shutil.which("qemu-x86_64")), reason="needs qemu-x86_64")
