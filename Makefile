@@ -39,7 +39,7 @@ test-slow: setup
 lint: setup
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
-	$(RUN)/clang-format --dry-run -Werror $(wildcard backends/kernels/*.cpp backends/kernels/*.h tests/backends/*.cpp)
+	$(RUN)/clang-format --dry-run -Werror $(wildcard backends/kernels/*.cpp backends/kernels/*.h tests/backends/*.cpp tests/backends/*.h)
 
 # The packages under one roof, as they are installed.
 typecheck: setup

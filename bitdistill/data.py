@@ -1,29 +1,47 @@
 """Batches for every stage: task examples with answer labels, and packed text.
 
 A source of batches gives the window of micro-batches of an optimizer step, in an order that depends
-only on the seed and on its position, and its position can be saved and restored. Padding is on the
-right; `labels` are the input ids where a token is learnt and -100 elsewhere.
+only on the seed and on its position, and its position can be saved and restored. Several devices
+share a window: which sequences it holds depends on its size, not on how many devices there are.
+Padding is on the right; `labels` are the input ids where a token is learnt and -100 elsewhere.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bitdistill.schema import Config, Corpus, TaskData
-from bitdistill.sources import LOCAL_FORMATS, file_rows, hub_rows
+from bitdistill.corpus import Steps, corpus_steps
+from bitdistill.schema import Config, TaskData
+from bitdistill.sequences import Sequences
+from bitdistill.sources import is_local, local_files
 from bitdistill.tasks import Example, Task, load_examples, shorten
 
 Batch = dict[str, Tensor]
 IGNORED = -100
 GROUP_BATCHES = 32  # examples are sorted by length within this many batches
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which of how many devices this is; each takes its own part of every window."""
+
+    rank: int = 0
+    world: int = 1
+
+    def part(self, size: int) -> range:
+        """This device's `size` items of the window's world * size."""
+        return range(self.rank * size, (self.rank + 1) * size)
+
+
+ALONE = Shard()
 
 
 class Batches(Protocol):
@@ -32,14 +50,17 @@ class Batches(Protocol):
     def window(self, step: int) -> list[Batch]:
         """The micro-batches of one optimizer step (CPU tensors)."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Any:
         """The position, as JSON."""
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Any) -> None:
         """Return to a saved position."""
 
     def steps_per_epoch(self) -> int | None:
         """Optimizer steps in one pass, or None for a stream."""
+
+    def close(self) -> None:
+        """Let go of processes and threads."""
 
 
 @dataclass(frozen=True)
@@ -92,126 +113,131 @@ class TaskBatches:
         accumulate: int = 1,
         seed: int = 0,
         multiple: int = 8,
+        shard: Shard = ALONE,
     ) -> None:
         if not rows:
             raise ValueError("no training examples; check the data file and limit_train")
         self.rows, self.pad, self.multiple = rows, pad, multiple
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
+        self.shard = shard
         self._epoch, self._order = -1, [[0]]
 
+    @property
+    def _window_batches(self) -> int:
+        """Micro-batches of one optimizer step, on all devices together."""
+        return self.accumulate * self.shard.world
+
     def steps_per_epoch(self) -> int:
-        return -(-len(self.rows) // (self.batch_size * self.accumulate))
+        return -(-len(self.rows) // (self.batch_size * self._window_batches))
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        """All micro-batches of an epoch, in order; a short last one is filled from the start."""
+        """All micro-batches of an epoch, in order; a short last one is filled from the start.
+
+        Windows are shuffled, not micro-batches: those of one step are of similar length, so that
+        no device waits for another.
+        """
         if epoch != self._epoch:
             shuffle = random.Random(f"{self.seed}-{epoch}")
             order = list(range(len(self.rows)))
             shuffle.shuffle(order)
-            size, needed = self.batch_size, self.steps_per_epoch() * self.accumulate
-            while len(order) < needed * size:
-                order += order[: needed * size - len(order)]
-            group = size * GROUP_BATCHES
-            batches = []
+            size, together = self.batch_size, self._window_batches
+            needed = self.steps_per_epoch() * together * size
+            while len(order) < needed:
+                order += order[: needed - len(order)]
+            group = size * together * -(-GROUP_BATCHES // together)
+            windows = []
             for start in range(0, len(order), group):
                 part = sorted(order[start : start + group], key=lambda i: len(self.rows[i].ids))
-                batches += [part[i : i + size] for i in range(0, len(part), size)]
-            shuffle.shuffle(batches)
-            self._epoch, self._order = epoch, batches
+                batches = [part[i : i + size] for i in range(0, len(part), size)]
+                windows += [batches[i : i + together] for i in range(0, len(batches), together)]
+            shuffle.shuffle(windows)
+            self._epoch, self._order = epoch, [batch for window in windows for batch in window]
         return self._order
 
     def window(self, step: int) -> list[Batch]:
         epoch, within = divmod(step, self.steps_per_epoch())
-        chosen = self._batches(epoch)[within * self.accumulate : (within + 1) * self.accumulate]
+        start, order = within * self._window_batches, self._batches(epoch)
+        chosen = [order[start + i] for i in self.shard.part(self.accumulate)]
         return [collate([self.rows[i] for i in b], self.pad, self.multiple) for b in chosen]
 
-    def state(self) -> dict[str, Any]:
-        return {}
+    def state(self) -> Any:
+        return None
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Any) -> None:
         pass  # a task's order needs no more than the step
 
-
-class TextStream:
-    """Documents of a corpus, round and round, from a position that can be restored."""
-
-    def __init__(self, documents: Iterable[str]) -> None:
-        self.documents = documents
-        self.position = 0
-        self._iterator: Iterator[str] | None = None
-
-    def next(self) -> str:
-        """The next document; ValueError for a corpus without any."""
-        if self._iterator is None:
-            self._iterator = iter(self.documents)
-            for _ in range(self.position):
-                next(self._iterator, None)
-        text = next(self._iterator, None)
-        if text is None:
-            if self.position == 0:
-                raise ValueError("the pre-training corpus is empty; check corpus.sources")
-            self.position, self._iterator = 0, iter(self.documents)
-            text = next(self._iterator)
-        self.position += 1
-        return text
+    def close(self) -> None:
+        pass
 
 
 class PackedBatches:
-    """Documents joined by the end-of-text token and cut into full sequences; nothing is padded."""
+    """Documents joined by the end-of-text token and cut into full sequences; nothing is padded.
+
+    With `document_mask` a batch also has `documents` (B, T), which numbers the documents of a row
+    from 0, and `position_ids` (B, T), which start again with each; the first token of a document
+    is not learnt, because nothing before it belongs to it.
+    """
 
     def __init__(
         self,
-        streams: list[TextStream],
-        tokenizer: Tokenizer,
-        length: int,
+        steps: Steps,
         batch_size: int,
         accumulate: int = 1,
+        document_mask: bool = False,
     ) -> None:
-        self.streams, self.tokenizer, self.length = streams, tokenizer, length
-        self.batch_size, self.accumulate = batch_size, accumulate
-        self._buffer: list[int] = []
-        self._turn = 0
-        end = tokenizer.eos_token_id
-        self._end = [] if end is None else [end]
+        self.steps, self.batch_size, self.accumulate = steps, batch_size, accumulate
+        self.document_mask = document_mask
+        self._step: int | None = None
+        self._window: list[Batch] = []
 
     def steps_per_epoch(self) -> None:
         return None
 
-    def _sequence(self) -> list[int]:
-        while len(self._buffer) < self.length:
-            text = self.streams[self._turn % len(self.streams)].next()
-            self._turn += 1
-            self._buffer += self.tokenizer(text).input_ids + self._end
-        sequence, self._buffer = self._buffer[: self.length], self._buffer[self.length :]
-        return sequence
-
     def window(self, step: int) -> list[Batch]:
-        batches = []
-        for _ in range(self.accumulate):
-            ids = torch.tensor([self._sequence() for _ in range(self.batch_size)])
-            batches.append(
-                {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-            )
-        return batches
+        """The next window; that of the same step again is the same one."""
+        if step != self._step:
+            self._step, self._window = step, self._batches(self.steps.next())
+        return self._window
 
-    def state(self) -> dict[str, Any]:
-        positions = [stream.position for stream in self.streams]
-        return {"documents": positions, "buffer": list(self._buffer), "turn": self._turn}
+    def _batches(self, sequences: Sequences) -> list[Batch]:
+        ids = torch.from_numpy(sequences.ids.astype(np.int64))
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        if self.document_mask:
+            whole["documents"], whole["position_ids"] = number_documents(sequences.pieces)
+            whole["labels"][whole["position_ids"] == 0] = IGNORED
+        size = self.batch_size
+        return [
+            {key: value[i * size : (i + 1) * size] for key, value in whole.items()}
+            for i in range(self.accumulate)
+        ]
 
-    def restore(self, state: dict[str, Any]) -> None:
-        for stream, position in zip(self.streams, state["documents"], strict=True):
-            stream.position, stream._iterator = position, None
-        self._buffer, self._turn = list(state["buffer"]), state["turn"]
+    def state(self) -> Any:
+        return self.steps.state()
+
+    def restore(self, state: Any) -> None:
+        self.steps.restore(state)
+        self._step = None
+
+    def close(self) -> None:
+        self.steps.close()
+
+
+def number_documents(pieces: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Each token's document within its row and its position in that document, both (B, T) int64."""
+    lengths = [torch.tensor(row) for row in pieces]
+    documents = [torch.repeat_interleave(torch.arange(len(row)), row) for row in lengths]
+    positions = [torch.cat([torch.arange(n) for n in row]) for row in pieces]
+    return torch.stack(documents), torch.stack(positions)
 
 
 def check_sources(config: Config) -> None:
     """FileNotFoundError for a local file that some stage would miss, maybe hours from now."""
-    files = [config.task.train, config.task.validation]
-    if config.base.enabled or config.pretrain.enabled:
-        files += [s for s in config.corpus.sources if Path(s).suffix.lower() in LOCAL_FORMATS]
-    for file in files:
+    for file in (config.task.train, config.task.validation):
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"data file {file} does not exist; check the path")
+    if config.base.enabled or config.pretrain.enabled:
+        for source in filter(is_local, config.corpus.sources):
+            local_files(source)
 
 
 def task_rows(
@@ -225,59 +251,15 @@ def task_rows(
     return [encode_example(example, task, tokenizer, max_length) for example in examples]
 
 
-class _Documents:
-    """Texts of one corpus source, iterable again and again."""
-
-    def __init__(self, source: str, corpus: Corpus, config: Config) -> None:
-        self.source, self.corpus, self.config = source, corpus, config
-
-    def __iter__(self) -> Iterator[str]:
-        for index, text in enumerate(self._texts()):
-            if self.corpus.limit is not None and index >= self.corpus.limit:
-                return
-            yield text
-
-    def _texts(self) -> Iterator[str]:
-        if self.source == "task":
-            data = self.config.task
-            task = data.resolve()
-            examples = load_examples(task, data.train, task.splits[0], columns=data.columns)
-            random.Random(self.config.seed).shuffle(examples)
-            yield from (example.prompt + example.answer for example in examples)
-        elif self.source == "tiny":
-            from bitdistill.tiny import corpus
-
-            yield from corpus()
-        else:
-            yield from self._rows()
-
-    def _rows(self) -> Iterator[str]:
-        path, column = Path(self.source), self.corpus.column
-        if path.suffix.lower() in LOCAL_FORMATS or path.is_file():
-            rows = file_rows(path, streaming=True)
-        else:
-            rows = hub_rows(
-                self.source, self.corpus.configuration, self.corpus.split, streaming=True
-            )
-        for index, row in enumerate(rows):
-            if column not in row:
-                raise ValueError(
-                    f"{self.source} has no column {column!r}, only {', '.join(row)}; "
-                    "set corpus.column"
-                )
-            if not isinstance(row[column], str):
-                raise ValueError(
-                    f"row {index} of {self.source} has {row[column]!r} in column {column!r}, not "
-                    "text; set corpus.column, or fix the data"
-                )
-            yield row[column]
-
-
 def corpus_batches(
-    config: Config, tokenizer: Tokenizer, length: int, batch_size: int, accumulate: int
+    config: Config,
+    tokenizer: Tokenizer,
+    length: int,
+    batch_size: int,
+    accumulate: int,
+    shard: Shard = ALONE,
 ) -> PackedBatches:
-    """Packed pre-training batches from every source of `config.corpus`, in turn."""
-    streams = [
-        TextStream(_Documents(source, config.corpus, config)) for source in config.corpus.sources
-    ]
-    return PackedBatches(streams, tokenizer, length, batch_size, accumulate)
+    """Packed pre-training batches of this device's rows, from every source of `config.corpus`."""
+    rows = batch_size * accumulate
+    steps = corpus_steps(config, tokenizer, shard.part(rows), shard.world * rows, length)
+    return PackedBatches(steps, batch_size, accumulate, config.corpus.document_mask)

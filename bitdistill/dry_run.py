@@ -16,18 +16,19 @@ from tempfile import TemporaryDirectory
 
 import torch
 from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill.config import dump_config
-from bitdistill.data import TaskBatches, check_sources, corpus_batches, task_rows
+from bitdistill.data import TaskBatches, check_sources, task_rows
+from bitdistill.hardware import TrainingError
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.quantize import BitLinear
+from bitdistill.readers import open_source
 from bitdistill.schema import Config, Distillation, Training
 from bitdistill.student import make_student
 from bitdistill.tasks import load_examples
 from bitdistill.teacher import ModelError, check_model, load_model
-from bitdistill.training import Fit, TrainingError
+from bitdistill.training import Fit
 
 # fp32 master weight, gradient and two AdamW moments
 STUDENT_BYTES = 16
@@ -48,14 +49,15 @@ def check_packages(config: Config) -> list[str]:
     return needed
 
 
-def _check_texts(config: Config, tokenizer: Tokenizer) -> None:
+def _check_texts(config: Config) -> None:
     """Read a first validation example and the first text of every corpus source."""
     data = config.task
     if data.validation is not None:
         load_examples(data.resolve(), data.validation, limit=1, columns=data.columns)
     if config.base.enabled or config.pretrain.enabled:
-        for stream in corpus_batches(config, tokenizer, 2, 1, 1).streams:
-            stream.next()
+        for name in config.corpus.sources:
+            source = open_source(name, config.corpus, config.task, config.seed)
+            source.text(source.next())
 
 
 def _stages(config: Config) -> dict[str, Training]:
@@ -99,11 +101,11 @@ def _one_step(
         )
         fit.fit_relation_weight()
         window = batches.window(0)
-        fit.optimize(window, {})  # the first step pays for allocations
-        sums: dict[str, torch.Tensor] = {}
+        fit.optimize(window)  # the first step pays for allocations
+        fit.read_terms(1)
         start = time.perf_counter()
-        fit.optimize(window, sums)
-        terms = {key: float(value) for key, value in sums.items()}
+        fit.optimize(window)
+        terms = fit.read_terms(1)
         seconds = time.perf_counter() - start
     tokens = sum(batch["attention_mask"].numel() for batch in window)
     return seconds, tokens, terms, _peak_bytes(fit.hardware.device)
@@ -132,7 +134,7 @@ def dry_run(config: Config) -> str:
         check_model(config.model)
     check_sources(config)
     base, tokenizer = load_model(config.model, config.seed)
-    _check_texts(config, tokenizer)
+    _check_texts(config)
     settings = config.distill
     rows = task_rows(config.task, tokenizer, settings.max_length, config.seed)
     if tokenizer.eos_token_id is None:

@@ -10,81 +10,154 @@ R = D / H.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from bitdistill.data import IGNORED
+from bitdistill.quantize import wide
 from bitdistill.schema import LogitsLoss, RelationLoss
 
-CHUNK_TOKENS = 1024
+# logits of one chunk; on a GPU large enough that adding up the head's gradient costs little
+CHUNK_ELEMENTS = {"cuda": 1 << 29, "cpu": 1 << 26}
 
 
-@dataclass(frozen=True)
-class TokenTerms:
-    """Summed cross-entropy and summed (unweighted) logits KL over the counted tokens."""
+class HeadTerms(NamedTuple):
+    """`loss` = sum of the weighted terms, with the gradient; each term's sum, without."""
 
+    loss: Tensor
     ce: Tensor
     kl: Tensor
 
 
-def cross_entropy_sum(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """Sum of -log softmax(z)[target], in fp32."""
-    return F.cross_entropy(logits_CV.float(), targets_C, reduction="sum")
-
-
-def logits_kl_sum(student_CV: Tensor, teacher_CV: Tensor, options: LogitsLoss) -> Tensor:
-    """Sum over tokens of KL(teacher || student) of softmax(z / tau), times tau^2 if asked for."""
-    tau = options.temperature
-    student = F.log_softmax(student_CV.float() / tau, dim=-1)
-    teacher = F.log_softmax(teacher_CV.float() / tau, dim=-1)
-    kl = F.kl_div(student, teacher, log_target=True, reduction="sum")
-    return kl * tau**2 if options.tau_squared else kl
-
-
-def _chunk_terms(
-    hidden_CD: Tensor,
-    head: nn.Module,
+def chunk_terms(
+    student_CV: Tensor,
     targets_C: Tensor,
-    teacher_hidden_CD: Tensor | None,
-    teacher_head: nn.Module | None,
+    teacher_CV: Tensor | None,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
     options: LogitsLoss,
-) -> tuple[Tensor, Tensor]:
-    logits_CV = head(hidden_CD)
-    ce = cross_entropy_sum(logits_CV, targets_C)
-    if teacher_head is None or teacher_hidden_CD is None:
-        return ce, ce.new_zeros(())
-    with torch.no_grad():
-        teacher_CV = teacher_head(teacher_hidden_CD)
-    return ce, logits_kl_sum(logits_CV, teacher_CV, options)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted cross-entropy and KL(teacher || student) summed over rows, and d/d logits (C, V).
+
+    Closed forms: d CE = softmax(z) - onehot; d KL = (softmax(z / tau) - softmax(t / tau)) / tau,
+    times tau^2 if asked for. fp32 inside; the gradient comes back in the logits' dtype. Elementwise
+    and row reductions only, so that a compiler fuses it into a few passes over the logits.
+    """
+    z_CV = wide(student_CV)
+    counted_C = targets_C != IGNORED
+    target_C1 = targets_C.clamp_min(0).unsqueeze(-1)
+    log_p_CV = F.log_softmax(z_CV, -1)
+    ce = -(log_p_CV.gather(-1, target_C1).squeeze(-1) * counted_C).sum() * ce_weight
+    onehot_CV = torch.arange(z_CV.shape[-1], device=z_CV.device) == target_C1
+    gradient_CV = (log_p_CV.exp() - onehot_CV.to(z_CV.dtype)) * ce_weight
+    kl = torch.zeros_like(ce)
+    if teacher_CV is not None:
+        tau, factor = options.temperature, options.temperature**2 if options.tau_squared else 1.0
+        log_s_CV = F.log_softmax(z_CV / tau, -1)
+        log_t_CV = F.log_softmax(wide(teacher_CV) / tau, -1)
+        t_CV = log_t_CV.exp()
+        rows_C = (t_CV * (log_t_CV - log_s_CV)).sum(-1)
+        kl = (rows_C * counted_C).sum() * (kl_weight * factor)
+        gradient_CV = gradient_CV + (log_s_CV.exp() - t_CV) * (kl_weight * (factor / tau))
+    gradient_CV = gradient_CV * counted_C.unsqueeze(-1)
+    return ce, kl, gradient_CV.to(student_CV.dtype)
 
 
-def token_terms(
+def chunk_tokens(device: str, vocabulary: int) -> int:
+    """Rows whose logits are computed at once: at least one."""
+    return max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocabulary)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The LM head and its loss, whose gradient is taken chunk by chunk in the forward pass.
+
+    No (P, V) tensor exists at any time and no logits are computed twice: a chunk's logits become
+    their own gradient at once, because the weights of the terms are known beforehand.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_PD: Tensor,
+        weight_VD: Tensor,
+        targets_P: Tensor,
+        teacher_hidden_PD: Tensor | None,
+        teacher_weight_VD: Tensor | None,
+        ce_weight: Tensor,
+        kl_weight: Tensor,
+        options: LogitsLoss,
+        terms: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device = hidden_PD.device.type
+        mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if mixed else weight_VD.dtype
+        w_VD, h_PD = weight_VD.to(dtype), hidden_PD.to(dtype)
+        d_hidden = torch.empty_like(h_PD) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        ce = wide(hidden_PD.new_zeros(()))
+        kl = ce.clone()
+        chunk = chunk_tokens(device, len(weight_VD))
+        for start in range(0, len(targets_P), chunk):
+            part = slice(start, start + chunk)
+            teacher_CV = None
+            if teacher_hidden_PD is not None and teacher_weight_VD is not None:
+                teacher_CV = teacher_hidden_PD[part].to(teacher_weight_VD.dtype)
+                teacher_CV = teacher_CV @ teacher_weight_VD.T
+            student_CV = h_PD[part] @ w_VD.T
+            one_ce, one_kl, d_CV = terms(
+                student_CV, targets_P[part], teacher_CV, ce_weight, kl_weight, options
+            )
+            ce, kl = ce + one_ce, kl + one_kl
+            if d_hidden is not None:
+                d_hidden[part] = d_CV @ w_VD
+            if d_weight is not None:
+                d_weight += d_CV.T @ h_PD[part]
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.hidden_dtype = hidden_PD.dtype
+        ctx.mark_non_differentiable(ce, kl)
+        return ce + kl, ce, kl
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        hidden = None if d_hidden is None else (d_hidden * d_loss).to(ctx.hidden_dtype)
+        weight = None if d_weight is None else d_weight * d_loss
+        return hidden, weight, *[None] * 7
+
+
+def head_terms(
     hidden_PD: Tensor,
-    head: nn.Module,
+    weight_VD: Tensor,
     targets_P: Tensor,
     options: LogitsLoss,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
     teacher_hidden_PD: Tensor | None = None,
-    teacher_head: nn.Module | None = None,
-) -> TokenTerms:
-    """Cross-entropy and logits KL of the counted tokens, in chunks that are recomputed backward.
+    teacher_weight_VD: Tensor | None = None,
+    terms: Callable[..., tuple[Tensor, Tensor, Tensor]] = chunk_terms,
+) -> HeadTerms:
+    """Weighted cross-entropy and logits KL of rows of hidden states; rows of IGNORED count nothing.
 
-    No (P, V) tensor is kept: memory is one chunk of CHUNK_TOKENS x V, whatever P is.
+    `ce_weight`, `kl_weight`: 0-d tensors, the terms' weights over their counts. `terms` is
+    `chunk_terms` or its compiled form. Memory is one chunk's (CHUNK_ELEMENTS), whatever P is.
     """
-    ce = hidden_PD.new_zeros((), dtype=torch.float32)
-    kl = ce.clone()
-    for start in range(0, len(targets_P), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
-        teacher_part = None if teacher_hidden_PD is None else teacher_hidden_PD[part]
-        arguments = (hidden_PD[part], head, targets_P[part], teacher_part, teacher_head, options)
-        if len(targets_P) > CHUNK_TOKENS:
-            chunk_ce, chunk_kl = checkpoint(_chunk_terms, *arguments, use_reentrant=False)
-        else:
-            chunk_ce, chunk_kl = _chunk_terms(*arguments)
-        ce, kl = ce + chunk_ce, kl + chunk_kl
-    return TokenTerms(ce, kl)
+    return HeadTerms(
+        *_HeadLoss.apply(
+            hidden_PD,
+            weight_VD,
+            targets_P,
+            teacher_hidden_PD,
+            teacher_weight_VD,
+            ce_weight,
+            kl_weight,
+            options,
+            terms,
+        )
+    )
 
 
 def relation_logits(states_BTD: Tensor, options: RelationLoss) -> Tensor:

@@ -9,9 +9,12 @@ runtimes read manifests without torch or transformers.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,11 @@ def an(kind: Any) -> str:
 
 
 def _missing(directory: Path) -> str:
+    if not directory.exists() and _replaced(directory).exists():
+        return (
+            f"{directory} was being replaced when the process died; rename "
+            f"{_replaced(directory)} to it, or make it again"
+        )
     if not directory.exists():
         return f"{directory} does not exist; check the path"
     inside = sorted(p.parent.name for p in directory.glob(f"*/{MANIFEST}"))
@@ -129,24 +137,80 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises FileExistsError when `path` exists and `force` is false. With `force`, the old directory
     stays until the new one is complete, and only a directory that carries a manifest is replaced.
+    Everything is on the disk before the name changes, so a power cut leaves no half-written file
+    under a name that promises a whole one.
     """
     if any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
         raise FileExistsError(f"{path} cannot be a directory there; choose another --out")
+    _finish_replacement(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists; pass --force to replace it, or another --out")
     if path.exists() and not (path / MANIFEST).is_file() and any(path.iterdir()):
         raise FileExistsError(f"{path} was not written by bitdistill and will not be replaced")
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        if path.exists():
-            old = path.with_name(path.name + ".old.partial")
-            path.rename(old)
+        _flush(partial)
+        if not path.exists():
             partial.rename(path)
-            shutil.rmtree(old)
-        else:
+        elif not _exchange(partial, path):
+            path.rename(_replaced(path))
             partial.rename(path)
+            _finish_replacement(path)
+        _flush_file(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where `new_directory` builds what becomes `path`."""
+    return path.with_name(path.name + ".partial")
+
+
+def _replaced(path: Path) -> Path:
+    """Where a directory waits between the two renames that replace it."""
+    return path.with_name(path.name + ".old.partial")
+
+
+def _finish_replacement(path: Path) -> None:
+    """After a crash between those two renames the old directory takes its name back."""
+    old = _replaced(path)
+    if old.exists() and not path.exists():
+        old.rename(path)
+    elif old.exists():
+        shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step, so that the name is never without one; false if it cannot.
+
+    Linux and macOS have a call for it, some file systems refuse it.
+    """
+    if sys.platform == "win32":
+        return False
+    library, paths = ctypes.CDLL(None), (os.fsencode(one), os.fsencode(other))
+    if hasattr(library, "renameat2"):
+        here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        return library.renameat2(here, paths[0], here, paths[1], swap) == 0
+    if hasattr(library, "renamex_np"):
+        return library.renamex_np(*paths, 2) == 0  # RENAME_SWAP
+    return False
+
+
+def _flush(directory: Path) -> None:
+    """Have every file and folder of a tree on the disk."""
+    for path in directory.rglob("*"):
+        _flush_file(path)
+    _flush_file(directory)
+
+
+def _flush_file(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":
+        return  # only there can a folder be opened
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,40 +2,78 @@
 
 The counts that normalise the terms are taken over the whole optimizer step (`count_window`), and
 every micro-batch contributes sums: the gradient is the same however the step is cut into batches.
+
+`prepare` does on the CPU all that depends on the data (which positions are learnt, the counts), so
+that the objective itself is a fixed sequence of kernels for each shape: it can be compiled, and
+captured as a CUDA graph.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from bitdistill.data import IGNORED, Batch
-from bitdistill.losses import relation_sum, token_terms
+from bitdistill.losses import chunk_terms, head_terms, relation_sum
 from bitdistill.schema import Distillation, LogitsLoss, RelationLoss, Training
 from bitdistill.student import layers_of
 
-CAPTURING = "bitdistill_capturing"
+ATTENTION = "bitdistill_training"
 _STATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-def _capturing_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+def _window_mask(query: Tensor, window: int) -> Tensor:
+    """Boolean (T, T): a token sees itself and the `window - 1` tokens before it."""
+    tokens = query.shape[2]
+    ones = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device)
+    return ones.tril() & ~ones.tril(-window)
+
+
+def _training_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA that hands Q, K, V (B, heads, T, R), after rotary embedding, to the module's capture."""
-    capture = getattr(module, "bitdistill_capture", None)
+    """Causal SDPA that builds no padding mask, and hands Q, K, V to the module's capture.
+
+    Padding is on the right, where no real token looks, so plain causal attention is exact for real
+    tokens and keeps the fused kernels. `attention_mask`, if any, is (B, 1, T, T) and separates
+    packed documents. Q, K, V are (B, heads, T, R), after rotary embedding.
+    """
+    capture: Capture | None = getattr(module, "bitdistill_capture", None)
     if capture is not None:
         capture.states = [x.transpose(1, 2).flatten(2) for x in (query, key, value)]
-    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    if sliding_window is not None and query.shape[2] > sliding_window:
+        near = _window_mask(query, sliding_window)
+        attention_mask = near if attention_mask is None else attention_mask & near
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-AttentionInterface.register(CAPTURING, _capturing_attention)
-AttentionMaskInterface.register(CAPTURING, sdpa_mask)
+# registered without a mask function: transformers then builds no mask and asks the data nothing
+AttentionInterface.register(ATTENTION, _training_attention)
+
+
+def recompute_activations(model: PreTrainedModel, on: bool) -> None:
+    """Keep only the layers' inputs for the backward pass, and compute the rest of them again."""
+    # transformers is renaming these methods
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if not on:
+        getattr(model, f"{prefix}_checkpointing_disable")()
+        return
+    # nothing here is random, and asking for a random state would break the capture of a graph
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    getattr(model, f"{prefix}_checkpointing_enable")(options)
 
 
 def layer_index(layer: int | float, depth: int) -> int:
@@ -63,30 +101,42 @@ class Capture:
 
     def __init__(self, model: PreTrainedModel, index: int, options: RelationLoss) -> None:
         self.states: list[Tensor] = []
-        self.layer = layers_of(model)[index]
-        attention: Any = self.layer.self_attn
+        attention: Any = layers_of(model)[index].self_attn
+        self._attention, self._handles = attention, []
         if options.states == "attention":
-            model.set_attn_implementation(CAPTURING)
             attention.bitdistill_capture = self
             return
         for name in _STATE_PROJECTIONS:
-            getattr(attention, name).register_forward_hook(self._hook)
+            self._handles.append(getattr(attention, name).register_forward_hook(self._hook))
 
     def _hook(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.states.append(output)
 
+    def clear(self) -> None:
+        """Forget what a recomputation in the backward pass may have added."""
+        self.states = []
+
     def take(self) -> tuple[Tensor, ...]:
         """The states of the last forward pass, which are then forgotten."""
         states, self.states = tuple(self.states), []
+        if len(states) != 3:
+            raise RuntimeError(f"a forward pass captured {len(states)} of the states Q, K and V")
         return states
 
+    def release(self) -> None:
+        """Capture no more."""
+        for handle in self._handles:
+            handle.remove()
+        if hasattr(self._attention, "bitdistill_capture"):
+            del self._attention.bitdistill_capture
 
-@dataclass
+
+@dataclass(frozen=True)
 class Counts:
     """What the terms of one optimizer step are divided by."""
 
-    answers: int
-    related: int
+    answers: float
+    related: float
 
 
 def count_window(window: list[Batch], relations: RelationLoss) -> Counts:
@@ -99,72 +149,169 @@ def count_window(window: list[Batch], relations: RelationLoss) -> Counts:
     return Counts(max(answers, 1), max(related, 1))
 
 
-@dataclass
-class Objective:
-    """Computes the weighted terms of a micro-batch; their sum is the loss."""
+def _rounded(count: int) -> int:
+    """`count`, rounded up by less than a quarter, so that few different sizes occur."""
+    step = 1 << max(0, count.bit_length() - 3)
+    return max(1, -(-count // step) * step)
 
-    student: PreTrainedModel
-    teacher: PreTrainedModel | None
-    ce: float = 1.0
-    logits: LogitsLoss = field(default_factory=LogitsLoss)
-    relations: RelationLoss = field(default_factory=RelationLoss)
-    relation_weight: float = 0.0
-    _captures: tuple[Capture, Capture] | None = None
 
-    def __post_init__(self) -> None:
+def prepare(batch: Batch, counts: Counts) -> Batch:
+    """What the objective reads of a micro-batch, on the batch's device.
+
+    rows_P: flat positions b * T + t whose next token is learnt; targets_P: that token; both filled
+    up to a round number with targets that do not count. scales: 1 / answers, 1 / related.
+    document_mask (B, 1, T, T), where `documents` (B, T) says which tokens belong together.
+    """
+    labels_BT = batch["labels"]
+    next_BT = torch.full_like(labels_BT, IGNORED)
+    next_BT[:, :-1] = labels_BT[:, 1:]
+    learnt = (next_BT.flatten() != IGNORED).nonzero().squeeze(-1)
+    size = _rounded(len(learnt))
+    rows_P = labels_BT.new_zeros(size)
+    targets_P = labels_BT.new_full((size,), IGNORED)
+    rows_P[: len(learnt)] = learnt
+    targets_P[: len(learnt)] = next_BT.flatten()[learnt]
+    scales = torch.tensor([1 / counts.answers, 1 / counts.related])
+    prepared = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    prepared |= {"rows": rows_P, "targets": targets_P, "scales": scales.to(labels_BT.device)}
+    if "documents" in batch:
+        prepared |= {"documents": batch["documents"], "position_ids": batch["position_ids"]}
+    return prepared
+
+
+def document_mask(documents_BT: Tensor) -> Tensor:
+    """Boolean (B, 1, T, T): a token sees itself and earlier tokens of its own document."""
+    same = documents_BT.unsqueeze(-1) == documents_BT.unsqueeze(-2)
+    return same.tril().unsqueeze(1)
+
+
+class Objective(nn.Module):
+    """Computes the loss of a prepared micro-batch, and its weighted terms for the log.
+
+    Only the student is a submodule: the teacher's parameters are never trained, saved or sharded
+    with it.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        ce: float = 1.0,
+        logits: LogitsLoss | None = None,
+        relations: RelationLoss | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self._teacher = (teacher,)  # a tuple hides it from the module tree
+        self.ce = ce
+        self.logits = LogitsLoss() if logits is None else logits
+        self.relations = RelationLoss() if relations is None else relations
         self.relation_weight = self.relations.weight
-        if self.teacher is not None and self.relations.active:
-            mine, theirs = related_layers(self.relations, self.student, self.teacher)
+        self.chunk_terms: Callable[..., Any] = chunk_terms
+        self.relation_sum: Callable[..., Tensor] = relation_sum
+        self._captures: tuple[Capture, Capture] | None = None
+        for model in filter(None, (student, teacher)):
+            model.set_attn_implementation(ATTENTION)
+        if teacher is not None and self.relations.active:
+            mine, theirs = related_layers(self.relations, student, teacher)
             self._captures = (
-                Capture(self.student, mine, self.relations),
-                Capture(self.teacher, theirs, self.relations),
+                Capture(student, mine, self.relations),
+                Capture(teacher, theirs, self.relations),
             )
 
     @property
-    def captured_layers(self) -> list[nn.Module]:
-        """The layers whose states are read; they must not be compiled."""
-        return [capture.layer for capture in self._captures or ()]
+    def teacher(self) -> PreTrainedModel | None:
+        return self._teacher[0]
+
+    def release(self) -> None:
+        """Give the models back as they were: stock attention, nothing captured."""
+        for model in filter(None, (self.student, self.teacher)):
+            model.set_attn_implementation("sdpa")
+            for layer in layers_of(model):
+                vars(layer).pop("forward", None)  # the compiled one
+        for capture in self._captures or ():
+            capture.release()
+
+    def compile(self, **options: Any) -> None:
+        """Regional compilation: each decoder layer alone, and the losses.
+
+        Layers of one model share their code, so one of them is compiled and the others reuse it:
+        this starts up several times faster than compiling the whole model.
+        """
+        settings = torch._dynamo.config
+        # else the code compiled for a layer without hooks would serve the captured layer as well
+        settings.skip_nnmodule_hook_guards = False
+        # teacher and student, captured or not, with and without gradient: several variants each
+        settings.recompile_limit = max(64, settings.recompile_limit)
+        warnings.filterwarnings("ignore", "\\s*Online softmax is disabled", UserWarning)
+        for model in filter(None, (self.student, self.teacher)):
+            for layer in layers_of(model):
+                # not the call: hooks of FSDP2 stay outside
+                layer.forward = torch.compile(layer.forward, **options)
+        self.chunk_terms = torch.compile(chunk_terms, **options)
+        self.relation_sum = torch.compile(relation_sum, **options)
 
     def _hidden(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Hidden states (P, D) of the learnt rows."""
+        mask = document_mask(batch["documents"]) if "documents" in batch else None
         output = model.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            input_ids=batch["input_ids"],
+            attention_mask=mask,
+            position_ids=batch.get("position_ids"),
+            use_cache=False,
         )
-        return output.last_hidden_state
+        return output.last_hidden_state.flatten(0, 1)[batch["rows"]]
 
-    def __call__(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
-        """Weighted, normalised terms: ce, and where asked for logits and relations."""
-        learnt = batch["labels"][:, 1:] != IGNORED
-        targets = batch["labels"][:, 1:][learnt]
-        teacher_hidden = teacher_head = None
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a prepared batch, and its terms (without gradient): ce, logits, relations."""
+        teacher_hidden = teacher_weight = None
+        for capture in self._captures or ():
+            capture.clear()
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_hidden = self._hidden(self.teacher, batch)[:, :-1][learnt]
-            teacher_head = self.teacher.lm_head
-        hidden = self._hidden(self.student, batch)[:, :-1][learnt]
-        sums = token_terms(
-            hidden, self.student.lm_head, targets, self.logits, teacher_hidden, teacher_head
+                teacher_hidden = self._hidden(self.teacher, batch)
+            if self.logits.weight > 0:
+                teacher_weight = self.teacher.lm_head.weight
+        per_answer, per_related = batch["scales"]
+        head = head_terms(
+            self._hidden(self.student, batch),
+            self.student.lm_head.weight,
+            batch["targets"],
+            self.logits,
+            self.ce * per_answer,
+            self.logits.weight * per_answer,
+            teacher_hidden,
+            teacher_weight,
+            self.chunk_terms,
         )
-        terms = {"ce": self.ce * sums.ce / counts.answers}
-        if self.logits.weight > 0:
-            terms["logits"] = self.logits.weight * sums.kl / counts.answers
+        loss, terms = head.loss, {"ce": head.ce}
+        if teacher_weight is not None:
+            terms["logits"] = head.kl
         if self._captures is not None:
             mine, theirs = (capture.take() for capture in self._captures)
-            relation = relation_sum(mine, theirs, batch["attention_mask"], self.relations)
-            terms["relations"] = self.relation_weight * relation / counts.related
-        return terms
+            relation = self.relation_sum(mine, theirs, batch["attention_mask"], self.relations)
+            relation = self.relation_weight * per_related * relation
+            loss, terms["relations"] = loss + relation, relation.detach()
+        return loss, terms
 
     @torch.no_grad()
-    def fit_relation_weight(self, batches: list[Batch]) -> None:
-        """Set the relations' weight so that the term is `target_ratio` times the cross-entropy."""
+    def fit_relation_weight(
+        self, batches: list[Batch], total: Callable[[list[float]], list[float]] = list
+    ) -> None:
+        """Set the relations' weight so that the term is `target_ratio` times the cross-entropy.
+
+        `total` sums numbers over all devices.
+        """
         ratio = self.relations.target_ratio
         if ratio is None or self._captures is None:
             return
         self.relation_weight = 1.0
         ce = relation = 0.0
         for batch in batches:
-            terms = self(batch, count_window([batch], self.relations))
+            _, terms = self(prepare(batch, count_window([batch], self.relations)))
             ce += float(terms["ce"])
             relation += float(terms["relations"])
+        ce, relation = total([ce, relation])
         if not relation > 0.0:
             raise ValueError("the attention relations do not differ: target_ratio has no meaning")
         self.relation_weight = ratio * ce / relation

@@ -65,20 +65,28 @@ class Meter:
         self.reporter, self.progress, self.name, self.total = reporter, progress, name, total
         self.task = progress.add_task(name, total=total, completed=start, terms="")
         self._every = max(1, total // LINES_WITHOUT_TERMINAL)
+        self._waited = 0.0  # seconds since the last update
         self._clock, self._spoken = time.perf_counter(), start // self._every
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens inside is waiting for data; its share of the time is recorded."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     def update(self, step: int, tokens: int, terms: dict[str, float], rate: float) -> None:
         """`step` steps are done; `tokens` were processed since the last update."""
         now = time.perf_counter()
-        speed = tokens / max(now - self._clock, 1e-9)
-        self._clock = now
+        elapsed = max(now - self._clock, 1e-9)
+        speed, wait = tokens / elapsed, self._waited / elapsed
+        self._clock, self._waited = now, 0.0
         text = " ".join(f"{key} {value:.3f}" for key, value in terms.items())
         text += f"  {speed:,.0f} tok/s"
         self.progress.update(self.task, completed=step, terms=text)
-        record = {"stage": self.name, "step": step, **terms}
-        self.reporter.record(
-            record | {"learning_rate": rate, "tokens_per_second": round(speed), "time": time.time()}
-        )
+        record = {"stage": self.name, "step": step, **terms, "learning_rate": rate}
+        record |= {"tokens_per_second": round(speed), "data_wait": round(wait, 4)}
+        self.reporter.record(record | {"time": time.time()})
         if not self.reporter.console.is_terminal and step // self._every > self._spoken:
             self._spoken = step // self._every
             self.reporter.say(f"{self.name}: step {step}/{self.total}  {text}")

@@ -16,6 +16,8 @@ Gradients pass straight through both roundings. `anneal` blends from full precis
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +27,7 @@ ACTIVATION_EPS = 1e-5
 MAX_COLUMNS = 1 << 17  # 127 * K must stay below 2^24
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """fp32, or fp64 where the model runs in fp64 (the noise-floor reference)."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -49,7 +51,7 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def absmax_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-token factors (..., 1) in fp32: `x * up` rounds to int8, `q * down` restores x."""
-    g = _wide(x.detach()).abs().amax(-1, keepdim=True)
+    g = wide(x.detach()).abs().amax(-1, keepdim=True)
     return 127.0 / (g + ACTIVATION_EPS), g / 127.0
 
 
@@ -64,8 +66,44 @@ def quantize_activations(x: Tensor, amount: float | Tensor = 1.0) -> tuple[Tenso
     The gradient passes straight through the rounding, of which `amount` (0 to 1) is applied.
     """
     up, down = absmax_scale(x)
-    x = _wide(x) * up
+    x = wide(x) * up
     return straight_through(x, x.round().clamp(-128, 127), amount), down
+
+
+class _FromCache(torch.autograd.Function):
+    """Trits computed before, in units of D; the gradient goes to the master weights as if anew."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return unit.view_as(unit)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (scale,) = ctx.saved_tensors
+        return gradient.float() / (scale + WEIGHT_EPS), None, None
+
+
+class _IntegerProduct(torch.autograd.Function):
+    """q . t on int8 tensor cores, exact in int32; backward in the arithmetic of the run.
+
+    x (M, K) and unit (N, K) hold integers in int8 range as floats; the result is fp32 (M, N).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, unit: Tensor) -> Tensor:
+        q, t = x.to(torch.int8), unit.to(torch.int8)
+        device = x.device.type
+        mixed = torch.is_autocast_enabled(device)
+        ctx.dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
+        ctx.save_for_backward(q, t)
+        return torch._int_mm(q, t.T).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        q, t = ctx.saved_tensors
+        d_y = gradient.to(ctx.dtype)
+        return (d_y @ t.to(ctx.dtype)).float(), (d_y.T @ q.to(ctx.dtype)).float()
 
 
 class RMSNorm(nn.Module):
@@ -77,7 +115,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _wide(x)
+        x = wide(x)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
@@ -109,6 +147,8 @@ class BitLinear(nn.Linear):
         self.norm = norm
         self.register_buffer("anneal", torch.ones(()), persistent=False)
         self.frozen_scale: Tensor | None = None
+        self.cached: tuple[Tensor, Tensor] | None = None  # trits and D of this optimizer step
+        self.integer = False
 
     def freeze(self) -> None:
         """Replace the master weights by their trits, for inference: nothing is rounded again."""
@@ -119,31 +159,71 @@ class BitLinear(nn.Linear):
         """Trits (with the master weights' gradient) in units of D, and D."""
         if self.frozen_scale is not None:
             return self.weight, self.frozen_scale
+        if self.cached is not None:
+            return _FromCache.apply(self.weight, *self.cached), self.cached[1]
         scale = ternary_scale(self.weight)
         # always from fp32, as `ternarize`: an fp64 quotient could round to another trit
         unit = self.weight.float() / (scale + WEIGHT_EPS)
         return straight_through(unit, unit.round().clamp(-1, 1), self.anneal), scale
+
+    def _product(self, x: Tensor, unit: Tensor) -> Tensor:
+        if not self.integer:
+            return F.linear(x, unit)
+        return _IntegerProduct.apply(x.flatten(0, -2), unit).unflatten(0, x.shape[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), in the input's dtype."""
         dtype = x.dtype
         if self.norm is not None:
             x = self.norm(x)
-        x = _wide(x)
+        x = wide(x)
         unit, scale = self._unit_weight()
         weight = unit.to(x.dtype)
         if self.activation_bits is None:
             y = F.linear(x, weight) * scale
         else:
             x, down = quantize_activations(x, self.anneal)
-            y = F.linear(x, weight) * (down * scale)
+            y = self._product(x, weight) * (down * scale)
         if self.bias is not None:
             y = y + self.bias
         return y.to(dtype)
 
 
-def set_anneal(model: nn.Module, amount: float) -> None:
-    """Set the share of quantisation, 0 to 1, of every BitLinear."""
-    for module in model.modules():
-        if isinstance(module, BitLinear):
-            module.anneal.fill_(amount)
+def bit_linears(model: nn.Module) -> list[BitLinear]:
+    """Every BitLinear of a model."""
+    return [module for module in model.modules() if isinstance(module, BitLinear)]
+
+
+@torch.no_grad()
+def cache_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round every weight once, for all the forward passes until `forget_weights`."""
+    for layer in bit_linears(model):
+        layer.cached = None
+        unit, scale = layer._unit_weight()
+        layer.cached = unit.to(dtype), scale
+
+
+def forget_weights(model: nn.Module) -> None:
+    """The weights are about to change: round them anew."""
+    for layer in bit_linears(model):
+        layer.cached = None
+
+
+def set_integer(model: nn.Module, on: bool) -> None:
+    """Take products on int8 tensor cores, where the sizes of a layer allow it."""
+    for layer in bit_linears(model):
+        fits = layer.in_features % 8 == 0 and layer.out_features % 8 == 0
+        layer.integer = on and fits and layer.activation_bits is not None
+
+
+def share_anneal(model: nn.Module) -> Tensor:
+    """Let every BitLinear read one tensor, the share of quantisation; returns it.
+
+    One tensor to fill at each step, and a compiler sees that projections which share an input round
+    it alike: it rounds once. Call it after the model is on its device.
+    """
+    layers = bit_linears(model)
+    shared = layers[0].anneal if layers else torch.ones(())
+    for layer in layers:
+        layer.anneal = shared
+    return shared

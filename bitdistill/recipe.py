@@ -14,7 +14,9 @@ never overwritten.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +25,20 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bitdistill import __version__, checkpoint, manifest
+from bitdistill import __version__, checkpoint, manifest, training_state
 from bitdistill.cards import model_card
 from bitdistill.config import dump_config
-from bitdistill.data import Batches, TaskBatches, check_sources, corpus_batches, task_rows
+from bitdistill.data import Batches, Shard, TaskBatches, check_sources, corpus_batches, task_rows
+from bitdistill.distributed import World, collect
+from bitdistill.hardware import Hardware, TrainingError
+from bitdistill.inputs import Inputs
 from bitdistill.objective import make_objective
+from bitdistill.prefetch import prefetched
 from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Training
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
 from bitdistill.teacher import licence_of, load_model, name_of
-from bitdistill.training import Fit, Hardware, TrainingError, discard_state
+from bitdistill.training import Fit
 
 LoadedModel = tuple[PreTrainedModel, Tokenizer]
 
@@ -58,19 +64,27 @@ class Recipe:
         if any(p.exists() and not p.is_dir() for p in (out, *out.parents)):
             raise FileExistsError(f"{out} cannot be a directory there; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        self.reporter = Reporter(out / "log.jsonl", quiet)
+        self.world = World.from_environment()
+        log = out / "log.jsonl" if self.world.main else None
+        self.reporter = Reporter(log, quiet or not self.world.main)
         self.task = config.task.resolve()
 
     def run(self) -> Path:
-        """All stages; returns the student directory."""
+        """All stages, on however many devices; returns the student directory."""
+        with self.world.joined(Hardware.resolve(self.config.machine)):
+            return self._run()
+
+    def _run(self) -> Path:
         config = self.config
         check_sources(config)
+        self.inputs = Inputs(config)
         if config.machine.threads is not None:
             torch.set_num_threads(config.machine.threads)
         shared = ("model", "seed")
         base = None
         if config.base.enabled:
-            base = Stage("base", "teacher", "base", (*shared, "base", "corpus"), None)
+            text = ("task",) if "task" in config.corpus.sources else ()
+            base = Stage("base", "teacher", "base", (*shared, "base", "corpus", *text), None)
             self._stage(base, self._train_base)
         parent = base.directory if base is not None else None
         task = (*shared, "task")
@@ -121,9 +135,13 @@ class Recipe:
         student = make_student(model, options.norm_style, options.activation_bits)
         gains: dict[str, float] = {}
         if options.calibrate and options.norm_style != "none":
-            batches = self._examples(self.config.distill, tokenizer)
+            batches = self._examples(self.config.distill, tokenizer, World())
             windows = (batches.window(step) for step in range(options.calibration_batches))
-            moved = (hardware.move(batch) for window in windows for batch in window)
+            moved = (
+                {key: hardware.move(value) for key, value in batch.items()}
+                for window in windows
+                for batch in window
+            )
             gains = measure_gains(model, options.norm_style, moved)
             set_gains(student, gains)
         return (student, tokenizer), {"gains": gains}
@@ -154,20 +172,30 @@ class Recipe:
             return self._load("base")
         return load_model(self.config.model, self.config.seed)
 
-    def _examples(self, settings: Training, tokenizer: Tokenizer) -> TaskBatches:
+    def _examples(
+        self, settings: Training, tokenizer: Tokenizer, world: World | None = None
+    ) -> TaskBatches:
+        """Task batches, shared by the devices of this run or of `world`."""
+        world = self.world if world is None else world
         rows = task_rows(self.config.task, tokenizer, settings.max_length, self.config.seed)
         return TaskBatches(
             rows,
             pad=tokenizer.pad_token_id or 0,
             batch_size=settings.batch_size,
-            accumulate=settings.accumulate,
+            accumulate=world.share(settings.accumulate, "accumulate"),
             seed=self.config.seed,
             multiple=self.config.machine.pad_multiple,
+            shard=Shard(world.rank, world.size),
         )
 
     def _corpus(self, settings: Training, tokenizer: Tokenizer) -> Batches:
         return corpus_batches(
-            self.config, tokenizer, settings.max_length, settings.batch_size, settings.accumulate
+            self.config,
+            tokenizer,
+            settings.max_length,
+            settings.batch_size,
+            self.world.share(settings.accumulate, "accumulate"),
+            Shard(self.world.rank, self.world.size),
         )
 
     def _fit(
@@ -186,18 +214,21 @@ class Recipe:
                 f"model's context of {context}; lower it"
             )
         torch.manual_seed(self.config.seed)
+        # sharding changes a model for good: what is saved in the end is another one
+        trained = copy.deepcopy(model) if self.world.size > 1 else model
         state_dir = self.out / f"{stage.directory}.training"
         fit = Fit(
             stage.directory,
-            make_objective(model, teacher, settings),
-            batches,
+            make_objective(trained, teacher, settings),
+            prefetched(batches, self.config.machine),
             settings,
             self.config.machine,
             self.reporter,
             state_dir,
             self._fingerprint(stage),
+            self.world,
         )
-        if state_dir.exists():
+        if training_state.saved_states(state_dir):
             if not self.resume:
                 raise TrainingError(
                     f"stage {stage.directory} was interrupted; pass --resume to continue it, or "
@@ -205,8 +236,11 @@ class Recipe:
                 )
             fit.restore()
             self.reporter.say(f"{stage.directory}: continuing at step {fit.step}")
-        terms = fit.run()
+        with closing(fit.batches):
+            terms = fit.run()
         model.cpu()
+        if trained is not model:
+            collect(trained, model)
         weight = fit.objective.relation_weight
         return {"steps": fit.total, "terms": terms, "relation_weight": weight}
 
@@ -219,21 +253,26 @@ class Recipe:
         if path.exists():
             content = manifest.read_manifest(path, stage.kind)
             if content.get("fingerprint") != mark:
+                made_with = self.inputs.difference(stage.depends, content)
                 raise TrainingError(
-                    f"{path} was made with another configuration; use another --out, or remove it "
-                    "and the stages after it"
+                    f"{path} was made with {made_with}; use another --out, or remove it and the "
+                    "stages after it"
                 )
+            training_state.discard(self.out / f"{stage.directory}.training")
             self.reporter.say(f"{stage.directory}: complete, skipped")
             return
         self.reporter.say(f"{stage.directory}: started")
-        (self.out / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+        if self.world.main:
+            (self.out / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
         (model, tokenizer), metrics = work(stage)
         if stage.kind == "student":
             metrics |= quantization_statistics(model)
         content = self._content(stage, model, mark, metrics)
         card = model_card(content)
-        checkpoint.save(path, model, tokenizer, stage.kind, content, card)
-        discard_state(self.out / f"{stage.directory}.training")
+        with self.world.phase():
+            if self.world.main:
+                checkpoint.save(path, model, tokenizer, stage.kind, content, card)
+                training_state.discard(self.out / f"{stage.directory}.training")
         self.reporter.say(f"{stage.directory}: written to {path}")
 
     def _fingerprint(self, stage: Stage) -> str:
@@ -241,7 +280,8 @@ class Recipe:
         parent = None
         if stage.parent is not None:
             parent = manifest.read_manifest(self.out / stage.parent)["fingerprint"]
-        return manifest.fingerprint([{key: values[key] for key in stage.depends}, parent])
+        own = {key: values[key] for key in stage.depends}
+        return manifest.fingerprint([own, self.inputs.of(stage.depends), parent])
 
     def _content(
         self, stage: Stage, model: PreTrainedModel, mark: str, metrics: dict[str, Any]
@@ -262,6 +302,7 @@ class Recipe:
             "recipe": self.config.name,
             "seed": self.config.seed,
             "fingerprint": mark,
+            "inputs": self.inputs.of(stage.depends),
             "parent": stage.parent,
             "metrics": metrics,
             "created_by": f"bitdistill {__version__}",

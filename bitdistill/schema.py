@@ -75,19 +75,26 @@ class TaskData(Section):
 
 
 class Corpus(Section):
-    """Text for continued pre-training. `source`: a local file, a hub data set, `task` (the task's
-    own prompts and answers) or `tiny` (the embedded generator). Several sources are mixed by
-    listing them; a hub data set is streamed."""
+    """Text for continued pre-training.
+
+    A source is a local file, a folder or pattern of files (`data/*.parquet`), a hub data set,
+    `task` (the task's own prompts and answers) or `tiny` (the embedded generator). Documents are
+    taken from the sources in turn; nothing is held in memory. `limit` documents are taken of each.
+    `document_mask` keeps documents that share a sequence from seeing one another.
+    """
 
     sources: list[str] = ["task"]
     column: str = "text"
     configuration: str | None = None
     split: str = "train"
     limit: int | None = Field(None, gt=0)
+    document_mask: bool = False
 
 
 class Training(Section):
     """Optimisation of one stage. Give `steps` or `epochs`. Rates are per step, shares of the run.
+
+    `accumulate` micro-batches of `batch_size` make a step; several devices share them.
 
     `anneal` is the share of the steps over which quantisation is blended in (0: hard at once).
     `decay_until` is the share of the run after which weight decay is zero.
@@ -179,16 +186,32 @@ class Student(Section):
 class Machine(Section):
     """Where and how to compute. `precision` is the arithmetic; master weights are always fp32.
 
-    `compile` compiles each decoder layer; `auto` does so on CUDA. `pad_multiple` keeps the number
-    of batch lengths, and so of compiled variants, small.
+    `compile` compiles each decoder layer and the losses, `graphs` replays steps as CUDA graphs;
+    `auto` does so on CUDA. `pad_multiple` keeps the number of batch lengths, and so of graphs,
+    small. `integer_forward` takes ternary products on int8 tensor cores once annealing is over
+    (the gradients stay in `precision`). `recompute` keeps one layer's activations at a time and
+    computes them again backward: less memory, about a third more arithmetic.
+
+    A stage's state is saved after `save_minutes` or `save_steps`, whichever comes first; the last
+    `keep_states` of them are kept.
+
+    `workers` processes read, tokenise and pack a corpus; 0 does so in the training process. The
+    sequences do not depend on it. A thread makes `prefetch` windows of batches ready ahead.
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | Literal["auto"] = "auto"
+    graphs: bool | Literal["auto"] = "auto"
+    integer_forward: bool = False
+    recompute: bool = False
     threads: int | None = Field(None, gt=0)
     save_minutes: float = Field(5.0, gt=0)
+    save_steps: int | None = Field(None, gt=0)
+    keep_states: int = Field(2, gt=0)
     pad_multiple: int = Field(8, gt=0)
+    workers: int = Field(1, ge=0)
+    prefetch: int = Field(4, ge=0)
 
 
 class Config(Section):

@@ -6,12 +6,145 @@ user needs to know which file or data set it was, and what to do.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".zst")  # of JSON lines, in a corpus
+
+SAMPLES = 256  # blocks of a large file that are hashed
+
+
+def form_of(file: Path) -> str:
+    """json, csv or parquet, by the file's name; ValueError for another."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        form = LOCAL_FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
+        form = form if form == "json" else None
+    else:
+        form = LOCAL_FORMATS.get(suffixes[-1]) if suffixes else None
+    if form is None:
+        raise ValueError(
+            f"{file}: unknown format; use {', '.join(LOCAL_FORMATS)}, or compressed JSON lines "
+            f"({', '.join('.jsonl' + ending for ending in COMPRESSED)}) in a corpus"
+        )
+    return form
+
+
+def is_local(source: str) -> bool:
+    """Whether a corpus source is a file, a folder or a pattern rather than a hub data set."""
+    path = Path(source)
+    endings = (*LOCAL_FORMATS, *COMPRESSED)
+    return path.suffix.lower() in endings or "*" in source or path.exists()
+
+
+def local_files(source: str) -> list[Path]:
+    """The files of a local source, sorted: itself, a folder's, or those that match a pattern.
+
+    Raises FileNotFoundError where there is none.
+    """
+    path = Path(source)
+    if "*" in source:
+        root = Path(path.anchor)
+        files = sorted(p for p in root.glob(str(path.relative_to(root))) if p.is_file())
+    elif path.is_dir():
+        endings = (*LOCAL_FORMATS, *COMPRESSED)
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
+    else:
+        files = [path]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(f"data file {source} does not exist; check the path")
+    return files
+
+
+def content_hash(file: Path, most: int | None = None) -> str:
+    """A hash of a file's content, in hexadecimal; times are left out, as a run may be copied.
+
+    Of a file of more than `most` bytes it covers the size and as many bytes in evenly spaced
+    blocks, the first and the last included: an edit in between that keeps the size goes unnoticed.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if most is None or size <= most:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest, block = hashlib.sha256(str(size).encode()), most // SAMPLES
+        for index in range(SAMPLES):
+            stream.seek((size - block) * index // (SAMPLES - 1))
+            digest.update(stream.read(block))
+    return digest.hexdigest()
+
+
+class Stream:
+    """A data set of the `datasets` package, opened when it is read; its errors are translated."""
+
+    def __init__(self, guard: AbstractContextManager[None], *source: Any, **options: Any) -> None:
+        self.guard, self.source, self.options = guard, source, options
+        self._dataset: Any = None
+
+    def rows(self, position: Any = None) -> Iterator[Row]:
+        """The rows, from a saved position where the data set is streamed. To be called once."""
+        from datasets import load_dataset
+
+        with self.guard:
+            self._dataset = load_dataset(*self.source, **self.options)
+            if position is not None:
+                self._dataset.load_state_dict(position)
+            yield from self._dataset
+
+    def state(self) -> Any:
+        """The position after the row last given, as JSON; None before the first."""
+        return None if self._dataset is None else self._dataset.state_dict()
+
+
+def file_stream(file: Path, form: str, *, streaming: bool = True) -> Stream:
+    """A local file through `datasets`."""
+    # a review that says "null" or "NA" is text, not a missing value
+    options = {"keep_default_na": False} if form == "csv" else {}
+    return Stream(
+        _reading_file(file, form),
+        form,
+        data_files=str(file),
+        split="train",
+        streaming=streaming,
+        **options,
+    )
+
+
+def hub_stream(
+    name: str, configuration: str | None, split: str, *, streaming: bool = True
+) -> Stream:
+    """A data set on the hub."""
+    guard = _reading_hub(name, split)
+    return Stream(guard, name, configuration, split=split, streaming=streaming)
+
+
+@contextmanager
+def _reading_file(file: Path, form: str) -> Iterator[None]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (ValueError, TypeError, DatasetsError) as error:
+        if "corresponds to no data" in str(error):
+            return
+        raise ValueError(
+            f"{file} cannot be read as {form} ({_reason(error)}); correct the file"
+        ) from error
+
+
+@contextmanager
+def _reading_hub(name: str, split: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # from any of several HTTP and data packages
+        raise ValueError(
+            f"data set {name} ({split}) cannot be had ({_reason(error)}); check the name and the "
+            "network, or give a local file"
+        ) from error
 
 
 def file_rows(source: str | Path, *, streaming: bool = False) -> Iterator[Row]:
@@ -27,40 +160,14 @@ def file_rows(source: str | Path, *, streaming: bool = False) -> Iterator[Row]:
         raise ValueError(f"{file}: unknown format; use {', '.join(LOCAL_FORMATS)}")
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty; give a file with at least one example")
-    # a review that says "null" or "NA" is text, not a missing value
-    options = {"keep_default_na": False} if form == "csv" else {}
-    return _file_rows(file, form, streaming, options)
-
-
-def _file_rows(file: Path, form: str, streaming: bool, options: dict[str, Any]) -> Iterator[Row]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        yield from load_dataset(
-            form, data_files=str(file), split="train", streaming=streaming, **options
-        )
-    except (ValueError, TypeError, DatasetsError) as error:
-        if "corresponds to no data" in str(error):
-            return
-        raise ValueError(
-            f"{file} cannot be read as {form} ({_reason(error)}); correct the file"
-        ) from error
+    return file_stream(file, form, streaming=streaming).rows()
 
 
 def hub_rows(
     name: str, configuration: str | None, split: str, *, streaming: bool = False
 ) -> Iterator[Row]:
     """Rows of a data set on the hub; ValueError where it, its split or the network is missing."""
-    from datasets import load_dataset
-
-    try:
-        yield from load_dataset(name, configuration, split=split, streaming=streaming)
-    except Exception as error:  # from any of several HTTP and data packages
-        raise ValueError(
-            f"data set {name} ({split}) cannot be had ({_reason(error)}); check the name and the "
-            "network, or give a local file"
-        ) from error
+    return hub_stream(name, configuration, split, streaming=streaming).rows()
 
 
 def _reason(error: BaseException) -> str:

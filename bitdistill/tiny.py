@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-from bitdistill.tokenizing import train_tokenizer
+if TYPE_CHECKING:  # the grammar alone is needed by processes that should start fast
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 NOUNS = """acting plot script music ending camera dialogue humour pacing cast story drama editing
 direction casting soundtrack scenery humor lighting chemistry suspense romance action opening
@@ -134,6 +133,9 @@ def corpus() -> Iterator[str]:
 def make_base(seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """The tiny base model with random weights, and its tokenizer."""
     import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from bitdistill.tokenizing import train_tokenizer
 
     texts = [text for text, _ in zip(corpus(), range(4000), strict=False)]
     tokenizer = train_tokenizer(

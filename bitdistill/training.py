@@ -1,94 +1,40 @@
 """The one training loop: every stage, teacher or student, runs through `fit`.
 
 A step takes a window of micro-batches, sums the weighted terms' gradients, clips and updates. The
-state that a resumed run needs (weights, optimizer, data position, random state) is written beside
-the stage directory on a time budget, atomically, as safetensors and JSON.
+state that a resumed run needs is written beside the stage directory on a budget of minutes and
+steps (training_state.py).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitdistill import manifest
+from bitdistill import distributed
 from bitdistill.data import Batch, Batches
-from bitdistill.interrupt import stop_signals
-from bitdistill.objective import Objective, count_window
+from bitdistill.distributed import ALONE, World
+from bitdistill.engine import Engine
+from bitdistill.hardware import Hardware, TrainingError
+from bitdistill.interrupt import Stop, stop_signals
+from bitdistill.objective import (
+    Counts,
+    Objective,
+    count_window,
+    prepare,
+    recompute_activations,
+)
+from bitdistill.optimizer import make_optimizer, schedule, total_steps
 from bitdistill.progress import Reporter
-from bitdistill.quantize import set_anneal
+from bitdistill.quantize import set_integer, share_anneal
 from bitdistill.schema import Machine, Training
-from bitdistill.student import layers_of
+from bitdistill.sequences import merge_states
+from bitdistill.training_state import Budget, States, saved_states
 
 LOG_EVERY = 10
 # sections of the configuration, where a stage has another name
 SECTIONS = {"bitnet-sft": "bitnet_sft", "pretrained": "pretrain", "student": "distill"}
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to change."""
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """The resolved device and arithmetic of a run."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    @classmethod
-    def resolve(cls, machine: Machine) -> Hardware:
-        """`auto` takes CUDA with bfloat16 where there is one, else the CPU in fp32."""
-        name = machine.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and not torch.cuda.is_available():
-            raise TrainingError("machine.device is cuda, but torch sees no GPU; use cpu or auto")
-        if name == "mps" and not torch.backends.mps.is_available():
-            raise TrainingError("machine.device is mps, but torch has no Metal; use cpu or auto")
-        precision = machine.precision
-        if precision == "auto":
-            precision = "bfloat16" if name == "cuda" else "float32"
-        return cls(torch.device(name), getattr(torch, precision))
-
-    def autocast(self) -> torch.autocast:
-        """The context in which a forward pass runs."""
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
-
-    def move(self, batch: Batch) -> Batch:
-        """A batch on the device."""
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-
-
-def schedule(settings: Training, step: int, total: int) -> float:
-    """The learning rate's factor at a step: linear warm-up, then cosine, linear or constant."""
-    warmup = max(1, round(settings.warmup * total))
-    if step < warmup:
-        return (step + 1) / warmup
-    share = (step - warmup) / max(1, total - warmup)
-    if settings.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * share))
-    return 1 - share if settings.schedule == "linear" else 1.0
-
-
-def total_steps(settings: Training, batches: Batches) -> int:
-    """Optimizer steps of a stage; TrainingError where `epochs` is asked of a stream."""
-    if settings.steps is not None:
-        return settings.steps
-    per_epoch = batches.steps_per_epoch()
-    if per_epoch is None or settings.epochs is None:
-        raise TrainingError("a corpus has no epochs: give the stage's steps instead")
-    return max(1, math.ceil(settings.epochs * per_epoch))
 
 
 class Fit:
@@ -104,12 +50,13 @@ class Fit:
         reporter: Reporter,
         state_dir: Path,
         fingerprint: str = "",
+        world: World = ALONE,
     ) -> None:
         self.fingerprint = fingerprint  # of everything the stage depends on
         self.name, self.objective, self.batches = name, objective, batches
         self.model: PreTrainedModel = objective.student
         self.settings, self.machine, self.reporter = settings, machine, reporter
-        self.state_dir = state_dir
+        self.state_dir, self.world = state_dir, world
         self.hardware = Hardware.resolve(machine)
         self.total = total_steps(settings, batches)
         self.step = 0
@@ -117,102 +64,122 @@ class Fit:
         if objective.teacher is not None:
             teacher = objective.teacher.to(self.hardware.device, self.hardware.dtype)
             teacher.eval().requires_grad_(False)
-        self.optimizer = self._make_optimizer()
-
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        """AdamW; matrices decay, vectors (norms, biases) do not."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        decay = self.settings.weight_decay
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        fused = self.hardware.device.type == "cuda"
-        return torch.optim.AdamW(
-            groups, lr=self.settings.learning_rate, betas=(0.9, 0.98), fused=fused
+        self.anneal = share_anneal(self.model)
+        self._integer = False
+        if machine.recompute:
+            recompute_activations(self.model, True)
+        graphs = self.hardware.cuda and self.hardware.wants(machine.graphs) and world.size == 1
+        if world.size > 1:
+            distributed.shard(objective, self.model, self.hardware.device)
+        self.optimizer = make_optimizer(self.model, settings, self.hardware, graphs=graphs)
+        self.engine = Engine(
+            objective, self.optimizer, settings.clip_norm, self.hardware, world, graphs=graphs
         )
-
-    def _compile_layers(self) -> None:
-        """Regional compilation: each decoder layer alone, which starts up far faster."""
-        wanted = self.machine.compile
-        if not wanted or (wanted == "auto" and self.hardware.device.type != "cuda"):
-            return
-        for model in filter(None, (self.model, self.objective.teacher)):
-            for layer in layers_of(model):
-                if layer not in self.objective.captured_layers:
-                    layer.compile(dynamic=False)
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
     def fit_relation_weight(self) -> None:
         """Where a target ratio is asked for, find the relations' weight on the first window."""
         if self.objective.relations.target_ratio is not None:
-            window = [self.hardware.move(b) for b in self.batches.window(0)]
+            window = self.batches.window(0)
+            window = [{k: self.hardware.move(v) for k, v in batch.items()} for batch in window]
             with self.hardware.autocast():
-                self.objective.fit_relation_weight(window)
+                self.objective.fit_relation_weight(window, self.world.sum)
 
     def run(self) -> dict[str, float]:
         """Train to the end; the mean terms of the last records."""
-        self._compile_layers()
-        if self.step == 0:
-            self.fit_relation_weight()
-        set_anneal(self.model, 1.0)
-        sums: dict[str, Tensor] = {}
+        if self.hardware.wants(self.machine.compile):
+            self.compile()
+        with self.engine.stream():
+            if self.step == 0:
+                self.fit_relation_weight()
+            self.anneal.fill_(1.0)
+            last = self._loop()
+            self._check_weights()
+        self._restore_model()
+        return last
+
+    def _restore_model(self) -> None:
+        """The model as it is saved and used: fully ternary, with nothing of the training on it."""
+        self.anneal.fill_(1.0)
+        self.objective.release()
+        set_integer(self.model, False)
+        recompute_activations(self.model, False)
+        self.model.eval()
+
+    def compile(self) -> None:
+        """Task batches come in many lengths, for which one dynamic shape starts up faster."""
+        self.objective.compile(dynamic=self.batches.steps_per_epoch() is not None)
+
+    def _loop(self) -> dict[str, float]:
+        """Steps to the end, with records, saved states and an ear for signals."""
         tokens, read = 0, self.step
         last: dict[str, float] = {}
-        saved = time.monotonic()
+        machine = self.machine
+        budget = Budget(machine.save_minutes, machine.save_steps, self.step)
         with self.reporter.stage(self.name, self.total, self.step) as meter, stop_signals() as stop:
             while self.step < self.total:
-                window = self.batches.window(self.step)
+                with meter.waiting():
+                    window = self.batches.window(self.step)
                 tokens += sum(int(b["attention_mask"].sum()) for b in window)
-                self.optimize(window, sums)
+                self.optimize(window)
                 self.step += 1
                 if self.step % LOG_EVERY == 0 or self.step == self.total:
-                    last = self._read_terms(sums, self.step - read)
+                    last = self.read_terms(self.step - read)
                     meter.update(self.step, tokens, last, self._rate())
                     tokens, read = 0, self.step
-                    if time.monotonic() - saved > 60 * self.machine.save_minutes:
-                        self.save()
-                        saved = time.monotonic()
-                if stop.requested and self.step < self.total:
+                due, stopping = self._agreed(budget.due(self.step, read == self.step), stop)
+                if due and self.step < self.total:
+                    self.save()
+                    budget.saved(self.step)
+                if stopping and self.step < self.total:
                     self.save()
                     raise TrainingError(
                         f"stage {self.name} was stopped at step {self.step} of {self.total} and "
                         "its state saved; --resume continues it"
                     )
-        self._check_weights()
-        set_anneal(self.model, 1.0)
-        self.model.eval()
         return last
 
-    def _rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+    def _agreed(self, due: bool, stop: Stop) -> tuple[bool, bool]:
+        """Whether to save, by the first process' clock, and whether any process is to stop."""
+        due_sum, stops = self.world.sum([due and self.world.main, stop.requested])
+        return due_sum > 0, stops > 0
 
-    def optimize(self, window: list[Batch], sums: dict[str, Tensor]) -> None:
+    def _rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def optimize(self, window: list[Batch]) -> None:
         """One optimizer step over a window of micro-batches."""
         settings = self.settings
-        if settings.anneal > 0:
-            set_anneal(self.model, min(1.0, (self.step + 1) / (settings.anneal * self.total)))
-        rate = settings.learning_rate * schedule(settings, self.step, self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self._set_anneal()
         if self.step >= settings.decay_until * self.total:
             self.optimizer.param_groups[0]["weight_decay"] = 0.0
-        counts = count_window(window, self.objective.relations)
-        for batch in window:
-            with self.hardware.autocast():
-                terms = self.objective(self.hardware.move(batch), counts)
-                loss = torch.stack(list(terms.values())).sum()
-            loss.backward()
-            for key, term in terms.items():
-                sums[key] = sums.get(key, torch.zeros_like(term)) + term.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        counts = self._counts(window)
+        rate = settings.learning_rate * schedule(settings, self.step, self.total)
+        self.engine.step([prepare(batch, counts) for batch in window], rate)
 
-    def _read_terms(self, sums: dict[str, Tensor], steps: int) -> dict[str, float]:
+    def _counts(self, window: list[Batch]) -> Counts:
+        """The counts of all devices' windows.
+
+        Gradients are averaged over the devices, so each takes its share of the counts: the average
+        of the devices' losses is then the loss of the whole window.
+        """
+        counts = count_window(window, self.objective.relations)
+        answers, related = self.world.sum([counts.answers, counts.related])
+        return Counts(answers / self.world.size, related / self.world.size)
+
+    def _set_anneal(self) -> None:
+        """The share of quantisation of this step; once it is whole, products may be integer."""
+        amount = 1.0
+        if self.settings.anneal > 0:
+            amount = min(1.0, (self.step + 1) / (self.settings.anneal * self.total))
+            self.anneal.fill_(amount)
+        if self.machine.integer_forward and amount == 1.0 and not self._integer:
+            set_integer(self.model, True)
+            self.engine.forget_graphs()
+            self._integer = True
+
+    def read_terms(self, steps: int) -> dict[str, float]:
         """Mean terms since the last reading; TrainingError as soon as one is not finite."""
-        terms = {key: float(value) / steps for key, value in sums.items()}
-        sums.clear()
+        terms = self.engine.read(steps)
         if not all(math.isfinite(value) for value in terms.values()):
             found = ", ".join(f"{key} {value}" for key, value in terms.items())
             raise self._diverged(f"the loss is not finite ({found})")
@@ -220,7 +187,8 @@ class Fit:
 
     def _check_weights(self) -> None:
         """A finite loss can still have had gradients that are not; such weights are not kept."""
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        parameters = map(distributed.local, self.model.parameters())
+        if self.world.any(not all(bool(p.isfinite().all()) for p in parameters)):
             raise self._diverged("the weights are not finite")
 
     def _diverged(self, fact: str) -> TrainingError:
@@ -228,63 +196,27 @@ class Fit:
         kept = f"; the state of an earlier step is kept in {self.state_dir}"
         return TrainingError(
             f"stage {self.name}: {fact} at step {self.step}; lower {section}.learning_rate or "
-            f"raise {section}.warmup" + (kept if self.state_dir.exists() else "")
+            f"raise {section}.warmup" + (kept if saved_states(self.state_dir) else "")
         )
 
     def save(self) -> None:
-        """Write the training state, whole or not at all; it replaces the one before."""
+        """Write the training state, whole or not at all (training_state.py)."""
         self._check_weights()
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        tensors = {"random": torch.get_rng_state()}
-        for parameter, values in self.optimizer.state.items():
-            for key, value in values.items():
-                tensors[f"{names[id(parameter)]}:{key}"] = torch.as_tensor(value).contiguous()
-        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
-        with manifest.new_directory(self.state_dir, force=True) as partial:
-            save_file(weights, partial / "model.safetensors")
-            save_file(tensors, partial / "optimizer.safetensors")
-            position = {
-                "step": self.step,
-                "data": self.batches.state(),
-                "relation_weight": self.objective.relation_weight,
-            }
-            manifest.write_json(partial / "position.json", position)
-            manifest.write_manifest(partial, "training-state", self._identity())
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be equal for a saved state to be continued."""
-        return {"stage": self.name, "total": self.total, "fingerprint": self.fingerprint}
+        data = self.world.gather(self.batches.state())
+        position = {
+            "data": None if data[0] is None else merge_states(data),
+            "relation_weight": self.objective.relation_weight,
+        }
+        self._states().save(self.step, self.model, self.optimizer, position)
 
     def restore(self) -> None:
-        """Return to the state `save` wrote; FormatError if it is incomplete or altered."""
-        content = manifest.read_manifest(self.state_dir, "training-state")
-        if differing := [k for k, v in self._identity().items() if content.get(k) != v]:
-            raise TrainingError(
-                f"{self.state_dir} is the state of another run ({', '.join(differing)} differ); "
-                f"continue with the configuration it began with, or remove it to start stage "
-                f"{self.name} again"
-            )
-        manifest.verify_files(self.state_dir, content)
-        position: dict[str, Any] = json.loads((self.state_dir / "position.json").read_text("utf-8"))
-        device = str(self.hardware.device)
-        weights = load_file(self.state_dir / "model.safetensors", device=device)
-        tensors = load_file(self.state_dir / "optimizer.safetensors", device=device)
-        torch.set_rng_state(tensors.pop("random").cpu())
-        states: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            name, _, field = key.rpartition(":")
-            states.setdefault(name, {})[field] = value
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name])
-                if name in states:
-                    self.optimizer.state[parameter] = states[name]
+        """Return to the newest whole state; FormatError or TrainingError where there is none."""
+        position = self._states().restore(self.model, self.optimizer)
         self.step = position["step"]
         self.batches.restore(position["data"])
         self.objective.relation_weight = position["relation_weight"]
 
-
-def discard_state(state_dir: Path) -> None:
-    """Remove a training state, once its stage directory is complete."""
-    if state_dir.exists():
-        shutil.rmtree(state_dir)
+    def _states(self) -> States:
+        identity = {"stage": self.name, "total": self.total, "fingerprint": self.fingerprint}
+        keep, say = self.machine.keep_states, self.reporter.say
+        return States(self.state_dir, identity, keep, say, self.world)

@@ -11,6 +11,8 @@ namespace avx2 {
 void quantize(const BdInput *in, const BdTokens *out, int64_t first, int64_t last);
 void normalize(const BdInput *in, const BdTokens *out, int64_t first, int64_t last);
 void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
+// Prefill by tables (lookup.h): the number of leading tokens whose results it wrote.
+int64_t lookup(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 extern const BdHeadKernels heads;
@@ -36,12 +38,6 @@ constexpr int kPrefetch = 2048;              // bytes ahead of the weights being
 
 inline __m256i load(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
 inline void store(void *p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i *>(p), v); }
-
-// Tokens of the next tile, so that tiles differ by at most one token.
-inline int tile_tokens(int64_t remaining, int most) {
-  const int64_t tiles = (remaining + most - 1) / most;
-  return static_cast<int>((remaining + tiles - 1) / tiles);
-}
 
 }  // namespace
 #endif

@@ -106,13 +106,7 @@ void one_token(const BdTernary *w, const BdTokens *in, float *y, int64_t first, 
   }
 }
 
-}  // namespace
-
-namespace bitdistill {
-namespace avx2 {
-
-void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
-  if (in->tokens == 1) return one_token(w, in, y, first, last);
+void several_tokens(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
   const int64_t groups = groups_of(w->columns);
   alignas(32) int32_t dots[kTileTokens][BD_BLOCK_ROWS];
   for (int64_t block = first; block < last; ++block)
@@ -125,6 +119,18 @@ void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, in
       for (int t = 0; t < count; ++t, ++token)
         write_rows(w, block, dots[t], in->sum[token], in->down[token], y + token * w->rows);
     }
+}
+
+}  // namespace
+
+namespace bitdistill {
+namespace avx2 {
+
+void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
+  if (in->tokens == 1) return one_token(w, in, y, first, last);
+  const int64_t done = lookup(w, in, y, first, last);
+  const BdTokens rest = tokens_from(in, done);
+  several_tokens(w, &rest, y + done * w->rows, first, last);
 }
 
 }  // namespace avx2

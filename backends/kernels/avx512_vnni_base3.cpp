@@ -1,7 +1,7 @@
 // AVX-512 with VNNI: trits of five a byte, as in avx2_base3.cpp; vpdpbusd needs no widening.
-#include "avx512_vnni.h"
+#include "common.h"
+#include "x86_tables.h"
 
-#if BD_X86
 #include <immintrin.h>
 
 namespace {
@@ -55,9 +55,9 @@ inline int tile_tokens(int64_t remaining) {
 }  // namespace
 
 namespace bitdistill {
-namespace avx512_vnni {
 
-void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
+void avx512_vnni_ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first,
+                               int64_t last) {
   const int64_t groups = base3_groups(w->columns);
   int32_t dots[kTokens][BD_BLOCK_ROWS];
   for (int64_t block = first; block < last; ++block)
@@ -70,6 +70,4 @@ void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t fir
     }
 }
 
-}  // namespace avx512_vnni
 }  // namespace bitdistill
-#endif

@@ -1,9 +1,8 @@
 // AVX-512 with VNNI: the three heads. vpdpbusd adds four products of unsigned codes and q to an
 // int32 lane, so nothing can saturate; what the codes' offsets owe is taken from sums of q.
-#include "avx512_vnni.h"
 #include "head.h"
+#include "x86_tables.h"
 
-#if BD_X86
 #include <immintrin.h>
 
 namespace {
@@ -229,8 +228,5 @@ void int4(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int
 }  // namespace
 
 namespace bitdistill {
-namespace avx512_vnni {
-const BdHeadKernels heads = {half, int8, int4};
-}  // namespace avx512_vnni
+const BdHeadKernels avx512_vnni_heads = {half, int8, int4};
 }  // namespace bitdistill
-#endif

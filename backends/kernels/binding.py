@@ -80,6 +80,9 @@ class KernelTable(c.Structure):
     )
 
 
+BODY = c.CFUNCTYPE(None, c.c_void_p, c.c_int64, c.c_int64)
+
+
 @lru_cache(maxsize=1)
 def library() -> c.CDLL:
     """The loaded library with its signatures; FileNotFoundError when it was not built."""
@@ -103,6 +106,18 @@ def library() -> c.CDLL:
     lib.bd_ternary_linear.argtypes = [
         c.POINTER(KernelTable), c.POINTER(Ternary), c.POINTER(Input), c.c_int,
         c.c_void_p, c.c_void_p,
+    ]  # fmt: skip
+    lib.bd_pool_create.restype = c.c_void_p
+    lib.bd_pool_create.argtypes = [c.c_int]
+    lib.bd_pool_destroy.restype = None
+    lib.bd_pool_destroy.argtypes = [c.c_void_p]
+    lib.bd_pool_threads.argtypes = [c.c_void_p]
+    lib.bd_pool_run.restype = None
+    lib.bd_pool_run.argtypes = [c.c_void_p, c.c_int64, BODY, c.c_void_p]
+    lib.bd_ternary_layers.restype = None
+    lib.bd_ternary_layers.argtypes = [
+        c.POINTER(KernelTable), c.POINTER(Ternary), c.c_int, c.POINTER(Input), c.c_int, c.c_void_p,
+        c.c_void_p, c.POINTER(c.c_void_p),
     ]  # fmt: skip
     declare(lib)
     lib.bd_has_code_3.argtypes = [c.c_void_p, c.c_size_t]

@@ -26,8 +26,9 @@
  * exact too. Activations of 14 bits cost little beside a table that comes from memory, where 8 bits
  * would cost more accuracy than the table does; q is also kept as 128 * high + low.
  *
- * Nothing here allocates, locks or throws. Pointers need no alignment beyond their type's
- * (`packed`: none). The caller checks sizes; codes of 3 in `packed` are read as the trit 2.
+ * Nothing throws, and only the pool locks. It allocates, and so does AVX2 prefill: once a thread,
+ * and without memory it takes a slower way. Pointers need no alignment beyond their type's
+ * (`packed`: none). The caller checks sizes; codes of 3 in `packed` give some result and no fault.
  */
 #ifndef BITDISTILL_KERNELS_H
 #define BITDISTILL_KERNELS_H
@@ -181,6 +182,25 @@ BD_API BdTokens bd_tokens(void *scratch, int64_t tokens, int64_t columns, int ac
 /* The whole layer on the calling thread: x (tokens, columns) -> y (tokens, rows). */
 BD_API void bd_ternary_linear(const BdKernels *kernels, const BdTernary *w, const BdInput *in,
                               int activation_bits, void *scratch, float *y);
+
+/* Threads, for a caller without a pool of its own: `threads` counts the calling one. NULL for fewer
+ * than 1, or when the system has no more. Any thread may call with a pool at any time (a call that
+ * finds it busy works alone); bd_pool_destroy only after the last call returned. */
+typedef struct BdPool BdPool;
+typedef void (*BdBody)(void *context, int64_t first, int64_t last);
+BD_API BdPool *bd_pool_create(int threads);
+BD_API void bd_pool_destroy(BdPool *pool);
+BD_API int bd_pool_threads(const BdPool *pool);
+
+/* body(context, first, last) on one part of [0, total) for each thread, all done on return. NULL is
+ * the pool of the calling thread alone. */
+BD_API void bd_pool_run(BdPool *pool, int64_t total, BdBody body, void *context);
+
+/* `count` layers of one input (q, k and v; gate and up), which is normalised and quantised once:
+ * y[i] (tokens, w[i].rows) from w[i], on a pool or, for NULL, on the calling thread. */
+BD_API void bd_ternary_layers(const BdKernels *kernels, const BdTernary *w, int count,
+                              const BdInput *in, int activation_bits, void *scratch, BdPool *pool,
+                              float *const *y);
 
 /* 1 if any 2-bit code among `bytes` packed bytes is 3. */
 BD_API int bd_has_code_3(const uint8_t *packed, size_t bytes);

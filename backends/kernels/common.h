@@ -28,7 +28,6 @@ const BdKernels *neon_kernels();
 #endif
 #if BD_X86
 const BdKernels *avx2_kernels();
-const BdKernels *avx512_vnni_kernels();
 #endif
 }  // namespace bitdistill
 
@@ -100,6 +99,22 @@ inline void write_float_rows(const BdTernary *w, int64_t block, const float *dot
   for (int64_t r = 0; r < count; ++r) y[r] = dots[r] * w->scale[first + r];
   if (w->bias == nullptr) return;
   for (int64_t r = 0; r < count; ++r) y[r] += w->bias[first + r];
+}
+
+// The tokens from `first` on; their results start at y + first * rows.
+inline BdTokens tokens_from(const BdTokens *in, int64_t first) {
+  BdTokens out = *in;
+  out.q += first * in->stride;
+  out.down += first;
+  out.sum += first;
+  out.tokens -= first;
+  return out;
+}
+
+// Tokens of the next tile, so that tiles differ by at most one token.
+inline int tile_tokens(int64_t remaining, int most) {
+  const int64_t tiles = (remaining + most - 1) / most;
+  return static_cast<int>((remaining + tiles - 1) / tiles);
 }
 
 inline const uint8_t *block_bytes(const BdTernary *w, int64_t block) {

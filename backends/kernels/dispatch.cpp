@@ -4,8 +4,13 @@
 
 #include "common.h"
 #include "cpu.h"
+#include "x86_tables.h"
 
 #if BD_X86
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(_MSC_VER)
 #include <intrin.h>
 #else
@@ -25,17 +30,17 @@ struct Registers {
   uint32_t a, b, c, d;
 };
 
-Registers cpuid(uint32_t leaf) {
+Registers cpuid(uint32_t leaf, uint32_t subleaf) {
   Registers r = {0, 0, 0, 0};
 #if defined(_MSC_VER)
   int v[4] = {};
   __cpuid(v, 0);
   if (static_cast<uint32_t>(v[0]) < leaf) return r;
-  __cpuidex(v, static_cast<int>(leaf), 0);
+  __cpuidex(v, static_cast<int>(leaf), static_cast<int>(subleaf));
   r = {static_cast<uint32_t>(v[0]), static_cast<uint32_t>(v[1]), static_cast<uint32_t>(v[2]),
        static_cast<uint32_t>(v[3])};
 #else
-  __get_cpuid_count(leaf, 0, &r.a, &r.b, &r.c, &r.d);
+  __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);
 #endif
   return r;
 }
@@ -53,28 +58,56 @@ uint64_t saved_state() {
 
 bool bit(uint32_t word, int i) { return (word >> i & 1) != 0; }
 
+// Linux saves the 8 KiB of tile registers only for a process that has asked for it, once.
+bool tiles_permitted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+CpuFeatures read_features() {
+  const Registers basic = cpuid(1, 0);
+  const Registers extended = cpuid(7, 0);
+  const uint64_t state = bit(basic.c, 27) ? saved_state() : 0;
+  const bool ymm = (state & 0x6) == 0x6;
+  const bool zmm = (state & 0xe6) == 0xe6;
+  const bool tiles = (state & 0x60000) == 0x60000;
+  const bool avx512 =
+      bit(extended.b, 16) && bit(extended.b, 17) && bit(extended.b, 30) && bit(extended.b, 31);
+  CpuFeatures features = {};
+  features.avx2 = ymm && bit(extended.b, 5);
+  features.f16c = ymm && bit(basic.c, 29);
+  features.fma = ymm && bit(basic.c, 12);
+  features.avx_vnni = ymm && extended.a >= 1 && bit(cpuid(7, 1).a, 4);
+  features.avx512_vnni = zmm && avx512 && bit(extended.c, 11);
+  features.amx = tiles && bit(extended.d, 24) && bit(extended.d, 25) && tiles_permitted();
+  return features;
+}
+
 }  // namespace
 
 CpuFeatures cpu_features() {
-  const Registers basic = cpuid(1);
-  const Registers extended = cpuid(7);
-  const uint64_t saved = bit(basic.c, 27) ? saved_state() : 0;
-  const bool ymm = (saved & 0x06) == 0x06;
-  const bool zmm = (saved & 0xe6) == 0xe6;
-  const bool avx512 =
-      bit(extended.b, 16) && bit(extended.b, 17) && bit(extended.b, 30) && bit(extended.b, 31);
-  return {ymm && bit(extended.b, 5), ymm && bit(basic.c, 29), zmm && avx512 && bit(extended.c, 11),
-          false};
+  static const CpuFeatures features = read_features();
+  return features;
 }
 #elif BD_ARM && defined(__linux__)
 CpuFeatures cpu_features() {
   constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
-  return {false, false, false, (getauxval(AT_HWCAP) & kDotProduct) != 0};
+  CpuFeatures features = {};
+  features.dot_product = (getauxval(AT_HWCAP) & kDotProduct) != 0;
+  return features;
 }
 #elif BD_ARM && defined(__APPLE__)
-CpuFeatures cpu_features() { return {false, false, false, true}; }  // every Apple silicon Mac
+CpuFeatures cpu_features() {
+  CpuFeatures features = {};
+  features.dot_product = true;  // every Apple silicon Mac
+  return features;
+}
 #else
-CpuFeatures cpu_features() { return {false, false, false, false}; }
+CpuFeatures cpu_features() { return {}; }
 #endif
 }  // namespace bitdistill
 
@@ -87,8 +120,16 @@ constexpr Provider kProviders[] = {
 #if BD_ARM
     bitdistill::neon_kernels,
 #endif
-#if BD_X86
+#if defined(BD_AMX)
+    bitdistill::amx_kernels,
+#endif
+#if defined(BD_AVX512_VNNI)
     bitdistill::avx512_vnni_kernels,
+#endif
+#if defined(BD_AVX_VNNI)
+    bitdistill::avx_vnni_kernels,
+#endif
+#if BD_X86
     bitdistill::avx2_kernels,
 #endif
     bitdistill::scalar_kernels,
@@ -156,7 +197,8 @@ const char *bd_kernels_error(const char *isa) {
              names);
   else
     snprintf(text, sizeof text,
-             "%s%.40s: this CPU lacks that instruction set; unset it to use the best one here",
+             "%s%.40s: this CPU lacks that instruction set, or its operating system keeps it; "
+             "unset it to use the best one here",
              from, name);
   return text;
 }

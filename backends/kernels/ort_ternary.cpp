@@ -12,13 +12,17 @@
 #include <math.h>
 #include <memory>
 #include <new>
+#include <thread>
 
 #include "ort_support.h"
+#include "split.h"
 
 namespace bitdistill {
 namespace {
 
 enum Input : size_t { kX, kW, kScale, kNorm, kBias, kInputs };
+
+constexpr int64_t kFewTokens = 8;  // below, small tasks of rows; from here on, large ones
 
 struct Kernel {
   const ort::Api *api;
@@ -166,6 +170,12 @@ ort::Status *read_inputs(const Kernel &k, const ort::KernelContext *context, Ten
   return nullptr;
 }
 
+// The runtime does not tell how many threads it has: as many as there are processors, or fewer.
+int64_t processors() {
+  static const unsigned count = std::thread::hardware_concurrency();
+  return count > 0 ? static_cast<int64_t>(count) : 1;
+}
+
 ort::Status *run(const Kernel &k, const ort::KernelContext *context, const BdTernary &w,
                  const BdInput &in, float *y) {
   const Scratch scratch(bd_scratch_bytes(in.tokens, in.columns, k.bits));
@@ -179,10 +189,17 @@ ort::Status *run(const Kernel &k, const ort::KernelContext *context, const BdTer
   const double columns = static_cast<double>(in.columns);
   BD_TRY(parallel(k.api, context, in.tokens, chunk_of(columns * 0.3),
                   [&](int64_t a, int64_t b) { prepare(&in, &tokens, a, b); }));
-  // Of a block of 32 rows: 8 bytes a column from memory, 64 operations a column and token.
-  const double block = columns * (0.7 + 0.25 * static_cast<double>(in.tokens));
-  return parallel(k.api, context, bd_blocks(w.rows), chunk_of(block),
-                  [&](int64_t a, int64_t b) { multiply(&w, &tokens, y, a, b); });
+  const int64_t blocks = bd_blocks(w.rows);
+  if (in.tokens < kFewTokens) {
+    // Of a block of 32 rows: 8 bytes a column from memory, 64 operations a column and token.
+    const double block = columns * (0.7 + 0.25 * static_cast<double>(in.tokens));
+    return parallel(k.api, context, blocks, chunk_of(block),
+                    [&](int64_t a, int64_t b) { multiply(&w, &tokens, y, a, b); });
+  }
+  const Split split(in.tokens, blocks, 2 * processors());
+  return parallel(k.api, context, split.parts(), 1, [&](int64_t a, int64_t b) {
+    for (int64_t part = a; part < b; ++part) split.run(multiply, part, w, tokens, y);
+  });
 }
 
 // As `run`, of scales that are inputs: expanded into memory of this call, which may be one of many.

@@ -19,11 +19,6 @@ DRIVER = Path(__file__).with_name("kernels_driver.cpp")
 FUZZER = Path(__file__).with_name("kernels_fuzz.cpp")
 X86 = os.uname().machine in ("x86_64", "amd64")
 CROSS = "aarch64-linux-gnu-g++"
-MACHINE = {  # flags by the start of a file's name, for the compilers of its processor
-    "avx2_": ["-mavx2", "-mf16c"],
-    "avx512_vnni_": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")), "-mf16c"],
-}
-ARM_MACHINE = {"neon_": ["-march=armv8.2-a+dotprod"]}
 COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
 STRICT = [
     "-std=c++17",
@@ -34,6 +29,23 @@ STRICT = [
     "-Wshadow",
     "-Werror",
 ]
+AVX512 = ["-mavx2", "-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni"))]
+# The machine flags of the kernels, by the start of a file's name, and the table they define.
+MACHINE = {
+    "avx2_ceilings": (["-mavx2", "-mfma"], None),
+    "avx2_": (["-mavx2", "-mf16c"], None),
+    "avx_vnni_": (["-mavx2", "-mf16c", "-mavxvnni"], "BD_AVX_VNNI"),
+    "avx512_vnni_": (AVX512, "BD_AVX512_VNNI"),
+    "amx_": ([*AVX512, "-mamx-tile", "-mamx-int8"], "BD_AMX"),
+}
+
+
+def machine_flags(name: str, compiler: str) -> list[str]:
+    """Of one source file; none for a file of another processor, which is empty."""
+    if compiler == CROSS:
+        return ["-march=armv8.2-a+dotprod"] if name.startswith("neon_") else []
+    flags = [flags for start, (flags, _) in MACHINE.items() if name.startswith(start)]
+    return flags[0] if X86 and flags else []
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -48,10 +60,13 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
 
 def build_driver(compiler: str, folder: Path, *flags: str, driver: Path = DRIVER) -> Path:
     """Compile kernels (each file with its machine flags) and driver; warnings are errors."""
-    flags_of = ARM_MACHINE if compiler == CROSS else MACHINE if X86 else {}
+    x86 = X86 and compiler != CROSS
     objects = []
+    tables = [f"-D{name}" for _, name in MACHINE.values() if x86 and name]
     for source in [*sorted(KERNELS.glob("*.cpp")), driver]:
-        machine = next((f for start, f in flags_of.items() if source.name.startswith(start)), [])
+        if not x86 and source.name.startswith(tuple(MACHINE)):
+            continue
+        machine = [*machine_flags(source.name, compiler), *tables]
         target = folder / f"{source.stem}.o"
         result = run(compiler, *STRICT, *flags, *machine, "-I", KERNELS, "-c", source, "-o", target)
         assert result.returncode == 0, result.stderr
@@ -82,6 +97,33 @@ def test_no_bytes_confuse_the_kernels(tmp_path: Path) -> None:
     result = run(program, "-seed=1", "-runs=20000", "-max_total_time=60", "-max_len=600")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Done " in result.stderr
+
+
+@pytest.mark.skipif(not X86, reason="x86-64 instructions")
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("sanitize", [False, True])
+def test_kernels_that_this_cpu_may_lack(compiler: str, sanitize: bool, tmp_path: Path) -> None:
+    """AMX emulated and AVX-VNNI in the other encoding of its instruction, against scalar."""
+    flags = ["-O3"]
+    if sanitize:
+        flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    machine = ("avx2_", "avx_vnni_t", *(f"avx512_vnni_{part}" for part in "bht"))
+    plain = ("dispatch", "scalar", "x86_tables", "avx2.", "work_memory")
+    sources = [path for path in KERNELS.glob("*.cpp") if path.name.startswith((*machine, *plain))]
+    sources.append(DRIVER.with_name("emulated_driver.cpp"))
+    objects = [tmp_path / f"{source.stem}.o" for source in sources]
+    program = tmp_path / "driver"
+    for source, target in zip(sources, objects, strict=True):
+        more = [] if source.name.startswith(plain) else [*AVX512, "-mfma"]
+        result = run(compiler, *STRICT, *flags, *more, "-I", KERNELS, "-c", source, "-o", target)
+        assert result.returncode == 0, result.stderr
+    result = run(compiler, *flags, *objects, "-pthread", "-o", program)
+    assert result.returncode == 0, result.stderr
+    result = run(program)
+    if result.returncode == 2:
+        pytest.skip("needs AVX-512 VNNI")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "amx: " in result.stdout
 
 
 @pytest.mark.skipif(not (X86 and shutil.which("qemu-x86_64")), reason="needs qemu-x86_64")

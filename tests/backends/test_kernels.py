@@ -34,8 +34,9 @@ SHAPES = [
     (129, 31),
     (257, 96),
     (1000, 40),
+    (75, 300),
 ]
-TOKENS = [0, 1, 2, 3, 5, 17, 64]
+TOKENS = [0, 1, 2, 3, 5, 17, 55, 64]
 ISAS = available_isas()
 
 
@@ -60,30 +61,6 @@ def test_ternary_linear_equals_the_oracle(isa: str, shape: tuple[int, int]) -> N
                 x, pack_kernel(trits), scale, norm_weight=w, epsilon=1e-6, bias=b
             )
             assert same(y, oracle(x, trits, scale, w, b)), (tokens, w is None)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("k", [8 * 16 * 4, 65_536, 1 << 17])
-@pytest.mark.parametrize("tokens", [1, 2, 6, 7])
-def test_integer_sums_are_exact_at_their_bounds(isa: str, k: int, tokens: int) -> None:
-    """All -128 or all 127 against all +1 and all -1: the largest sums that int16 has to hold."""
-    trits = np.ones((34, k), np.int8)
-    trits[::2] = -1
-    trits[3] = 0
-    for value in (-128, 127):
-        q = np.full((tokens, k), value, np.int8)
-        expected = q.astype(np.float64) @ trits.T.astype(np.float64)
-        assert np.array_equal(Kernels(isa).ternary_dots(q, pack_kernel(trits), 34), expected)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_wide_random_sums_are_exact(isa: str) -> None:
-    rng = np.random.default_rng(5)
-    trits = random_trits(rng, 40, 65_536 + 7)
-    for tokens in (1, 5):
-        q = rng.choice(np.array([-128, -127, 127], np.int8), (tokens, 65_536 + 7))
-        expected = q.astype(np.float64) @ trits.T.astype(np.float64)
-        assert np.array_equal(Kernels(isa).ternary_dots(q, pack_kernel(trits), 40), expected)
 
 
 @pytest.mark.parametrize("isa", ISAS)

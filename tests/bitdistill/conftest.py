@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from short_runs import TEXTS, Done, task_batches
+from short_runs import TEXTS, Done, packed_batches, task_batches
 
 import bitdistill
 from bitdistill.cli import main
 from bitdistill.config import load_config
-from bitdistill.data import Batches, PackedBatches, TextStream
+from bitdistill.data import Batches
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Machine, Training
@@ -30,14 +30,16 @@ SHORT = {"steps": 2, "batch_size": 2, "max_length": 24, "learning_rate": 1e-3}
 
 @pytest.fixture
 def start(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Callable[..., Fit]:
-    """`start(settings, data, name)`: a Fit of a fresh tiny student; `data`: task or packed."""
+    """`start(settings, data, name, **machine)`: a Fit of a tiny student; `data`: task, packed."""
 
-    def make(options: Training, data: str | Batches = "task", name: str = "student") -> Fit:
+    def make(
+        options: Training, data: str | Batches = "task", name: str = "student", **machine: Any
+    ) -> Fit:
         teacher = make_teacher("qwen3")
         torch.manual_seed(1)
         if data == "packed":
-            streams = [TextStream(TEXTS), TextStream(TEXTS[::-1])]
-            data = PackedBatches(streams, tokenizer, 8, options.batch_size, options.accumulate)
+            documents = [TEXTS, TEXTS[::-1]]
+            data = packed_batches(documents, tokenizer, 8, options.batch_size, options.accumulate)
         elif data == "task":
             data = task_batches(options.batch_size, options.accumulate)
         assert not isinstance(data, str)
@@ -46,7 +48,7 @@ def start(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> C
             make_objective(make_student(teacher), teacher, options),
             data,
             options,
-            CPU,
+            CPU.model_copy(update=machine),
             Reporter(tmp_path / "log.jsonl", quiet=True),
             tmp_path / f"{name}.training",
         )

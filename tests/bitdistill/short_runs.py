@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bitdistill.data import Encoded, TaskBatches
+from bitdistill.corpus import Steps
+from bitdistill.data import ALONE, Encoded, PackedBatches, Shard, TaskBatches
 from bitdistill.quantize import BitLinear
+from bitdistill.readers import Source, Texts
 from bitdistill.schema import Distillation
+from bitdistill.sequences import Encoder, Packer, State
 from bitdistill.training import Fit
 
 TEXTS = [
@@ -47,14 +51,37 @@ def task_batches(size: int = 2, accumulate: int = 1) -> TaskBatches:
     return TaskBatches(rows, 0, size, accumulate)
 
 
+def packed_batches(
+    documents: Sequence[list[str]],
+    tokenizer: Any,
+    length: int,
+    batch_size: int,
+    accumulate: int = 1,
+    *,
+    shard: Shard = ALONE,
+    document_mask: bool = False,
+) -> PackedBatches:
+    """Packed batches of documents in memory, each list a source."""
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    size = batch_size * accumulate
+
+    def open_at(state: State | None) -> Packer:
+        sources = [Source("list", Texts(lambda t=texts: t)) for texts in documents]
+        packer = Packer(sources, encoder, shard.part(size), shard.world * size, length)
+        if state is not None:
+            packer.restore(state)
+        return packer
+
+    return PackedBatches(Steps(open_at), batch_size, accumulate, document_mask)
+
+
 def advance(fit: Fit, steps: int) -> list[dict[str, float]]:
     """Steps as `run` takes them, with each one's terms."""
     terms = []
     for _ in range(steps):
-        sums: dict[str, torch.Tensor] = {}
-        fit.optimize(fit.batches.window(fit.step), sums)
+        fit.optimize(fit.batches.window(fit.step))
         fit.step += 1
-        terms.append({key: float(value) for key, value in sums.items()})
+        terms.append(fit.read_terms(1))
     return terms
 
 

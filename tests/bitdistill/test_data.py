@@ -1,29 +1,27 @@
-"""Encoding, batches and their order, packed text and its position, corpus sources."""
+"""Task examples: encoding, batches and their order, the same for any number of devices."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bitdistill.config import load_config
 from bitdistill.data import (
     IGNORED,
     Encoded,
-    PackedBatches,
+    Shard,
     TaskBatches,
-    TextStream,
     collate,
-    corpus_batches,
     encode_example,
     task_rows,
 )
-from bitdistill.schema import Config, TaskData
+from bitdistill.schema import TaskData
 from bitdistill.tasks import TASKS, Example
 
 WORDS = "the film is not good bad but very dull bright and we liked it a plot".split()
@@ -163,136 +161,26 @@ def test_limit_train_takes_a_seeded_part(tokenizer: Any, tmp_path: Path) -> None
     assert all(row in everything for row in first)
 
 
-# --- packed text ----------------------------------------------------------------------------------
-
-
-def packed(tokenizer: Any, documents: list[list[str]], **sizes: int) -> PackedBatches:
-    return PackedBatches([TextStream(texts) for texts in documents], tokenizer, **sizes)
-
-
-def test_packing_joins_documents_in_turn(tokenizer: Any) -> None:
-    batches = packed(tokenizer, [["the film", "is not"], ["good"]], length=5, batch_size=2)
-    text = tokenizer.eos_token.join(["the film", "good", "is not", "good", "the film", "good", ""])
-    expected = tokenizer(text).input_ids
-    (batch,) = batches.window(0)
-    assert batch["input_ids"].flatten().tolist() == expected[:10]
-    assert torch.equal(batch["labels"], batch["input_ids"])
-    assert bool((batch["attention_mask"] == 1).all())
-    assert batches.steps_per_epoch() is None
-
-
-@pytest.mark.parametrize("stop", [1, 2, 7])
-def test_packing_resumes_exactly(tokenizer: Any, stop: int) -> None:
-    documents = [[f"the film {i} is {w}" for i, w in enumerate(WORDS)], ["a plot", "we liked it"]]
-    sizes = {"length": 7, "batch_size": 2, "accumulate": 2}
-    whole, part, rest = (packed(tokenizer, documents, **sizes) for _ in range(3))
-    expected = [whole.window(step) for step in range(12)]
-    for step in range(stop):
-        part.window(step)
-    state = part.state()
-    text = json.dumps(state)
-    part.window(stop)
-    assert json.dumps(state) == text  # a saved state does not move on
-    rest.restore(json.loads(text))
-    for step in range(stop, 12):
-        for mine, theirs in zip(rest.window(step), expected[step], strict=True):
-            assert torch.equal(mine["input_ids"], theirs["input_ids"])
-
-
-def test_a_stream_starts_again_at_its_end() -> None:
-    stream = TextStream(["a", "b", "c"])
-    assert [stream.next() for _ in range(7)] == list("abcabca")
-    assert stream.position == 1
-    for position, following in ((2, "ca"), (3, "ab"), (0, "ab")):
-        resumed = TextStream(["a", "b", "c"])
-        resumed.position = position
-        assert [resumed.next(), resumed.next()] == list(following)
-
-
-def test_an_empty_corpus() -> None:
-    with pytest.raises(ValueError, match=r"the pre-training corpus is empty; check corpus.sources"):
-        TextStream([]).next()
-
-
-# --- corpus sources -------------------------------------------------------------------------------
-
-
-def with_corpus(*settings: str) -> Config:
-    return load_config("tiny", [f"corpus.{setting}" for setting in settings])
-
-
-def first_texts(config: Config, tokenizer: Any, count: int) -> list[str]:
-    stream = corpus_batches(config, tokenizer, 8, 1, 1).streams[0]
-    return [stream.next() for _ in range(count)]
-
-
-@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
-def test_a_local_corpus(form: str, tokenizer: Any, tmp_path: Path) -> None:
-    import pandas as pd
-
-    frame = pd.DataFrame({"body": ["one", "two", "three"], "source": ["x"] * 3})
-    file = tmp_path / f"corpus.{form}"
-    if form == "jsonl":
-        frame.to_json(file, orient="records", lines=True)
-    elif form == "csv":
-        frame.to_csv(file, index=False)
-    else:
-        frame.to_parquet(file)
-    config = with_corpus(f"sources=[{file}]", "column=body")
-    assert first_texts(config, tokenizer, 4) == ["one", "two", "three", "one"]
-    config = with_corpus(f"sources=[{file}]", "column=body", "limit=2")
-    assert first_texts(config, tokenizer, 3) == ["one", "two", "one"]
-    with pytest.raises(
-        ValueError, match=r"has no column 'text', only body, source; set corpus.col"
-    ):
-        first_texts(with_corpus(f"sources=[{file}]"), tokenizer, 1)
-
-
-def test_the_task_as_corpus(tokenizer: Any, tmp_path: Path) -> None:
-    file = write_reviews(tmp_path / "train.jsonl", 6)
-    config = load_config("tiny", [f"task={{name: sst2, train: {file}}}", "corpus.sources=[task]"])
-    texts = first_texts(config, tokenizer, 6)
-    assert sorted(t.split("\n")[0] for t in texts) == sorted(f"{WORDS[i]} {i}" for i in range(6))
-    assert all(t.endswith(("Answer: positive", "Answer: negative")) for t in texts)
-
-
-def test_the_embedded_corpus_is_mixed_with_others(tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "own.jsonl").write_text('{"text": "my own text"}\n')
-    config = with_corpus(f"sources=[tiny, {tmp_path / 'own.jsonl'}]")
-    batches = corpus_batches(config, tokenizer, 200, 1, 1)
-    assert len(batches.streams) == 2
-    text = tokenizer.decode(batches.window(0)[0]["input_ids"][0])
-    assert text.split(tokenizer.eos_token)[1] == "my own text"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("gone.jsonl", None, "data file .*gone.jsonl does not exist; check the path"),
-        ("corpus.txt", "plain", "corpus.txt: unknown format; use .jsonl"),
-        (
-            "number.jsonl",
-            '{"text": 5}\n',
-            "row 0 of .*number.jsonl has 5 in column 'text', not text",
-        ),
-        ("null.jsonl", '{"text": "a"}\n{"text": null}\n', "row 1 of .* has None in column 'text'"),
-        ("bad.jsonl", '{"text": ', r"bad.jsonl cannot be read as json \("),
-    ],
-)
-def test_corpora_that_are_refused(
-    name: str, content: str | None, message: str, tokenizer: Any, tmp_path: Path
+@pytest.mark.parametrize(("count", "size", "accumulate"), [(37, 2, 4), (5, 2, 4), (64, 4, 4)])
+@pytest.mark.parametrize("world", [2, 4])
+def test_devices_share_the_window_of_one(
+    count: int, size: int, accumulate: int, world: int
 ) -> None:
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        first_texts(with_corpus(f"sources=[{tmp_path / name}]"), tokenizer, 2)
+    """The same examples in each step, none of them twice, and none left out."""
+    alone = TaskBatches(numbered(count), 0, size, accumulate, seed=3)
+    shared = [
+        TaskBatches(numbered(count), 0, size, accumulate // world, 3, shard=Shard(rank, world))
+        for rank in range(world)
+    ]
+    steps = range(2 * alone.steps_per_epoch())
+    assert {b.steps_per_epoch() for b in shared} == {alone.steps_per_epoch()}
+    parts = [seen(batches, steps) for batches in shared]
+    together = [[*chain.from_iterable(windows)] for windows in zip(*parts, strict=True)]
+    assert together == seen(alone, steps)
 
 
-def test_a_hub_corpus_without_network(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-    import huggingface_hub
-
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"data set some/corpus \(train\) cannot be had"):
-        first_texts(with_corpus("sources=[some/corpus]"), tokenizer, 1)
+def test_micro_batches_of_a_step_are_of_similar_length() -> None:
+    rows = [Encoded([0] * (1 + i % 50), 1) for i in range(400)]
+    batches = TaskBatches(rows, 0, 4, 4, multiple=1)
+    lengths = [[b["input_ids"].shape[1] for b in batches.window(s)] for s in range(25)]
+    assert sum(max(window) - min(window) for window in lengths) / len(lengths) < 10

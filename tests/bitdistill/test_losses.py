@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch.nn import functional as F
 
 from bitdistill import losses
-from bitdistill.losses import cross_entropy_sum, logits_kl_sum, relation_sum, token_terms
+from bitdistill.data import IGNORED
+from bitdistill.losses import chunk_terms, head_terms, relation_sum
 from bitdistill.schema import LogitsLoss, RelationLoss
 
 
@@ -26,11 +27,26 @@ def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return terms.sum(-1)
 
 
+ONE = torch.ones(())
+
+
+def terms_of(
+    student: torch.Tensor,
+    targets: torch.Tensor,
+    teacher: torch.Tensor | None = None,
+    options: LogitsLoss | None = None,
+) -> tuple[float, float]:
+    """Unweighted cross-entropy and KL of logits given as they are."""
+    ce, kl, _ = chunk_terms(student, targets, teacher, ONE, ONE, options or LogitsLoss())
+    return float(ce), float(kl)
+
+
 def test_cross_entropy_by_hand() -> None:
-    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
-    # softmax is (1/4, 3/4) and (1/2, 1/2)
-    value = float(cross_entropy_sum(logits, torch.tensor([1, 0])))
+    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0], [5.0, 1.0]])
+    # softmax is (1/4, 3/4) and (1/2, 1/2); the third row does not count
+    value, kl_value = terms_of(logits, torch.tensor([1, 0, IGNORED]))
     assert value == pytest.approx(math.log(4 / 3) + math.log(2), rel=1e-6)
+    assert kl_value == 0
 
 
 def test_logits_kl_by_hand_and_the_tau_switch() -> None:
@@ -38,30 +54,51 @@ def test_logits_kl_by_hand_and_the_tau_switch() -> None:
     options = LogitsLoss(weight=1, temperature=2.0)
     # teacher softmax at tau 2 is (1/4, 3/4), student (1/2, 1/2)
     expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
-    assert float(logits_kl_sum(student, teacher, options)) == pytest.approx(expected, rel=1e-5)
+    target = torch.tensor([0])
+    assert terms_of(student, target, teacher, options)[1] == pytest.approx(expected, rel=1e-5)
     squared = options.model_copy(update={"tau_squared": True})
-    assert float(logits_kl_sum(student, teacher, squared)) == pytest.approx(4 * expected, rel=1e-5)
+    assert terms_of(student, target, teacher, squared)[1] == pytest.approx(4 * expected, rel=1e-5)
 
 
-def test_chunks_do_not_change_values_or_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    head, teacher_head = nn.Linear(8, 50), nn.Linear(8, 50)
-    hidden, targets = torch.randn(23, 8), torch.randint(0, 50, (23,))
-    teacher = torch.randn(23, 8)
-    options = LogitsLoss(weight=1.0, temperature=3.0)
+def autograd_loss(
+    hidden: torch.Tensor, head: torch.Tensor, teacher_logits: torch.Tensor, options: LogitsLoss
+) -> torch.Tensor:
+    """0.3 CE + 0.2 KL of the rows that count, written plainly for autograd."""
+    logits, kept = hidden @ head.T, TARGETS != IGNORED
+    ce = F.cross_entropy(logits[kept], TARGETS[kept], reduction="sum")
+    tau = options.temperature
+    kl_sum = F.kl_div(
+        F.log_softmax(logits[kept] / tau, -1),
+        F.softmax(teacher_logits[kept] / tau, -1),
+        reduction="sum",
+    )
+    return 0.3 * ce + 0.2 * kl_sum * (tau**2 if options.tau_squared else 1)
 
-    def run(chunk: int) -> tuple[float, float, torch.Tensor]:
-        monkeypatch.setattr(losses, "CHUNK_TOKENS", chunk)
-        x = hidden.clone().requires_grad_()
-        terms = token_terms(x, head, targets, options, teacher, teacher_head)
-        (terms.ce + terms.kl).backward()
-        assert x.grad is not None
-        return terms.ce.item(), terms.kl.item(), x.grad
 
-    whole, parts = run(1000), run(5)
-    assert parts[0] == pytest.approx(whole[0], rel=1e-6)
-    assert parts[1] == pytest.approx(whole[1], rel=1e-5)
-    torch.testing.assert_close(parts[2], whole[2])
+TARGETS = torch.tensor([3, 0, IGNORED, 49, 7, IGNORED, 11, 12, 13, 14, 15])
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("elements", [1, 5 * 50, 1000 * 50])
+def test_head_loss_equals_autograd_for_every_chunk(
+    monkeypatch: pytest.MonkeyPatch, elements: int, squared: bool
+) -> None:
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", elements)
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, teacher, teacher_head = (
+        torch.randn(rows, 8, generator=generator, dtype=torch.float64) for rows in (11, 50, 11, 50)
+    )
+    options = LogitsLoss(weight=1.0, temperature=3.0, tau_squared=squared)
+    mine, plain = ([x.clone().requires_grad_() for x in (hidden, head)] for _ in range(2))
+    weights = torch.tensor(0.3), torch.tensor(0.2)
+    terms = head_terms(*mine, TARGETS, options, *weights, teacher, teacher_head)
+    expected = autograd_loss(*plain, teacher @ teacher_head.T, options)
+    (2 * terms.loss).backward()  # the upstream factor must arrive
+    (2 * expected).backward()
+    torch.testing.assert_close(terms.loss.detach(), expected.detach(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(terms.ce + terms.kl, terms.loss.detach())
+    for a, b in zip(mine, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-9)
 
 
 def numpy_relations(

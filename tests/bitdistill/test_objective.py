@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,15 @@ import pytest
 import torch
 
 from bitdistill.data import IGNORED, Batch
-from bitdistill.objective import Capture, count_window, layer_index, make_objective, related_layers
+from bitdistill.objective import (
+    ATTENTION,
+    Capture,
+    count_window,
+    layer_index,
+    make_objective,
+    prepare,
+    related_layers,
+)
 from bitdistill.schema import Distillation, RelationLoss
 from bitdistill.student import make_student
 
@@ -42,8 +51,8 @@ def test_terms_do_not_depend_on_accumulation(make_teacher: Callable[..., Any], f
         counts = count_window(window, SETTINGS.relations)
         sums: dict[str, float] = {}
         for batch in window:
-            terms = objective(batch, counts)
-            torch.stack(list(terms.values())).sum().backward()
+            loss, terms = objective(prepare(batch, counts))
+            loss.backward()
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0.0) + value.item()
         gradient = student.model.layers[0].mlp.up_proj.weight.grad
@@ -63,9 +72,9 @@ def test_a_student_equal_to_its_teacher_has_no_distillation_loss(
     make_teacher: Callable[..., Any],
 ) -> None:
     teacher = make_teacher("qwen3")
-    objective = make_objective(teacher, teacher, SETTINGS)
+    objective = make_objective(copy.deepcopy(teacher), teacher, SETTINGS)
     window = [make_batch(2, [6, 5])]
-    terms = objective(window[0], count_window(window, SETTINGS.relations))
+    _, terms = objective(prepare(window[0], count_window(window, SETTINGS.relations)))
     assert terms["logits"].item() == pytest.approx(0.0, abs=1e-5)
     assert terms["relations"].item() == pytest.approx(0.0, abs=1e-5)
 
@@ -86,14 +95,41 @@ def test_captured_states(make_teacher: Callable[..., Any], family: str) -> None:
     for mine, name in zip(before.take(), outputs, strict=True):
         assert torch.equal(mine, outputs[name])
     reference = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits
+    model.set_attn_implementation(ATTENTION)
     after = Capture(model, 1, RelationLoss(weight=1, states="attention"))
     output = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits
-    torch.testing.assert_close(output, reference)  # capturing does not change the model
+    # right padding needs no mask: real tokens come out the same, and capturing changes nothing
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(output[real], reference[real])
     q, k, v = after.take()
     assert q.shape == outputs["q_proj"].shape
     assert k.shape == outputs["k_proj"].shape  # before key and value heads are repeated
     torch.testing.assert_close(v, outputs["v_proj"])  # nothing rotates values
     assert not torch.allclose(k[:, 1:], outputs["k_proj"][:, 1:])
+
+
+@pytest.mark.parametrize("states", ["projection", "attention"])
+def test_compiling_changes_nothing(make_teacher: Callable[..., Any], states: str) -> None:
+    """Layers share compiled code; the captured one must keep its capture, at every length."""
+    relations = SETTINGS.relations.model_copy(update={"states": states})
+    settings = SETTINGS.model_copy(update={"relations": relations})
+    student, teacher = make_student(make_teacher("llama")), make_teacher("llama")
+    objective = make_objective(student, teacher, settings)
+    batches = [make_batch(2, [length, 5]) for length in (8, 12, 16)]
+
+    def run(batch: Batch) -> tuple[dict[str, torch.Tensor], list[torch.Tensor | None]]:
+        student.zero_grad()
+        loss, terms = objective(prepare(batch, count_window([batch], relations)))
+        loss.backward()
+        return terms, [parameter.grad for parameter in student.parameters()]
+
+    plain = [run(batch) for batch in batches]
+    objective.compile(backend="aot_eager")
+    for (terms, gradients), batch in zip(plain, batches, strict=True):
+        compiled_terms, compiled_gradients = run(batch)
+        assert compiled_terms["relations"] > 0
+        torch.testing.assert_close(compiled_terms, terms)
+        torch.testing.assert_close(compiled_gradients, gradients)
 
 
 def test_weight_by_target_ratio(make_teacher: Callable[..., Any]) -> None:
@@ -104,7 +140,7 @@ def test_weight_by_target_ratio(make_teacher: Callable[..., Any]) -> None:
     objective = make_objective(make_student(teacher), teacher, settings)
     batch = make_batch(3, [8, 8, 6])
     objective.fit_relation_weight([batch])
-    terms = objective(batch, count_window([batch], settings.relations))
+    _, terms = objective(prepare(batch, count_window([batch], settings.relations)))
     assert (terms["relations"] / terms["ce"]).item() == pytest.approx(0.25, rel=1e-4)
 
 

@@ -10,8 +10,11 @@ from bitdistill.quantize import (
     ACTIVATION_EPS,
     BitLinear,
     RMSNorm,
+    cache_weights,
+    forget_weights,
     quantize_activations,
-    set_anneal,
+    set_integer,
+    share_anneal,
     ternarize,
     ternary_scale,
 )
@@ -96,12 +99,12 @@ def test_anneal_blends_from_full_precision() -> None:
     torch.manual_seed(0)
     layer, x = BitLinear(64, 16), torch.randn(3, 64)
     hard = layer(x)
-    set_anneal(layer, 0.0)
+    share_anneal(layer).fill_(0.0)
     exact = torch.nn.functional.linear(x, layer.weight)
     torch.testing.assert_close(layer(x), exact, rtol=1e-4, atol=1e-5)
-    set_anneal(layer, 0.5)
+    share_anneal(layer).fill_(0.5)
     assert (layer(x) - exact).norm() < (hard - exact).norm()
-    set_anneal(layer, 1.0)
+    share_anneal(layer).fill_(1.0)
     assert torch.equal(layer(x), hard)
     assert "anneal" not in layer.state_dict()
 
@@ -130,3 +133,43 @@ def test_norm_and_bias() -> None:
 def test_widths_whose_sums_are_not_exact_are_refused() -> None:
     with pytest.raises(ValueError, match="too wide"):
         BitLinear(1 << 18, 1)
+
+
+def trained_once(layer: BitLinear, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Output and gradients of x and of the master weights."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+    return y.detach(), x.grad, layer.weight.grad.clone()
+
+
+@pytest.mark.parametrize("amount", [1.0, 0.4])
+def test_cached_weights_are_the_same_weights(amount: float) -> None:
+    torch.manual_seed(0)
+    layer, x = BitLinear(48, 24, norm=RMSNorm(48, 1e-6)), torch.randn(3, 20, 48)
+    share_anneal(layer).fill_(amount)
+    anew = trained_once(layer, x)
+    cache_weights(layer, torch.float32)
+    with torch.no_grad():
+        layer.weight.mul_(3)  # not seen until the cache is dropped
+    torch.testing.assert_close(trained_once(layer, x), anew, rtol=0, atol=0)
+    forget_weights(layer)
+    assert not torch.equal(trained_once(layer, x)[0], anew[0])
+
+
+def test_integer_product_is_the_fake_quantised_one() -> None:
+    """The same integers, so the same output; the gradients differ by the order of sums."""
+    torch.manual_seed(0)
+    layer, x = BitLinear(64, 24, bias=True), torch.randn(3, 20, 64)
+    fake = trained_once(layer, x)
+    set_integer(layer, True)
+    assert layer.integer
+    integer = trained_once(layer, x)
+    assert torch.equal(integer[0], fake[0])
+    torch.testing.assert_close(integer[1:], fake[1:])
+    odd = BitLinear(60, 24)
+    set_integer(odd, True)
+    assert not odd.integer  # int8 tensor cores take multiples of 8

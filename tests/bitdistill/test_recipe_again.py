@@ -11,21 +11,22 @@ import torch
 from short_runs import stages_of
 
 from bitdistill import checkpoint, manifest
+from bitdistill.hardware import TrainingError
 from bitdistill.recipe import train
 from bitdistill.schema import Config
-from bitdistill.training import Fit, TrainingError
+from bitdistill.training import Fit
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
     """Save after every step, and stop `stage` as a user would, before that step."""
     optimize = Fit.optimize
 
-    def stopping(self: Fit, window: Any, sums: Any) -> None:
+    def stopping(self: Fit, window: Any) -> None:
         if self.name == stage and self.step > 0:
             self.save()
         if self.name == stage and self.step == step:
             raise KeyboardInterrupt
-        optimize(self, window, sums)
+        optimize(self, window)
 
     monkeypatch.setattr(Fit, "optimize", stopping)
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import TEXTS, advance, anneal_of, settings, task_batches
+from short_runs import TEXTS, advance, anneal_of, packed_batches, settings, task_batches, weights
 
-from bitdistill.data import PackedBatches, TextStream
+from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.quantize import BitLinear
 from bitdistill.schema import Machine, Training
-from bitdistill.training import Fit, Hardware, TrainingError, schedule, total_steps
+from bitdistill.training import Fit, schedule, total_steps
 
 # --- schedule and steps ---------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ def test_epochs_become_steps(epochs: float, steps: int) -> None:
 
 def test_a_corpus_has_no_epochs(tokenizer: Any) -> None:
     with pytest.raises(TrainingError, match="a corpus has no epochs: give the stage's steps"):
-        total_steps(Training(epochs=1), PackedBatches([TextStream(TEXTS)], tokenizer, 8, 2))
+        total_steps(Training(epochs=1), packed_batches([TEXTS], tokenizer, 8, 2))
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -59,8 +59,9 @@ def test_the_loss_falls(start: Callable[..., Fit], data: str, tmp_path: Path) ->
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [10, 20, 30, 40]
     assert {"ce", "logits", "relations", "learning_rate", "tokens_per_second"} <= set(records[0])
-    assert last == {key: records[-1][key] for key in ("ce", "logits", "relations")}
-    assert sum(last.values()) < 0.5 * sum(records[0][key] for key in last)
+    terms = ("ce", "logits", "relations")
+    assert last == {key: records[-1][key] for key in (*terms, "gradient_norm")}
+    assert sum(last[key] for key in terms) < 0.5 * sum(records[0][key] for key in terms)
     assert not fit.model.training
 
 
@@ -178,3 +179,32 @@ def test_bfloat16_arithmetic_keeps_fp32_weights(start: Callable[..., Fit]) -> No
     terms = advance(fit, 1)[0]
     assert all(math.isfinite(value) for value in terms.values())
     assert {p.dtype for p in fit.model.parameters()} == {torch.float32}
+
+
+# --- what the machine's switches may not change ---------------------------------------------------
+
+
+@pytest.mark.parametrize("states", ["projection", "attention"])
+def test_recomputing_activations_changes_nothing(start: Callable[..., Fit], states: str) -> None:
+    options = settings(relations={"weight": 1.0, "split_heads": 4, "states": states})
+    plain, recomputed = start(options), start(options, recompute=True)
+    assert advance(plain, 3) == advance(recomputed, 3)
+    for name, value in weights(plain).items():
+        assert torch.equal(weights(recomputed)[name], value), name
+
+
+def test_integer_products_begin_when_annealing_ends(start: Callable[..., Fit]) -> None:
+    def integer(fit: Fit) -> set[bool]:
+        return {m.integer for m in fit.model.modules() if isinstance(m, BitLinear)}
+
+    fit, plain = start(settings(anneal=0.5), integer_forward=True), start(settings(anneal=0.5))
+    states = []
+    for _ in range(5):
+        advance(fit, 1)
+        states.append(integer(fit))
+    assert states == [{False}] * 3 + [{True}] * 2  # whole at step 4 of 8
+    advance(plain, 5)
+    for (name, a), b in zip(weights(fit).items(), weights(plain).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+    fit.run()
+    assert integer(fit) == {False}  # nothing of the training stays on the model

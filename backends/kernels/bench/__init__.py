@@ -1,0 +1,30 @@
+"""How fast the kernels are, beside this machine's ceilings and ONNX Runtime's own operators.
+
+    python -m bitdistill.backends.kernels.bench [--quick] [--json] [--threads 1 2] [--tokens 1 128]
+        [--shapes 1024x3072] [--only ternary-2bit ort-fp32]
+
+One line a measurement: implementation, isa, threads, K, N, M, microseconds, gops, gbytes_per_s.
+
+    ceiling-read       bytes read from memory once
+    ceiling-fma        fp32 fused multiply-adds of operands in registers
+    ceiling-int8       products of int8 and their sums, likewise
+    ternary-2bit       our kernel through its C interface, each instruction set, on its own threads,
+                       quantising included
+    ternary-base3      five trits a byte, likewise
+    head-int8, -int4   LM heads at M = 1, every instruction set but scalar
+    head-16bit
+    ternary-2bit-ort   the same as an operator of ONNX Runtime, best instruction set
+    ort-fp32           ONNX Runtime's MatMul
+    ort-int8           DynamicQuantizeMatMul
+    ort-4bit, -2bit    MatMulNBits, block 128, accuracy level 4
+    ort-2bit-lut       the same with mlas.use_lut_gemm
+
+Weights of a layer are repeated, each copy in memory of its own, and used in turn, until they exceed
+the caches (or, where arithmetic binds, for enough work): they stream from memory as they do in a
+model. Memory is of small pages, as of a mapped file. `microseconds` is one layer, the median over
+passes; gops counts a multiply and an add; gbytes_per_s is the weight bytes read once.
+
+Modules: figures (cases and lines), ceilings, direct and heads (the C
+interface), runtime (ONNX Runtime),
+rows (implementation name -> function), __main__ (the command).
+"""

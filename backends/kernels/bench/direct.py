@@ -1,0 +1,76 @@
+"""Our kernels through their C interface, on their own threads: the loop over copies runs in C."""
+
+from __future__ import annotations
+
+import ctypes as c
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitdistill.backends.kernels.bench.figures import (
+    Case,
+    Figure,
+    copies_of,
+    figure_of,
+    median_pass,
+    small_pages,
+)
+from bitdistill.backends.kernels.binding import Input, Kernels, KernelTable, Ternary, library
+from bitdistill.backends.kernels.pool import Pool
+from bitdistill.packing import kernel_shape
+
+# The bytes in which every 2-bit code is 0, 1 or 2.
+VALID_BYTES = np.array([b for b in range(256) if not b & b >> 1 & 0x55], np.uint8)
+
+
+@lru_cache(maxsize=1)
+def bench_library() -> c.CDLL:
+    """The kernel library with the signatures of bitdistill_bench.h."""
+    lib = library()
+    lib.bd_time_ternary.restype = c.c_double
+    lib.bd_time_ternary.argtypes = [
+        c.POINTER(KernelTable), c.POINTER(Ternary), c.c_int, c.POINTER(Input), c.c_void_p,
+        c.c_void_p, c.c_void_p,
+    ]  # fmt: skip
+    lib.bd_time_read.restype = c.c_double
+    lib.bd_time_read.argtypes = [c.c_void_p, c.c_int64, c.c_void_p]
+    for name in ("bd_rate_fma", "bd_rate_int8"):
+        getattr(lib, name).restype = c.c_double
+        getattr(lib, name).argtypes = [c.c_char_p, c.c_void_p]
+    return lib
+
+
+def packed_copies(N: int, K: int, copies: int) -> NDArray[np.uint8]:
+    """uint8 (copies, *kernel_shape): random trits, of which the copies repeat one megabyte."""
+    shape = (copies, *kernel_shape(N, K))
+    chosen = np.random.default_rng(0).integers(0, len(VALID_BYTES), 1 << 20, np.uint8)
+    packed = small_pages(int(np.prod(shape)))
+    packed[:] = np.resize(VALID_BYTES[chosen], packed.shape)
+    return packed.reshape(shape)
+
+
+def ternary(case: Case, seconds: float) -> Figure:
+    """ternary-2bit: RMSNorm left out, quantising included."""
+    weight_bytes = int(np.prod(kernel_shape(case.N, case.K)))
+    packed = packed_copies(case.N, case.K, copies_of(case, weight_bytes))
+    scales = np.full((len(packed), case.N), 0.02, np.float32)
+    copies = (Ternary * len(packed))(
+        *(
+            Ternary(w.ctypes.data, scale.ctypes.data, None, case.N, case.K)
+            for w, scale in zip(packed, scales, strict=True)
+        )
+    )
+    x = np.random.default_rng(1).standard_normal((case.M, case.K), np.float32)
+    y = np.empty((case.M, case.N), np.float32)
+    scratch = np.empty(library().bd_scratch_bytes(case.M, case.K, 8) // 8 + 1, np.uint64)
+    source, kernels = Input(x.ctypes.data, None, 0.0, case.M, case.K), Kernels(case.isa)
+    with Pool(case.threads) as pool:
+        time = median_pass(
+            lambda: bench_library().bd_time_ternary(
+                kernels.table, copies, len(packed), source, scratch.ctypes.data, pool.handle,
+                y.ctypes.data,
+            ),
+            seconds,
+        )  # fmt: skip
+    return figure_of(case, time / len(packed), weight_bytes)

@@ -1,0 +1,29 @@
+/* What the benchmark measures in C, beside the kernels: the machine's ceilings, and layers without
+ * the cost of a call from Python. */
+#ifndef BITDISTILL_BENCH_H
+#define BITDISTILL_BENCH_H
+
+#include "bitdistill_kernels.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Seconds of one pass of a layer over all `copies` (same shape, own weights) on a pool: x is
+ * quantised anew for each. */
+BD_API double bd_time_ternary(const BdKernels *kernels, const BdTernary *copies, int count,
+                              const BdInput *in, void *scratch, BdPool *pool, float *y);
+
+/* Seconds to read `count` bytes once, each thread of a pool its part of them. */
+BD_API double bd_time_read(const uint8_t *bytes, int64_t count, BdPool *pool);
+
+/* Operations a second of all threads of a pool together: fp32 fused multiply-adds, or products of
+ * int8 and their sums as the kernels of `isa` form them, held in registers. 0 where `isa` has no
+ * such loop here. */
+BD_API double bd_rate_fma(const char *isa, BdPool *pool);
+BD_API double bd_rate_int8(const char *isa, BdPool *pool);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

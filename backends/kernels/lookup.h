@@ -1,0 +1,203 @@
+// Prefill by tables: a packed byte holds four trits of one column residue, so for a tile of tokens
+// the 81 sums of those four activations, one vector of int16 a byte value, are formed once, and
+// every output row then adds the vector that its byte selects: one load and add for four products
+// of each token, where vpdpbusd or vpmaddubsw need one instruction for each four of eight or
+// sixteen rows. Pays from some hundred rows on, over which the tables are shared.
+//
+// avx2_lookup.cpp and avx512_vnni_lookup.cpp include this after defining `Lanes`, 16 or 32 int16
+// lanes.
+//
+// Exactness. A table holds sums of four products of -128..127 and -1..1, in [-512, 512]; 63 of them
+// fit int16, and kFlush groups of 16 columns add 4 * 15 = 60 before they go to int32. There
+// |q . t| <= 128 * 2^17 = 2^24. Entries of bytes that hold a code 3 are left from earlier use: such
+// weights give some result, never a fault.
+#ifndef BITDISTILL_LOOKUP_H
+#define BITDISTILL_LOOKUP_H
+
+#include <immintrin.h>
+
+#include "common.h"
+#include "work_memory.h"
+
+namespace {
+
+using Type = Lanes::Type;
+
+constexpr int kTokens = Lanes::kTokens;
+constexpr int kEntry = 2 * kTokens;  // bytes
+constexpr int64_t kMostBlocks = 48;  // of 32 rows: their sums stay in the L2 cache
+constexpr int64_t kFlush = 15;
+constexpr int64_t kAhead = 16;  // blocks, of which 128 bytes are fetched ahead
+constexpr int kLine = 64;
+
+// The tables start where they spread over the sets of an L1 cache; of the last, every byte value is
+// addressed.
+constexpr int kTableBytes = Lanes::kStart[3] * kLine + 256 * kEntry;
+
+struct Work {
+  alignas(64) char tables[kTableBytes];
+  alignas(64) int16_t columns[BD_BLOCK_COLUMNS][kTokens];
+  alignas(64) int16_t narrow[kMostBlocks * BD_BLOCK_ROWS][kTokens];
+  alignas(64) int32_t wide[kMostBlocks * BD_BLOCK_ROWS][kTokens];
+  alignas(64) int32_t dots[kTokens][BD_BLOCK_ROWS];
+};
+
+// ---- the tables of one group of columns ----
+
+// 16 tokens x 16 columns of bytes -> columns x tokens.
+inline void transpose_bytes(const int8_t *q, int64_t stride, int64_t count, int16_t *out) {
+  __m128i a[16], b[16];
+  for (int64_t t = 0; t < 16; ++t)
+    a[t] = t < count ? _mm_loadu_si128(reinterpret_cast<const __m128i *>(q + t * stride))
+                     : _mm_setzero_si128();
+  // Each pass is a perfect shuffle of the 256 bytes; four of them transpose.
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int i = 0; i < 8; ++i) {
+      b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
+      b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+    }
+    for (int i = 0; i < 8; ++i) {
+      a[2 * i] = _mm_unpacklo_epi8(b[i], b[i + 8]);
+      a[2 * i + 1] = _mm_unpackhi_epi8(b[i], b[i + 8]);
+    }
+  }
+  for (int k = 0; k < 16; ++k)
+    _mm256_store_si256(reinterpret_cast<__m256i *>(out + k * kTokens), _mm256_cvtepi8_epi16(a[k]));
+}
+
+// table[c0 + 4 c1 + 16 c2 + 64 c3] = sum of (c_s - 1) x_s.
+inline void fill_table(const int16_t (*x)[kTokens], char *table) {
+  const Type x0 = Lanes::load(x[0]), x1 = Lanes::load(x[4]), x2 = Lanes::load(x[8]),
+             x3 = Lanes::load(x[12]);
+  Type sum3 = Lanes::subtract(Lanes::zero(), Lanes::add(Lanes::add(x0, x1), Lanes::add(x2, x3)));
+  for (int c3 = 0; c3 < 3; ++c3, sum3 = Lanes::add(sum3, x3)) {
+    Type sum2 = sum3;
+    for (int c2 = 0; c2 < 3; ++c2, sum2 = Lanes::add(sum2, x2)) {
+      Type sum1 = sum2;
+      for (int c1 = 0; c1 < 3; ++c1, sum1 = Lanes::add(sum1, x1)) {
+        char *entry = table + (4 * c1 + 16 * c2 + 64 * c3) * kEntry;
+        const Type next = Lanes::add(sum1, x0);
+        Lanes::store(entry, sum1);
+        Lanes::store(entry + kEntry, next);
+        Lanes::store(entry + 2 * kEntry, Lanes::add(next, x0));
+      }
+    }
+  }
+}
+
+inline void fill_tables(const BdTokens *in, int64_t token, int64_t count, int64_t g, Work *work) {
+  const int8_t *q = in->q + token * in->stride + g * BD_BLOCK_COLUMNS;
+  for (int t = 0; t < kTokens; t += 16)
+    transpose_bytes(q + t * in->stride, in->stride, count - t, &work->columns[0][t]);
+  for (int j = 0; j < 4; ++j)
+    fill_table(work->columns + j, work->tables + Lanes::kStart[j] * kLine);
+}
+
+// ---- the rows ----
+
+template <int J>
+inline Type entry_of(const char *tables, uint64_t bytes) {
+  constexpr uint64_t kMask = 255u << Lanes::kEntryBits;
+  constexpr int kShift = 8 * J - Lanes::kEntryBits;
+  if constexpr (kShift < 0)
+    bytes <<= -kShift;
+  else
+    bytes >>= kShift;
+  return Lanes::load(tables + Lanes::kStart[J] * kLine + (bytes & kMask));
+}
+
+inline Type add_row(Type sum, const char *tables, uint64_t bytes) {
+  sum = Lanes::add(sum, entry_of<0>(tables, bytes));
+  sum = Lanes::add(sum, entry_of<1>(tables, bytes));
+  sum = Lanes::add(sum, entry_of<2>(tables, bytes));
+  return Lanes::add(sum, entry_of<3>(tables, bytes));
+}
+
+void add_group(const uint8_t *w, const char *tables, int16_t (*sums)[kTokens]) {
+  for (int r = 0; r < BD_BLOCK_ROWS; r += 2) {
+    uint64_t bytes;
+    memcpy(&bytes, w + 4 * r, sizeof bytes);
+    Lanes::store(sums[r], add_row(Lanes::load(sums[r]), tables, bytes));
+    Lanes::store(sums[r + 1], add_row(Lanes::load(sums[r + 1]), tables, bytes >> 32));
+  }
+}
+
+void widen(Work *work, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int t = 0; t < kTokens; ++t) work->wide[r][t] += work->narrow[r][t];
+    memset(work->narrow[r], 0, sizeof work->narrow[r]);
+  }
+}
+
+// 8 rows x 8 tokens -> tokens x rows.
+inline void transpose_sums(const int32_t *in, int32_t *out) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i)
+    a[i] =
+        _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i *>(in + i * kTokens)));
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    a[4 * i] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0x44);
+    a[4 * i + 1] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0xee);
+    a[4 * i + 2] = _mm256_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0x44);
+    a[4 * i + 3] = _mm256_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(reinterpret_cast<float *>(out + i * BD_BLOCK_ROWS),
+                     _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float *>(out + (i + 4) * BD_BLOCK_ROWS),
+                     _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+
+void write_block(const BdTernary *w, const BdTokens *in, int64_t block, int64_t token,
+                 int64_t count, const int32_t (*sums)[kTokens], Work *work, float *y) {
+  for (int r = 0; r < BD_BLOCK_ROWS; r += 8)
+    for (int t = 0; t < kTokens; t += 8) transpose_sums(&sums[r][t], &work->dots[t][r]);
+  for (int64_t t = 0; t < count; ++t)
+    write_rows(w, block, work->dots[t], 0, in->down[token + t], y + (token + t) * w->rows);
+}
+
+// One tile of tokens and at most kMostBlocks blocks.
+void tile(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last,
+          int64_t token, int64_t count, Work *work) {
+  const int64_t groups = groups_of(w->columns), blocks = last - first;
+  const int64_t step = groups * BD_BLOCK_BYTES;
+  memset(work->narrow, 0, static_cast<size_t>(blocks) * BD_BLOCK_ROWS * sizeof work->narrow[0]);
+  memset(work->wide, 0, static_cast<size_t>(blocks) * BD_BLOCK_ROWS * sizeof work->wide[0]);
+  for (int64_t g = 0; g < groups; ++g) {
+    fill_tables(in, token, count, g, work);
+    const uint8_t *packed = block_bytes(w, first) + g * BD_BLOCK_BYTES;
+    for (int64_t b = 0; b < blocks; ++b, packed += step) {
+      const char *ahead = reinterpret_cast<const char *>(packed + kAhead * step);
+      _mm_prefetch(ahead, _MM_HINT_T0);
+      _mm_prefetch(ahead + kLine, _MM_HINT_T0);
+      add_group(packed, work->tables, work->narrow + b * BD_BLOCK_ROWS);
+    }
+    if ((g + 1) % kFlush == 0 || g + 1 == groups) widen(work, blocks * BD_BLOCK_ROWS);
+  }
+  for (int64_t b = 0; b < blocks; ++b)
+    write_block(w, in, first + b, token, count, work->wide + b * BD_BLOCK_ROWS, work, y);
+}
+
+// The tokens that fill tiles well enough; returns their number, 0 without work memory.
+int64_t by_lookup(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
+  const int64_t rest = in->tokens % kTokens;
+  const int64_t tokens = in->tokens - (rest < Lanes::kFewest ? rest : 0);
+  if (tokens < Lanes::kLeast || last - first < Lanes::kFewestBlocks) return 0;
+  Work *work = static_cast<Work *>(bitdistill::work_memory(sizeof(Work)));
+  if (work == nullptr) return 0;
+  const int64_t parts = (last - first + kMostBlocks - 1) / kMostBlocks;
+  for (int64_t token = 0; token < tokens; token += kTokens)
+    for (int64_t part = 0; part < parts; ++part)
+      tile(w, in, y, first + (last - first) * part / parts,
+           first + (last - first) * (part + 1) / parts, token, smaller(kTokens, tokens - token),
+           work);
+  return tokens;
+}
+
+}  // namespace
+#endif

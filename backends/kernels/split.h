@@ -1,0 +1,58 @@
+// How a product of several tokens is divided among threads. Rows first, as long as a part keeps
+// enough of them to share the tables of prefill, or the weights unpacked for it; then tokens. The
+// results do not depend on it: every output is computed whole by one call.
+#ifndef BITDISTILL_SPLIT_H
+#define BITDISTILL_SPLIT_H
+
+#include "bitdistill_kernels.h"
+
+namespace bitdistill {
+
+class Split {
+ public:
+  Split(int64_t tokens, int64_t blocks, int64_t parts) : tokens_(tokens), blocks_(blocks) {
+    block_parts_ = within(blocks / kBlocks, parts);
+    token_parts_ = within((parts + block_parts_ - 1) / block_parts_, tokens / kTokens);
+    block_parts_ = within((parts + token_parts_ - 1) / token_parts_, blocks);
+  }
+
+  int64_t parts() const { return token_parts_ * block_parts_; }
+
+  // kernel is BdKernels::ternary or BdKernels::ternary_float.
+  template <class Kernel>
+  void run(Kernel kernel, int64_t part, const BdTernary &w, const BdTokens &in, float *y) const {
+    const int64_t row = part % block_parts_, column = part / block_parts_;
+    const int64_t first = token_at(column);
+    BdTokens some = in;
+    some.tokens = token_at(column + 1) - first;
+    if (in.values != nullptr) {
+      some.values += first * in.stride;
+    } else {
+      some.q += first * in.stride;
+      some.down += first;
+      some.sum += first;
+    }
+    kernel(&w, &some, y + first * w.rows, blocks_ * row / block_parts_,
+           blocks_ * (row + 1) / block_parts_);
+  }
+
+ private:
+  static constexpr int64_t kBlocks = 32;  // of 32 rows: a part with fewer had better split tokens
+  static constexpr int64_t kTokens = 32;
+  static constexpr int64_t kTile = 16;  // tokens of a tile: parts are whole tiles
+
+  static int64_t within(int64_t value, int64_t most) {
+    value = value < most ? value : most;
+    return value < 1 ? 1 : value;
+  }
+
+  int64_t token_at(int64_t part) const {
+    return part == token_parts_ ? tokens_ : tokens_ * part / token_parts_ / kTile * kTile;
+  }
+
+  int64_t tokens_, blocks_;
+  int64_t token_parts_, block_parts_;
+};
+
+}  // namespace bitdistill
+#endif

@@ -1,0 +1,12 @@
+// Memory that a kernel needs beside its arguments.
+#ifndef BITDISTILL_WORK_MEMORY_H
+#define BITDISTILL_WORK_MEMORY_H
+
+#include <stddef.h>
+
+namespace bitdistill {
+// At least `bytes` bytes aligned to 64, zero when new, kept for the calling thread until it ends;
+// null when there is no memory. One use at a time: the next call may hand out the same bytes.
+void *work_memory(size_t bytes);
+}  // namespace bitdistill
+#endif

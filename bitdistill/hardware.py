@@ -1,0 +1,62 @@
+"""The device and arithmetic that a run resolves to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitdistill.schema import Machine
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to change."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The resolved device and arithmetic of a run."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def resolve(cls, machine: Machine) -> Hardware:
+        """`auto` takes CUDA with bfloat16 where there is one, else the CPU in fp32."""
+        name = machine.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and not torch.cuda.is_available():
+            raise TrainingError("machine.device is cuda, but torch sees no GPU; use cpu or auto")
+        if name == "mps" and not torch.backends.mps.is_available():
+            raise TrainingError("machine.device is mps, but torch has no Metal; use cpu or auto")
+        precision = machine.precision
+        if precision == "auto":
+            precision = "bfloat16" if name == "cuda" else "float32"
+        device = torch.device(name)
+        if name == "cuda":  # one process a device, as torchrun numbers them
+            device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        return cls(device, getattr(torch, precision))
+
+    @property
+    def cuda(self) -> bool:
+        """Whether kernels run on a CUDA device."""
+        return self.device.type == "cuda"
+
+    def wants(self, switch: bool | str) -> bool:
+        """A setting that is true, false, or `auto`: on CUDA only."""
+        return self.cuda if switch == "auto" else bool(switch)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which a forward pass runs."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
+
+    def move(self, value: Tensor) -> Tensor:
+        """A tensor on the device; from page-locked memory the copy does not wait."""
+        if self.cuda and not value.is_cuda:
+            value = value.pin_memory()
+        return value.to(self.device, non_blocking=True)

@@ -1,0 +1,293 @@
+"""Whatever happens while a state is written, the last good one loads: kill, full disk, damage.
+
+A child process is killed at every single file operation of a save in turn (an audit hook counts
+them), which is every point where a crash can leave something different behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from short_runs import advance, settings, weights
+
+from bitdistill import checkpoint, manifest
+from bitdistill.hardware import TrainingError
+from bitdistill.schema import Config
+from bitdistill.training import Fit
+from bitdistill.training_state import saved_states
+
+FILES = ("model.safetensors", "optimizer.safetensors", "position.json", manifest.MANIFEST)
+OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
+
+
+def killed_at(operation: int, work: Callable[[], object]) -> bool:
+    """Run `work` in a child that dies by SIGKILL before that file operation; false if it ended."""
+    child = os.fork()
+    if child == 0:
+        left = operation
+
+        def count(event: str, arguments: object) -> None:
+            nonlocal left
+            if event not in OPERATIONS:
+                return
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_a_save_killed_anywhere(start: Callable[..., Fit]) -> None:
+    """The state before or the new one loads, each exactly; the next save works."""
+    fit, again = start(settings()), start(settings())
+    good: dict[int, dict[str, torch.Tensor]] = {}
+    for _ in range(2):  # the third save also removes the first
+        advance(fit, 1)
+        fit.save()
+        good[fit.step] = weights(fit)
+    before = fit.state_dir.with_name("before")
+    shutil.copytree(fit.state_dir, before)
+    advance(fit, 1)
+    good[fit.step] = weights(fit)
+    operation, reached = 0, []
+    while killed_at(operation, fit.save):
+        again.restore()
+        reached.append(again.step)
+        assert all(torch.equal(v, good[again.step][k]) for k, v in weights(again).items())
+        fit.save()
+        again.restore()
+        assert again.step == 3
+        shutil.rmtree(fit.state_dir)
+        shutil.copytree(before, fit.state_dir)
+        operation += 1
+    assert operation > 20
+    assert set(reached) == {2, 3}
+    assert reached == sorted(reached)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_replacement_killed_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    """The old directory or the new one is there; without an exchange call, after the next start."""
+    if not exchange:
+        monkeypatch.setattr(manifest, "_exchange", lambda *paths: False)
+    path = tmp_path / "artifact"
+
+    def write(text: str) -> None:
+        with manifest.new_directory(path, force=True) as partial:
+            (partial / "weights").write_text(text)
+            manifest.write_manifest(partial, "artifact", {})
+
+    def abandoned() -> None:
+        with pytest.raises(KeyError), manifest.new_directory(path, force=True):
+            raise KeyError
+
+    operation, found = 0, []
+    write("old")
+    while killed_at(operation, lambda: write("new")):
+        if exchange:
+            manifest.verify_files(path, manifest.read_manifest(path))
+        elif not path.exists():
+            with pytest.raises(manifest.FormatError, match=r"was being replaced when .* rename"):
+                manifest.read_manifest(path)
+        abandoned()
+        manifest.verify_files(path, manifest.read_manifest(path))
+        assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+        found.append((path / "weights").read_text())
+        write("old")
+        operation += 1
+    assert operation > 10
+    assert set(found) == {"old", "new"}
+
+
+# --- a full disk ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def refused_then_fine(
+    fit: Fit, again: Fit, cramped: contextlib.AbstractContextManager[Any]
+) -> None:
+    """A save without room leaves the state before; with room it works, from the same memory."""
+    advance(fit, 1)
+    with cramped, pytest.raises(TrainingError) as caught:
+        fit.save()
+    message = str(caught.value)
+    assert "the training state of step 2 could not be written" in message
+    assert message.endswith("the state of step-00000001 is kept, and --resume continues it")
+    assert [p.name for p in fit.state_dir.iterdir()] == ["step-00000001"]
+    again.restore()
+    assert again.step == 1
+    fit.save()
+    again.restore()
+    assert again.step == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.99])
+def test_no_room_for_a_file(start: Callable[..., Fit], share: float) -> None:
+    fit = start(settings())
+    advance(fit, 1)
+    fit.save()
+    size = (fit.state_dir / "step-00000001" / "model.safetensors").stat().st_size
+    refused_then_fine(fit, start(settings()), largest_file(int(share * size)))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.7, 1.0])
+def test_a_full_disk(start: Callable[..., Fit], tmp_path: Path, share: float) -> None:
+    """A real one: a file system of a few hundred kilobytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    fit, again = start(settings()), start(settings())
+    advance(fit, 1)
+    fit.save()
+    size = sum(p.stat().st_size for p in fit.state_dir.rglob("*"))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int((1 + share) * size)}", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("a small file system can be mounted by root only")
+    try:
+        shutil.copytree(fit.state_dir, disk / "states")
+        fit.state_dir = again.state_dir = disk / "states"
+        larger = ["mount", "-o", f"remount,size={8 * size}", str(disk)]
+        with contextlib.ExitStack() as room:
+            room.callback(subprocess.run, larger, check=True)
+            refused_then_fine(fit, again, room)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "removed":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+
+
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [(f, h) for f in FILES for h in ("truncated", "altered", "removed")],
+)
+def test_the_state_before_a_damaged_one_is_used(
+    start: Callable[..., Fit], file: str, how: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And what follows is the uninterrupted run, bit for bit."""
+    fit = start(settings(), "packed")
+    advance(fit, 1)
+    fit.save()
+    expected = advance(fit, 1)
+    fit.save()
+    newest = saved_states(fit.state_dir)[-1]
+    damage(newest / file, how)
+    again = start(settings(), "packed")
+    again.reporter.console.quiet = False
+    again.restore()
+    said = "".join(capfd.readouterr().err.split())  # lines are wrapped at 80
+    assert "asavedstateisdamaged(" in said
+    assert file in said
+    assert "theonebeforeit" in said
+    assert again.step == 1
+    assert advance(again, 1) == expected
+    assert all(torch.equal(v, weights(fit)[k]) for k, v in weights(again).items())
+    again.save()  # of the step whose state was damaged
+    assert sorted(p.name for p in fit.state_dir.iterdir()) == [
+        "step-00000001",
+        "step-00000002",
+        "step-00000002.damaged",
+    ]
+
+
+def test_no_whole_state(start: Callable[..., Fit]) -> None:
+    fit = start(settings())
+    for _ in range(2):
+        advance(fit, 1)
+        fit.save()
+    for state in saved_states(fit.state_dir):
+        damage(state / "model.safetensors", "truncated")
+    before = weights(again := start(settings()))
+    with pytest.raises(manifest.FormatError) as caught:
+        again.restore()
+    assert "holds no whole training state" in str(caught.value)
+    assert str(caught.value).endswith("remove it to start the stage again")
+    assert len(saved_states(fit.state_dir)) == 2
+    assert all(torch.equal(v, before[k]) for k, v in weights(again).items())
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_points(recipe: Callable[..., Config], tmp_path: Path) -> None:
+    """SIGKILL again and again, --resume each time: the student is the uninterrupted run's."""
+    config = recipe(
+        *("teacher.steps=60", "distill.steps=60", "machine.save_steps=1", "pretrain.enabled=true"),
+        *("pretrain.steps=60", "machine.workers=2", "machine.threads=1"),
+    )
+    file = tmp_path / "long.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "bitdistill", "train", "--recipe", str(file), "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    out, generator, kills = tmp_path / "run", random.Random(), 0
+    while not (out / "student").exists():
+        run = subprocess.Popen(
+            [*command, str(out), "--resume"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        _wait_for_progress(out, run)
+        if kills < 5:
+            time.sleep(generator.uniform(0.0, 1.5))
+            kills += run.poll() is None
+            run.kill()
+        _, errors = run.communicate()
+        assert run.returncode in (0, -signal.SIGKILL), errors.decode()
+    assert kills >= 3
+    whole, resumed = (checkpoint.load(tmp_path / name / "student") for name in ("whole", "run"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert not list(out.glob("*.training"))
+
+
+def _wait_for_progress(out: Path, run: subprocess.Popen[bytes]) -> None:
+    """Until the run has saved a state or written a stage that was not there when it began."""
+    began = set(out.glob("*/step-*")) | set(out.glob("*/bitdistill.json"))
+    while run.poll() is None:
+        if (set(out.glob("*/step-*")) | set(out.glob("*/bitdistill.json"))) - began:
+            return
+        time.sleep(0.02)
