@@ -26,13 +26,12 @@ import torch  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 
 from bitdistill.data import IGNORED, Batch  # noqa: E402
+from bitdistill.monitor import PEAK_OPERATIONS, forward_operations  # noqa: E402
 from bitdistill.objective import make_objective  # noqa: E402
 from bitdistill.progress import Reporter  # noqa: E402
 from bitdistill.schema import Distillation, Machine, Training  # noqa: E402
 from bitdistill.student import make_student  # noqa: E402
 from bitdistill.training import Fit  # noqa: E402
-
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 operations a second
 
 
 def qwen3(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
@@ -93,15 +92,6 @@ def make_model(shape: str, layers: int | None = None) -> PreTrainedModel:
     config = AutoConfig.for_model(values.pop("model_type"), max_position_embeddings=4096, **values)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def operations_per_token(model: PreTrainedModel, length: int, factor: int) -> float:
-    """Forward costs 2 per weight and token (factor 1), forward and backward 6 (factor 3)."""
-    body = sum(p.numel() for n, p in model.model.layers.named_parameters() if p.ndim > 1)
-    config = model.config
-    width = config.num_attention_heads * getattr(config, "head_dim", 64)
-    attention = 2 * length * width * config.num_hidden_layers  # causal: half of the square
-    return factor * 2 * (body + model.lm_head.weight.numel() + attention / 2)
 
 
 def trainer_seconds(model: PreTrainedModel, data: Synthetic, steps: int) -> float:
@@ -177,11 +167,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         seconds, first = trainer_seconds(make_student(model, "paper"), data, args.steps), None
     else:
         seconds, first = timed_fit(args, model, data)
-    operations = operations_per_token(model, max(args.length), 3)
-    if args.method == "distill":
-        operations += operations_per_token(model, max(args.length), 1)
+    forwards = 4 if args.method == "distill" else 3  # a backward pass is two, the teacher one
+    operations = forwards * forward_operations(model, max(args.length))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    peak = next((rate for name, rate in PEAK.items() if name in device), None)
+    peak = next((rate for name, rate in PEAK_OPERATIONS.items() if name in device), None)
     return record | {
         "steps_per_second": round(1 / seconds, 2),
         "tokens_per_second": round(tokens / seconds),

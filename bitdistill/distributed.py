@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from bitdistill.hardware import Hardware
@@ -113,6 +113,12 @@ def shard(objective: nn.Module, student: nn.Module, device: torch.device) -> Non
     for layer in layers_of(student):
         fully_shard(layer, mesh=mesh)
     fully_shard(objective, mesh=mesh)
+
+
+def exchange_gradients(objective: nn.Module, now: bool) -> None:
+    """Whether the next backward pass exchanges gradients: once a step, after the last batch."""
+    assert isinstance(objective, FSDPModule)
+    objective.set_requires_gradient_sync(now)
 
 
 def local(tensor: Tensor) -> Tensor:

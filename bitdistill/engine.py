@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bitdistill.data import Batch
-from bitdistill.distributed import ALONE, World, whole
+from bitdistill.distributed import ALONE, World, exchange_gradients, whole
 from bitdistill.hardware import Hardware
 from bitdistill.objective import Objective
 from bitdistill.quantize import cache_weights, forget_weights
@@ -117,8 +117,8 @@ class Engine:
         if len(window) > 1 and not sharded:  # a shard cannot be rounded without the others
             cache_weights(self.objective.student, self.hardware.dtype)
         for index, batch in enumerate(window):
-            if sharded:  # gradients are exchanged once a step
-                self.objective.set_requires_gradient_sync(index == len(window) - 1)
+            if sharded:
+                exchange_gradients(self.objective, index == len(window) - 1)
             with self.hardware.autocast():
                 loss, terms = self.objective(batch)
             loss.backward()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,19 @@ LINES_WITHOUT_TERMINAL = 5
 
 
 class Reporter:
-    """A progress bar on a terminal, a few lines elsewhere, and a JSON line for each record."""
+    """A progress bar on a terminal, a few lines elsewhere, and a JSON line for each record.
+
+    Where the tensorboard package is installed, records also go to `tensorboard/` beside the log.
+    """
 
     def __init__(self, log: Path | None = None, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet)
         self.log = log
+        self._board: Any = None
+        if log is not None and importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(log.parent / "tensorboard")
 
     def say(self, text: str) -> None:
         """One line for the person."""
@@ -38,6 +47,10 @@ class Reporter:
         if self.log is not None:
             with self.log.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(values) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, float) and name != "time":
+                    self._board.add_scalar(f"{values['stage']}/{name}", value, values["step"])
 
     @contextmanager
     def stage(self, name: str, total: int, start: int = 0) -> Iterator[Meter]:
@@ -75,8 +88,17 @@ class Meter:
         yield
         self._waited += time.perf_counter() - start
 
-    def update(self, step: int, tokens: int, terms: dict[str, float], rate: float) -> None:
-        """`step` steps are done; `tokens` were processed since the last update."""
+    def update(
+        self,
+        step: int,
+        tokens: int,
+        terms: dict[str, float],
+        measured: Callable[[float], dict[str, float]],
+    ) -> None:
+        """`step` steps are done; `tokens` were processed since the last update.
+
+        `measured` gives what else goes into the record, from the seconds that they took.
+        """
         now = time.perf_counter()
         elapsed = max(now - self._clock, 1e-9)
         speed, wait = tokens / elapsed, self._waited / elapsed
@@ -84,7 +106,7 @@ class Meter:
         text = " ".join(f"{key} {value:.3f}" for key, value in terms.items())
         text += f"  {speed:,.0f} tok/s"
         self.progress.update(self.task, completed=step, terms=text)
-        record = {"stage": self.name, "step": step, **terms, "learning_rate": rate}
+        record = {"stage": self.name, "step": step, **terms, **measured(elapsed)}
         record |= {"tokens_per_second": round(speed), "data_wait": round(wait, 4)}
         self.reporter.record(record | {"time": time.time()})
         if not self.reporter.console.is_terminal and step // self._every > self._spoken:

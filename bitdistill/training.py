@@ -8,6 +8,7 @@ steps (training_state.py).
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from bitdistill.distributed import ALONE, World
 from bitdistill.engine import Engine
 from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.interrupt import Stop, stop_signals
+from bitdistill.monitor import Monitor
 from bitdistill.objective import (
     Counts,
     Objective,
@@ -33,6 +35,7 @@ from bitdistill.sequences import merge_states
 from bitdistill.training_state import Budget, States, saved_states
 
 LOG_EVERY = 10
+TRITS_EVERY = 50
 # sections of the configuration, where a stage has another name
 SECTIONS = {"bitnet-sft": "bitnet_sft", "pretrained": "pretrain", "student": "distill"}
 
@@ -68,6 +71,7 @@ class Fit:
         self._integer = False
         if machine.recompute:
             recompute_activations(self.model, True)
+        self.monitor = Monitor(objective, self.hardware, sharded=world.size > 1)
         graphs = self.hardware.cuda and self.hardware.wants(machine.graphs) and world.size == 1
         if world.size > 1:
             distributed.shard(objective, self.model, self.hardware.device)
@@ -124,7 +128,8 @@ class Fit:
                 self.step += 1
                 if self.step % LOG_EVERY == 0 or self.step == self.total:
                     last = self.read_terms(self.step - read)
-                    meter.update(self.step, tokens, last, self._rate())
+                    length = window[0]["input_ids"].shape[1]
+                    meter.update(self.step, tokens, last, partial(self._measured, tokens, length))
                     tokens, read = 0, self.step
                 due, stopping = self._agreed(budget.due(self.step, read == self.step), stop)
                 if due and self.step < self.total:
@@ -143,8 +148,13 @@ class Fit:
         due_sum, stops = self.world.sum([due and self.world.main, stop.requested])
         return due_sum > 0, stops > 0
 
-    def _rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+    def _measured(self, tokens: int, length: int, seconds: float) -> dict[str, float]:
+        """What a record says besides the terms."""
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        measured = {"learning_rate": rate, **self.monitor.machine(tokens, length, seconds)}
+        if self.step % TRITS_EVERY == 0 or self.step == self.total:
+            measured |= self.monitor.trits()
+        return measured
 
     def optimize(self, window: list[Batch]) -> None:
         """One optimizer step over a window of micro-batches."""

@@ -9,16 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from bitdistill.capture import ATTENTION, Capture, layer_index, related_layers
 from bitdistill.data import IGNORED, Batch
-from bitdistill.objective import (
-    ATTENTION,
-    Capture,
-    count_window,
-    layer_index,
-    make_objective,
-    prepare,
-    related_layers,
-)
+from bitdistill.objective import count_window, make_objective, prepare
 from bitdistill.schema import Distillation, RelationLoss
 from bitdistill.student import make_student
 
