@@ -1,7 +1,8 @@
 """Runs teachers and students in PyTorch, by their own transformers model: the reference.
 
 Every other backend is compared with this one, so it runs the model as it was trained. With
-`storage` it first rounds what an artifact stores in 16 bits, and then is that artifact's reference.
+`storage` it first rounds what an artifact stores in fewer bits, and then is that artifact's
+reference.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from bitdistill import checkpoint
+from bitdistill import checkpoint, tables
 from bitdistill.backends.base import Floats, Integers, Runtime
 from bitdistill.decoder import family_of
 from bitdistill.names import suggest
@@ -23,6 +24,9 @@ from bitdistill.quantize import BitLinear, RMSNorm
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 STORAGE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+QUANTISED = {"int8": 8, "int4": 4}  # embedding and head: bitdistill/tables.py
+HEAD_LEVELS = 63 * 128  # of the activations that a quantised head reads
+SMALLEST = 2.0**-100
 
 
 class TorchCache:
@@ -37,7 +41,8 @@ class TorchRuntime(Runtime):
     """A teacher or student directory, loaded on the CPU.
 
     `dtype`: "float32", "float64" or "bfloat16". `storage`: types to round through first, as in an
-    artifact's manifest: {"embedding": "float16", "norms": "float32"}; "embedding" covers the head.
+    artifact's manifest: {"embedding": "float16", "norms": "float32"}; "embedding" covers the head
+    and may be "int8" or "int4".
     `threads` sets PyTorch's threads, which are the process's. ValueError for an unknown type or
     architecture.
     """
@@ -118,18 +123,43 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def round_storage(model: PreTrainedModel, storage: Mapping[str, str]) -> None:
-    """Round embedding and head, and every norm's weight, through the types an artifact stores."""
+    """Round embedding and head, and every norm's weight, through the types an artifact stores.
+
+    A quantised head reads rounded activations, and so does this model's then.
+    """
     known = ("embedding", "norms")
     for part, name in storage.items():
         if part not in known:
             raise ValueError(f"unknown storage part {part!r}{suggest(part, known)}")
-        if name not in STORAGE:
-            raise ValueError(f"unknown storage type {name!r}{suggest(name, STORAGE)}")
+        types = STORAGE | (QUANTISED if part == "embedding" else {})
+        if name not in types:
+            raise ValueError(f"unknown storage type {name!r}{suggest(name, types)}")
+    rounded: set[int] = set()  # a tied table is one parameter of two modules
     for module in model.modules():
         part = _part(module)
-        if part in storage:
-            weight = module.get_parameter("weight")
-            weight.data = weight.data.to(STORAGE[storage[part]]).to(weight.dtype)
+        if part not in storage:
+            continue
+        if storage[part] in QUANTISED and isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(_round_head_input)
+        weight = module.get_parameter("weight")
+        if id(weight) not in rounded:
+            weight.data = _round(weight.data, storage[part])
+            rounded.add(id(weight))
+
+
+def _round(weight: torch.Tensor, name: str) -> torch.Tensor:
+    if name not in QUANTISED:
+        return weight.to(STORAGE[name]).to(weight.dtype)
+    stored = tables.quantize(weight.float().numpy(), QUANTISED[name])
+    return torch.from_numpy(tables.dequantize(stored)).to(weight.dtype)
+
+
+def _round_head_input(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """x (..., K) in 14 bits a token, as bitdistill_kernels.h says."""
+    x = inputs[0] if inputs[0].dtype == torch.float64 else inputs[0].float()
+    g = x.abs().amax(-1, keepdim=True)
+    up = torch.where(g < SMALLEST, 0.0, HEAD_LEVELS / g)
+    return ((torch.round(x * up) * (g / HEAD_LEVELS)).to(inputs[0].dtype),)
 
 
 def _part(module: nn.Module) -> str:

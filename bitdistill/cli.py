@@ -113,19 +113,12 @@ def recipes(name: str | None) -> None:
 @click.argument("student", type=click.Path(path_type=Path))
 @click.option("--target", required=True, help="onnx or mlx.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Artifact directory.")
-@click.option("--embed-bits", default=16, show_default=True, help="Embedding and head: 16 or 32.")
+@click.option("--embed-bits", default=16, show_default=True, help="Embedding, head: 32, 16, 8, 4.")
+@click.option("--weight-bits", default=2.0, show_default=True, help="Ternary weights: 2 or 1.6.")
 @click.option("--context", type=int, help="Longest sequence [the model's, at most 8192].")
 @click.option("--parity/--no-parity", default=True, help="Compare with PyTorch.  [default: parity]")
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
-def export(
-    student: Path,
-    target: str,
-    out: Path,
-    embed_bits: int,
-    context: int | None,
-    parity: bool,
-    force: bool,
-) -> None:
+def export(student: Path, target: str, out: Path, parity: bool, **options: Any) -> None:
     """Write a student as an ONNX or MLX artifact, and compare it with PyTorch.
 
     Every trit and scale is read back and compared; whole-model parity is measured against the
@@ -144,11 +137,7 @@ def export(
             click.echo(f"parity with PyTorch: {verdict(parity)}", err=True)
             return parity
 
-    click.echo(
-        write(
-            student, target, out, force=force, embed_bits=embed_bits, context=context, check=check
-        )
-    )
+    click.echo(write(student, target, out, check=check, **options))
 
 
 @main.command("eval")

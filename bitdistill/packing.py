@@ -1,6 +1,6 @@
 """Trits <-> bytes: the storage specification that every exporter and kernel obeys (NumPy only).
 
-Three layouts of one ternary matrix W = D * t, t in {-1, 0, +1}, shape (N, K) = (out, in):
+Four layouts of one ternary matrix W = D * t, t in {-1, 0, +1}, shape (N, K) = (out, in):
 
 canonical   uint8 (N, ceil(K/4)). Row-major; byte j of a row holds the codes t+1 of k = 4j .. 4j+3,
             the first in the lowest two bits. Padding codes are 1 (the trit 0). For exchange.
@@ -8,10 +8,13 @@ kernel v1   uint8 (ceil(N/32), ceil(K/16), 32, 4). A block of 32 rows and 16 col
             byte j of row r holds codes t+1 of k = 16q + 4s + j at bits 2s, s = 0..3. Every SIMD
             lane is an output row, so a matrix-vector product needs no horizontal sums, and the file
             bytes are what the kernel reads: nothing is copied at load. Padding codes are 1.
+kernel v2   uint8 (ceil(N/32), ceil(K/20), 32, 4). The same with five trits a byte, 1.6 bits a
+            weight: byte j of row r holds codes c_s of k = 20q + 4s + j, s = 0..4, as
+            ceil(x 256/243) of x = c_0 81 + c_1 27 + c_2 9 + c_3 3 + c_4. Times 3 the byte carries
+            the first code beyond its 8 bits, and keeps the others. For storage: a CPU spends more
+            on decoding it than the smaller file saves.
 affine      uint32 (N, K/16): MLX's 2-bit affine `QuantizedLinear` layout, codes t+1 least
             significant first; w = scale * code + bias with scale = D and bias = -D is exact.
-
-Left out: a 1.6-bit base-3 layout (storage only; it decodes slower than it saves on a CPU).
 """
 
 from __future__ import annotations
@@ -20,8 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 KERNEL_LAYOUT_VERSION = 1
+BASE3_LAYOUT_VERSION = 2
+LAYOUTS = {2.0: KERNEL_LAYOUT_VERSION, 1.6: BASE3_LAYOUT_VERSION}  # by bits a weight
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 16
+BASE3_COLUMNS = 20
+POWERS = np.array([81, 27, 9, 3, 1], np.uint16)
 SHIFTS = np.array([0, 2, 4, 6], np.uint8)
 
 Trits = NDArray[np.int8]
@@ -92,6 +99,52 @@ def unpack_kernel(packed: Bytes, rows: int, columns: int) -> Trits:
     blocks, groups = packed.shape[:2]
     codes = codes.transpose(0, 2, 1, 3, 4).reshape(blocks * BLOCK_ROWS, groups * BLOCK_COLUMNS)
     return _trits(codes[:rows, :columns])
+
+
+def base3_shape(rows: int, columns: int) -> tuple[int, int, int, int]:
+    """Shape of the base-3 kernel layout of an (N, K) matrix."""
+    return (-(-rows // BLOCK_ROWS), -(-columns // BASE3_COLUMNS), BLOCK_ROWS, 4)
+
+
+def pack_base3(trits_NK: Trits) -> Bytes:
+    """int8 (N, K) -> uint8 (ceil(N/32), ceil(K/20), 32, 4), the kernel layout, version 2."""
+    blocks, groups, *_ = base3_shape(*trits_NK.shape)
+    codes = _pad(_codes(trits_NK), BLOCK_ROWS, BASE3_COLUMNS)
+    codes = codes.reshape(blocks, BLOCK_ROWS, groups, 5, 4).transpose(0, 2, 1, 3, 4)
+    numbers = np.einsum("bgrsj,s->bgrj", codes, POWERS, dtype=np.uint16)
+    packed = ((numbers * np.uint16(256) + np.uint16(242)) // np.uint16(243)).astype(np.uint8)
+    return np.ascontiguousarray(packed)
+
+
+def unpack_base3(packed: Bytes, rows: int, columns: int) -> Trits:
+    """Base-3 kernel layout -> int8 (N, K); ValueError on a wrong size or a byte that is not one of
+    the 243."""
+    _check_packed(packed, base3_shape(rows, columns), np.uint8)
+    numbers = (packed.astype(np.uint16) * np.uint16(243)) >> np.uint16(8)
+    if np.any((numbers * np.uint16(256) + np.uint16(242)) // np.uint16(243) != packed):
+        raise ValueError("a byte that holds no five trits found: these are not ternary weights")
+    codes = (numbers[..., None, :] // POWERS[:, None] % np.uint16(3)).astype(np.uint8)
+    blocks, groups = packed.shape[:2]
+    codes = codes.transpose(0, 2, 1, 3, 4).reshape(blocks * BLOCK_ROWS, groups * BASE3_COLUMNS)
+    return _trits(codes[:rows, :columns])
+
+
+def pack_layout(trits_NK: Trits, layout: int) -> Bytes:
+    """A kernel layout by its version; ValueError for an unknown one."""
+    if layout == KERNEL_LAYOUT_VERSION:
+        return pack_kernel(trits_NK)
+    if layout == BASE3_LAYOUT_VERSION:
+        return pack_base3(trits_NK)
+    raise ValueError(f"kernel layout {layout} is not known; export the model again")
+
+
+def unpack_layout(packed: Bytes, rows: int, columns: int, layout: int) -> Trits:
+    """The inverse of `pack_layout`."""
+    if layout == KERNEL_LAYOUT_VERSION:
+        return unpack_kernel(packed, rows, columns)
+    if layout == BASE3_LAYOUT_VERSION:
+        return unpack_base3(packed, rows, columns)
+    raise ValueError(f"kernel layout {layout} is not known; export the model again")
 
 
 def pack_affine(trits_NK: Trits) -> NDArray[np.uint32]:

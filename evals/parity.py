@@ -3,8 +3,8 @@
 Trits and scales are compared exactly by the exporter. Whole models are another matter: an int8
 activation that lies on a rounding boundary goes up under one order of summation and down under
 another, and everything after it differs a little. fp32 PyTorch differs from fp64 PyTorch in the
-same way. So the reference is the student in fp64, with the artifact's 16-bit storage of embedding
-and norms applied, and the yardstick ("floor") is how far the student in fp32 is from it.
+same way. So the reference is the student in fp64, with the artifact's storage of embedding and
+norms applied, and the yardstick ("floor") is how far the student in fp32 is from it.
 
 The verdict. Per position, the error is the root mean square over the vocabulary of the difference
 of logits, divided by the spread (standard deviation) of the reference's logits there.
@@ -17,6 +17,9 @@ of logits, divided by the spread (standard deviation) of the reference's logits 
 
 Both hold for whole sequences at once and for tokens fed one by one through the cache. A wrong
 rotation, norm or scale moves every position by a large part of the spread and fails both.
+
+What storage itself costs is measured apart: `storage_cost` compares an artifact whose embedding is
+quantised with the student as it was trained.
 """
 
 from __future__ import annotations
@@ -67,7 +70,11 @@ def verdict(parity: dict[str, Any]) -> str:
     """A report in a few words."""
     if parity.get("skipped"):
         return f"not measured ({parity['skipped']})"
-    return "within the noise floor" if parity["passed"] else "NOT within the noise floor"
+    words = "within the noise floor" if parity["passed"] else "NOT within the noise floor"
+    cost = parity.get("storage_cost", {}).get("top_token_agreement")
+    if cost is None:
+        return words
+    return f"{words}; with the quantised embedding {cost:.1%} of top tokens are the student's"
 
 
 def report(
@@ -108,9 +115,12 @@ def report(
         say("parity", done, 3)
         options = {"dtype": dtype, "storage": content["storage"]}
         references.append(_logits(load(student, threads=threads, **options), sequences))
+    figures = compare(found, cached, *references) | {"sequences": len(sequences), "seed": seed}
+    if not content["storage"]["embedding"].startswith("float"):
+        trained = _logits(load(student, threads=threads), sequences)
+        figures["storage_cost"] = _difference(found, trained)
     say("parity", 3, 3)
-    figures = compare(found, cached, *references)
-    return figures | {"sequences": len(sequences), "seed": seed}
+    return figures
 
 
 def parameters(spec: DecoderSpec) -> int:

@@ -2,14 +2,16 @@
 
 An exporter is a function `write(student, out, options, progress) -> dict`: it writes the runtime's
 own files into `out` and answers with its part of the manifest (`parts` in bytes, `storage`,
-`context`, ...). A target is a row in EXPORTERS and one file. `export` opens the student, builds the
-directory beside its destination, adds tokenizer, config and card, and seals it last, so that an
+`context`, ...). Its module says in EMBED_BITS and WEIGHT_BITS what it can store an embedding and
+a ternary weight in. A target is a row in EXPORTERS and one file. `export` opens the student, builds
+the directory beside its destination, adds tokenizer, config and card, and seals it last, so that an
 interrupted export leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +38,14 @@ Progress = Callable[[str, int, int], None]  # name of a tensor, tensors done, te
 class Options:
     """What an exporter may be asked for.
 
-    `embed_bits`: bits of an element of the embedding and head, 16 or 32. `context`: the most tokens
-    a sequence may have (None: the model's own, at most 8192).
+    `embed_bits`: bits of an element of the embedding and head, one of the target's EMBED_BITS.
+    `context`: the most tokens a sequence may have (None: the model's own, at most 8192).
+    `weight_bits`: bits of a ternary weight, one of the target's WEIGHT_BITS.
     """
 
     embed_bits: int = 16
     context: int | None = None
+    weight_bits: float = 2.0
 
     def resolve_context(self, model_context: int) -> int:
         """The context of the artifact; ValueError unless it is between 1 and the model's."""
@@ -67,6 +71,7 @@ def export(
     force: bool = False,
     embed_bits: int = 16,
     context: int | None = None,
+    weight_bits: float = 2.0,
     progress: Progress | None = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> Path:
@@ -78,11 +83,13 @@ def export(
     unknown target or option.
     """
     write: Exporter = resolve(EXPORTERS, target, "target")
+    _check_bits(write, target, "embed_bits", embed_bits)
+    _check_bits(write, target, "weight_bits", weight_bits)
     files = _open(Path(student))
     out = Path(out)
     _guard(out, force)
     with manifest.new_directory(out, force=force) as partial:
-        part = write(files, partial, Options(embed_bits, context), progress or _silent)
+        part = write(files, partial, Options(embed_bits, context, weight_bits), progress or _silent)
         content = _describe(files, target) | part
         _complete(files, partial, content)
         manifest.write_manifest(partial, "artifact", content)
@@ -94,6 +101,18 @@ def export(
 
 def _silent(name: str, done: int, total: int) -> None:
     """The progress callback that shows nothing."""
+
+
+def _check_bits(write: Exporter, target: str, option: str, bits: float) -> None:
+    """ValueError unless the target's module lists `bits` under the option's name."""
+    allowed: tuple[float, ...] = getattr(sys.modules[write.__module__], option.upper())
+    if bits not in allowed:
+        nearest = min(allowed, key=lambda known: abs(known - bits))
+        choices = ", ".join(f"{known:g}" for known in allowed)
+        raise ValueError(
+            f"{option} must be one of {choices} for {target}, got {bits:g}; "
+            f"did you mean {nearest:g}?"
+        )
 
 
 def _open(path: Path) -> StudentFiles:
@@ -144,6 +163,18 @@ def _complete(student: StudentFiles, out: Path, content: dict[str, Any]) -> None
         (out / "README.md").write_text(card(content), encoding="utf-8")
 
 
+def _embedding(content: dict[str, Any]) -> str:
+    """How the embedding and head are stored, and what that costs where it was measured."""
+    text = f"The embedding and LM head are stored as {content['storage']['embedding']}."
+    error = content.get("embedding_error", {}).get("embedding")
+    if error is None:
+        return text
+    return (
+        f"{text[:-1]}: a row is off by {100 * error['mean']:.2g} % of its length on average, by "
+        f"{100 * error['largest']:.2g} % at most."
+    )
+
+
 def card(content: dict[str, Any]) -> str:
     """The model card of an artifact, from its manifest."""
     runtime = {"onnx": "ONNX Runtime (CPU)", "mlx": "MLX"}.get(content["target"], content["target"])
@@ -155,6 +186,7 @@ def card(content: dict[str, Any]) -> str:
 
 Every linear layer of every block is ternary (-1, 0, +1, one scale a matrix), with activations at
 {content["decoder"]["activation_bits"] or 32} bits; the embedding, norms and LM head are not.
+{_embedding(content)}
 Method: {content["method"]}. Task: {task}. Base model: {content["base_model"]}, whose licence
 ({content["licence"]}) this model inherits.
 

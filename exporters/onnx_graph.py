@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from bitdistill import packing
 from bitdistill.decoder import DecoderSpec
+from bitdistill.exporters import onnx_tables
 from bitdistill.exporters.onnx_layout import FUSED, rotary_tables, scale_rows, stored_linears
 from bitdistill.exporters.onnx_nodes import (
     IR_VERSION,
@@ -47,12 +48,13 @@ class DecoderGraph(NodeBuilder):
         spec: DecoderSpec,
         context: int,
         embed_bits: int,
+        layout: int,
         tensor: ReadTensor,
         ternary: ReadTernary,
         data: TensorFile,
     ) -> None:
         super().__init__(data)
-        self.spec, self.context, self.embed_bits = spec, context, embed_bits
+        self.spec, self.context, self.embed_bits, self.layout = spec, context, embed_bits, layout
         self.tensor, self.ternary = tensor, ternary
         self.stored = stored_linears(spec)
         self.outputs: list[ir.Value] = []
@@ -73,9 +75,7 @@ class DecoderGraph(NodeBuilder):
     def embedding(self) -> ir.Value:
         """Token ids -> (B, T, hidden)."""
         self.table = self._table("model.embed_tokens.weight", "embedding")
-        x = self.op("Gather", [self.table, self.inputs["input_ids"]], "embed_tokens", axis=0)
-        if self.embed_bits != 32:
-            x = self.op("Cast", [x], "embed_tokens/float", to=ir.DataType.FLOAT.value)
+        x = onnx_tables.lookup(self, self.table, self.inputs["input_ids"])
         if self.spec.embedding_scale != 1.0:
             scale = self.constant("embedding_scale", np.float32(self.spec.embedding_scale))
             x = self.op("Mul", [x, scale], "embed_tokens/scale")
@@ -116,9 +116,7 @@ class DecoderGraph(NodeBuilder):
         x = self.op("Gather", [x, self.inputs["logit_rows"]], "asked_rows", axis=0)
         x = self.norm(x, "model.norm", "norm")
         table = self.table if self.spec.tied else self._table("lm_head.weight", "head")
-        if self.embed_bits == 32:
-            return self.op("Gemm", [x, table], "lm_head", output="logits", transB=1)
-        return self.op("HeadLinear", [x, table], "lm_head", "bitdistill", output="logits")
+        return onnx_tables.head(self, table, x)
 
     # Pieces of the parts
 
@@ -147,7 +145,7 @@ class DecoderGraph(NodeBuilder):
             N=sum(spec.shape(part)[0] for part in parts),
             K=spec.shape(parts[0])[1],
             scale_rows=scale_rows(spec, parts),
-            layout=packing.KERNEL_LAYOUT_VERSION,
+            layout=self.layout,
             epsilon=epsilon,
             activation_bits=spec.activation_bits or 0,
         )
@@ -176,7 +174,7 @@ class DecoderGraph(NodeBuilder):
         read = [self.ternary(f"{prefix}.{part}") for part in parts]
         shared = scale_rows(self.spec, parts)
         scales = [np.full(len(trits) // shared, scale, np.float32) for trits, scale in read]
-        packed = packing.pack_kernel(np.concatenate([trits for trits, _ in read]))
+        packed = packing.pack_layout(np.concatenate([trits for trits, _ in read]), self.layout)
         return (
             self.data.add(f"{name}.weight", packed, "body"),
             self.data.add(f"{name}.scale", np.concatenate(scales), "body"),
@@ -249,15 +247,9 @@ class DecoderGraph(NodeBuilder):
         weight = self.tensor(f"{module}.weight") + np.float32(self.spec.norm_offset)
         return self.data.add(f"{module}.weight", weight, "norms")
 
-    def _table(self, name: str, part: str) -> ir.Value:
-        """The embedding or head (V, hidden); ValueError if it does not fit float16."""
-        table = self.tensor(name)
-        if self.embed_bits == 16:
-            with np.errstate(over="ignore"):
-                table = table.astype(np.float16)
-            if not np.isfinite(table).all():
-                raise ValueError(f"{name} holds values beyond float16; export with embed_bits=32")
-        return self.data.add(name, table, part)
+    def _table(self, name: str, part: str) -> onnx_tables.StoredTable:
+        """The embedding or head (V, hidden)."""
+        return onnx_tables.store(self, name, self.tensor(name), part, self.embed_bits)
 
     def _rotary(self, index: int) -> tuple[ir.Value, ir.Value]:
         cos, sin = rotary_tables(self.spec.rotary[index], self.context)

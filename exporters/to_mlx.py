@@ -39,6 +39,8 @@ from bitdistill.decoder import DecoderSpec
 from bitdistill.exporters.base import Options, Progress
 from bitdistill.exporters.tensor_files import TensorWriter, bfloat16
 
+EMBED_BITS = (32, 16)
+WEIGHT_BITS = (2.0,)
 _TABLES = (EMBEDDING, HEAD)
 
 
@@ -49,8 +51,6 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
     ValueError for a student that MLX's 2-bit layout cannot hold, before anything is written, and
     OSError when the disk does not give back what was written.
     """
-    if options.embed_bits not in (16, 32):
-        raise ValueError(f"embed_bits must be 16 or 32, got {options.embed_bits}")
     spec = student.spec
     # Nothing in the file depends on the context, so it is the model's own unless one is asked for.
     context = spec.context if options.context is None else options.resolve_context(spec.context)

@@ -16,17 +16,21 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitdistill import packing
+from bitdistill import packing, tables
 from bitdistill.checkpoint import StudentFiles
 from bitdistill.decoder import LINEARS, DecoderSpec
 from bitdistill.exporters.base import Options, Progress
 from bitdistill.exporters.onnx_graph import DecoderGraph
 from bitdistill.exporters.onnx_layout import stored_linears
+from bitdistill.exporters.onnx_tables import STORAGE, compare, read_table
 from bitdistill.exporters.onnx_tensors import TensorFile
 from bitdistill.manifest import FormatError
 
+EMBED_BITS = (32, 16, 8, 4)
+WEIGHT_BITS = tuple(packing.LAYOUTS)
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HEAD_SIZE_MULTIPLE = 16  # what GroupQueryAttention can rotate
 
 
@@ -38,7 +42,7 @@ class _Reader:
         self.unread = {
             name
             for name in student.names
-            if not (student.spec.tied and name == "lm_head.weight")  # a copy of the embedding
+            if not (student.spec.tied and name == HEAD)  # a copy of the embedding
         }
         self.done = 0
         # Every linear is read a second time, to be compared with what was written.
@@ -71,9 +75,11 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
     spec = student.spec
     check_supported(spec, options)
     context = options.resolve_context(spec.context)
-    reader = _Reader(student, progress)
+    reader, layout = _Reader(student, progress), packing.LAYOUTS[options.weight_bits]
     with TensorFile(out / DATA) as data:
-        graph = DecoderGraph(spec, context, options.embed_bits, reader.tensor, reader.ternary, data)
+        graph = DecoderGraph(
+            spec, context, options.embed_bits, layout, reader.tensor, reader.ternary, data
+        )
         ir.save(graph.build(), out / MODEL)
     if reader.unread:
         raise FormatError(
@@ -81,19 +87,29 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
             f"({', '.join(sorted(reader.unread)[:3])}); it was altered or another version wrote it"
         )
     verify(student, out, reader)
+    errors = table_errors(student, out)
     return {
         "context": context,
-        "kernel_layout": packing.KERNEL_LAYOUT_VERSION,
+        "kernel_layout": layout,
         "scale_granularity": "matrix",
-        "storage": {"embedding": f"float{options.embed_bits}", "norms": "float32"},
+        "storage": {"embedding": STORAGE[options.embed_bits], "norms": "float32"},
+        "embedding_error": errors,
         "parts": _parts(spec, data, out),
     }
 
 
 def check_supported(spec: DecoderSpec, options: Options) -> None:
     """ValueError for what this target cannot represent."""
-    if options.embed_bits not in (16, 32):
-        raise ValueError(f"embed_bits must be 16 or 32 for onnx, got {options.embed_bits}")
+    if options.embed_bits in (8, 4) and spec.hidden > tables.MAX_COLUMNS:
+        raise ValueError(
+            f"hidden size {spec.hidden}: a quantised embedding has at most {tables.MAX_COLUMNS} "
+            "columns; export with --embed-bits 16"
+        )
+    if options.weight_bits != 2 and spec.activation_bits is None:
+        raise ValueError(
+            "the kernels read 1.6-bit weights with 8-bit activations alone, and this student's are "
+            "not quantised; export with --weight-bits 2"
+        )
     if spec.head_dim % HEAD_SIZE_MULTIPLE:
         raise ValueError(
             f"head size {spec.head_dim} is not a multiple of {HEAD_SIZE_MULTIPLE}, which ONNX "
@@ -108,7 +124,21 @@ def _parts(spec: DecoderSpec, data: TensorFile, out: Path) -> dict[str, int | fl
     weights = len(spec.layers) * sum(n * k for n, k in map(spec.shape, LINEARS))
     parts["total"] = sum((out / name).stat().st_size for name in (MODEL, DATA))
     parts["body_bits_per_weight"] = 8 * data.parts["body"] / weights
+    table = spec.vocabulary * spec.hidden * (1 if spec.tied else 2)
+    parts["embedding_bits_per_weight"] = 8 * (data.parts["embedding"] + data.parts["head"]) / table
     return parts
+
+
+def table_errors(student: StudentFiles, out: Path) -> dict[str, dict[str, float]]:
+    """What rounding costs the embedding and an untied head, measured on the written file."""
+    names = (
+        {"embedding": EMBEDDING} if student.spec.tied else {"embedding": EMBEDDING, "head": HEAD}
+    )
+    errors = {}
+    for part, name in names.items():
+        table = student.tensor(name).numpy()
+        errors[part] = compare(read_table(out / MODEL, name, *table.shape), table)
+    return errors
 
 
 def read_linears(out: Path, spec: DecoderSpec) -> Iterator[tuple[str, NDArray[np.int8], float]]:
@@ -132,7 +162,8 @@ def _unstack(
 ) -> Iterator[tuple[str, NDArray[np.int8], float]]:
     """The linears that are stacked in one node's matrix."""
     packed = node.inputs[1].const_value.numpy()
-    trits = packing.unpack_kernel(packed, *(node.attributes[name].as_int() for name in ("N", "K")))
+    sizes = (node.attributes[name].as_int() for name in ("N", "K", "layout"))
+    trits = packing.unpack_layout(packed, *sizes)
     scales = _row_scales(node, prefix)
     start = 0
     for part in parts:

@@ -29,6 +29,7 @@ CORE_WITHOUT_TORCH = {
     "bitdistill.manifest",
     "bitdistill.names",
     "bitdistill.packing",
+    "bitdistill.tables",
 }
 CORE_EXCEPTIONS = {
     "bitdistill.cli": {"backends", "exporters", "evals"},

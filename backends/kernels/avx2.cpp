@@ -1,5 +1,5 @@
-// The AVX2 + F16C table. avx2_quantize.cpp, avx2_ternary.cpp and avx2_float.cpp hold its functions;
-// they are empty on processors other than x86-64.
+// The AVX2 + F16C table. avx2_quantize.cpp, avx2_ternary.cpp, avx2_float.cpp and
+// avx2_head.cpp hold its functions; they are empty on processors other than x86-64.
 #include "avx2.h"
 #include "cpu.h"
 
@@ -13,8 +13,8 @@ int supported() {
 
 namespace avx2 = bitdistill::avx2;
 
-const BdKernels kTable = {"avx2",        supported,           avx2::quantize, avx2::normalize,
-                          avx2::ternary, avx2::ternary_float, avx2::head};
+const BdKernels kTable = {"avx2",        supported,           avx2::quantize,      avx2::normalize,
+                          avx2::ternary, avx2::ternary_float, avx2::ternary_base3, &avx2::heads};
 
 }  // namespace
 

@@ -14,7 +14,8 @@ void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, in
 // Prefill by tables (lookup.h): the number of leading tokens whose results it wrote.
 int64_t lookup(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
-void head(const BdHead *w, const float *x, int64_t tokens, float *y, int64_t first, int64_t last);
+void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
+extern const BdHeadKernels heads;
 }  // namespace avx2
 }  // namespace bitdistill
 

@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill.backends.kernels import library_path
-from bitdistill.packing import kernel_shape
+from bitdistill.backends.kernels.binding_tables import (
+    HalfTable,
+    HeadTable,
+    declare,
+    gather_rows,
+    quantized_head,
+)
+from bitdistill.packing import BASE3_LAYOUT_VERSION, base3_shape, kernel_shape
+from bitdistill.tables import Table
 
 MAX_COLUMNS = 1 << 17
 Floats = NDArray[np.float32]
@@ -53,18 +61,13 @@ class Tokens(c.Structure):
     )
 
 
-class Head(c.Structure):
-    _fields_ = (("table", c.c_void_p), ("rows", c.c_int64), ("columns", c.c_int64))
-
-
 _PREPARE = c.CFUNCTYPE(None, c.POINTER(Input), c.POINTER(Tokens), c.c_int64, c.c_int64)
 _PRODUCT = c.CFUNCTYPE(
     None, c.POINTER(Ternary), c.POINTER(Tokens), c.c_void_p, c.c_int64, c.c_int64
 )
-_HEAD = c.CFUNCTYPE(None, c.POINTER(Head), c.c_void_p, c.c_int64, c.c_void_p, c.c_int64, c.c_int64)
 
 
-class Table(c.Structure):
+class KernelTable(c.Structure):
     _fields_ = (
         ("name", c.c_char_p),
         ("supported", c.CFUNCTYPE(c.c_int)),
@@ -72,7 +75,8 @@ class Table(c.Structure):
         ("normalize", _PREPARE),
         ("ternary", _PRODUCT),
         ("ternary_float", _PRODUCT),
-        ("head", _HEAD),
+        ("ternary_base3", _PRODUCT),
+        ("head", c.POINTER(HeadTable)),
     )
 
 
@@ -83,7 +87,7 @@ BODY = c.CFUNCTYPE(None, c.c_void_p, c.c_int64, c.c_int64)
 def library() -> c.CDLL:
     """The loaded library with its signatures; FileNotFoundError when it was not built."""
     lib = c.CDLL(str(library_path()))
-    lib.bd_kernels.restype = c.POINTER(Table)
+    lib.bd_kernels.restype = c.POINTER(KernelTable)
     lib.bd_kernels.argtypes = [c.c_char_p]
     lib.bd_kernels_error.restype = c.c_char_p
     lib.bd_kernels_error.argtypes = [c.c_char_p]
@@ -91,13 +95,17 @@ def library() -> c.CDLL:
     lib.bd_isa_name.argtypes = [c.c_int]
     lib.bd_packed_bytes.restype = c.c_int64
     lib.bd_packed_bytes.argtypes = [c.c_int64, c.c_int64]
+    lib.bd_base3_bytes.restype = c.c_int64
+    lib.bd_base3_bytes.argtypes = [c.c_int64, c.c_int64]
+    lib.bd_has_no_trits.argtypes = [c.c_void_p, c.c_size_t]
     lib.bd_scratch_bytes.restype = c.c_size_t
     lib.bd_scratch_bytes.argtypes = [c.c_int64, c.c_int64, c.c_int]
     lib.bd_tokens.restype = Tokens
     lib.bd_tokens.argtypes = [c.c_void_p, c.c_int64, c.c_int64, c.c_int]
     lib.bd_ternary_linear.restype = None
     lib.bd_ternary_linear.argtypes = [
-        c.POINTER(Table), c.POINTER(Ternary), c.POINTER(Input), c.c_int, c.c_void_p, c.c_void_p,
+        c.POINTER(KernelTable), c.POINTER(Ternary), c.POINTER(Input), c.c_int,
+        c.c_void_p, c.c_void_p,
     ]  # fmt: skip
     lib.bd_pool_create.restype = c.c_void_p
     lib.bd_pool_create.argtypes = [c.c_int]
@@ -108,9 +116,10 @@ def library() -> c.CDLL:
     lib.bd_pool_run.argtypes = [c.c_void_p, c.c_int64, BODY, c.c_void_p]
     lib.bd_ternary_layers.restype = None
     lib.bd_ternary_layers.argtypes = [
-        c.POINTER(Table), c.POINTER(Ternary), c.c_int, c.POINTER(Input), c.c_int, c.c_void_p,
+        c.POINTER(KernelTable), c.POINTER(Ternary), c.c_int, c.POINTER(Input), c.c_int, c.c_void_p,
         c.c_void_p, c.POINTER(c.c_void_p),
     ]  # fmt: skip
+    declare(lib)
     lib.bd_has_code_3.argtypes = [c.c_void_p, c.c_size_t]
     return lib
 
@@ -147,7 +156,7 @@ class Kernels:
         self._table = library().bd_kernels(name)
         if not self._table:
             raise ValueError(library().bd_kernels_error(name).decode())
-        self.table: Table = self._table.contents
+        self.table: KernelTable = self._table.contents
         self.isa: str = self.table.name.decode()
 
     def ternary_linear(
@@ -208,21 +217,41 @@ class Kernels:
         return q[:, :columns], down, total
 
     def ternary_dots(
-        self, q: NDArray[np.int8], packed: NDArray[np.uint8], rows: int
+        self, q: NDArray[np.int8], packed: NDArray[np.uint8], rows: int, layout: int = 1
     ) -> NDArray[np.float32]:
-        """Integer products of q int8 (M, K), all of -128..127, with trits (N, K): (M, N)."""
+        """Integer products of q int8 (M, K), all of -128..127, with trits (N, K): (M, N).
+
+        `packed` is in the kernel layout of version `layout`.
+        """
         tokens, columns = q.shape
-        if packed.dtype != np.uint8 or packed.shape != kernel_shape(rows, columns):
-            raise ValueError(f"packed must be uint8 {kernel_shape(rows, columns)}")
         out = library().bd_tokens(None, tokens, columns, 8)
         padded = np.zeros((tokens, out.stride), np.int8)
         padded[:, :columns] = q
         ones = np.ones(max(tokens, rows), np.float32)
         total = q.sum(1, dtype=np.int32)
         out.q, out.down, out.sum = padded.ctypes.data, ones.ctypes.data, total.ctypes.data
-        w = Ternary(packed.ctypes.data, ones.ctypes.data, None, rows, columns)
-        y = np.empty((tokens, rows), np.float32)
-        self.table.ternary(w, out, y.ctypes.data, 0, packed.shape[0])
+        return self._product(out, packed, ones[:rows], layout)
+
+    def base3_linear(self, x: Floats, packed: NDArray[np.uint8], scale: Floats) -> Floats:
+        """x (M, K), packed in base 3, scale (N,) -> y (M, N), on this thread."""
+        tokens, columns = x.shape
+        x = _float_array("x", x, (tokens, columns))
+        scratch = np.empty(library().bd_scratch_bytes(tokens, columns, 8) // 8 + 1, np.uint64)
+        prepared = library().bd_tokens(scratch.ctypes.data, tokens, columns, 8)
+        self.table.quantize(Input(x.ctypes.data, None, 0.0, tokens, columns), prepared, 0, tokens)
+        return self._product(prepared, packed, scale, BASE3_LAYOUT_VERSION)
+
+    def _product(
+        self, tokens: Tokens, packed: NDArray[np.uint8], scale: Floats, layout: int
+    ) -> Floats:
+        base3, rows = layout == BASE3_LAYOUT_VERSION, len(scale)
+        shape = (base3_shape if base3 else kernel_shape)(rows, tokens.columns)
+        if packed.dtype != np.uint8 or packed.shape != shape or not packed.flags.c_contiguous:
+            raise ValueError(f"packed must be uint8 {shape}")
+        w = Ternary(packed.ctypes.data, scale.ctypes.data, None, rows, tokens.columns)
+        y = np.empty((tokens.tokens, rows), np.float32)
+        product = self.table.ternary_base3 if base3 else self.table.ternary
+        product(w, tokens, y.ctypes.data, 0, len(packed))
         return y
 
     def head(self, x: Floats, table: NDArray[np.float16]) -> Floats:
@@ -233,6 +262,16 @@ class Kernels:
         tokens = x.shape[0]
         x = _float_array("x", x, (tokens, columns))
         y = np.empty((tokens, rows), np.float32)
-        weights = Head(table.ctypes.data, rows, columns)
-        self.table.head(weights, x.ctypes.data, tokens, y.ctypes.data, 0, rows)
+        weights = HalfTable(table.ctypes.data, rows, columns)
+        self.table.head.contents.half(weights, x.ctypes.data, tokens, y.ctypes.data, 0, rows)
         return y
+
+    def quantized_head(self, x: Floats, table: Table) -> Floats:
+        """x (M, K), a table (N, K) of 8 or 4 bits -> (M, N), on this thread."""
+        x = _float_array("x", x, (x.shape[0], table.columns))
+        return quantized_head(library(), self.table.head.contents, x, table)
+
+
+def gather(table: Table, ids: NDArray[np.int64]) -> Floats:
+    """Rows (n, K) of a table; ids (n,). IndexError for an id without a row."""
+    return gather_rows(library(), table, ids)

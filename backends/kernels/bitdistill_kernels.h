@@ -10,10 +10,21 @@
  * q . t is exact integer arithmetic: the packed codes are t + 1, so the kernels form q . code and
  * subtract `sum`. A token that holds NaN or infinity gives a row of NaN.
  *
- * Float order (the same everywhere): mean(x^2) and the head add element i into partial sum
+ * Float order (the same everywhere): mean(x^2) and the 16-bit head add element i into partial sum
  * i mod 32, each product rounded before it is added, and fold the partial sums in
  * halves (16, 8, 4, 2, 1); `ternary_float` adds column 16 q + 4 s + j into partial sum s in the
  * order of q, then j, and folds (0 + 1) + (2 + 3).
+ *
+ * The LM head and the embedding read one table of 16, 8 or 4 bits:
+ *
+ *   half       y[n] = x . fp32(table[n])
+ *   int8, int4 g = max |x|;  q = round-half-even(x * (8064 / g)), zero if g < 2^-100
+ *              y[n] = float(q . w[n]) * ((g / 8064) * scale[n])
+ *   gather     row[k] = float(w[n][k]) * scale[n]
+ *
+ * with integers w = code - 128 (8 bits) or w = group_scale * (code - 8) (4 bits), so that q . w is
+ * exact too. Activations of 14 bits cost little beside a table that comes from memory, where 8 bits
+ * would cost more accuracy than the table does; q is also kept as 128 * high + low.
  *
  * Nothing throws, and only the pool locks. It allocates, and so does AVX2 prefill: once a thread,
  * and without memory it takes a slower way. Pointers need no alignment beyond their type's
@@ -41,10 +52,19 @@ enum {
   BD_BLOCK_ROWS = 32,
   BD_BLOCK_COLUMNS = 16,
   BD_BLOCK_BYTES = 128,
-  BD_MAX_COLUMNS = 1 << 17 /* |q . t| <= 128 K must be exact in fp32 */
+  BD_BASE3_LAYOUT_VERSION = 2,
+  BD_BASE3_COLUMNS = 20,    /* of a block of 128 bytes */
+  BD_MAX_COLUMNS = 1 << 17, /* |q . t| <= 128 K must be exact in fp32 */
+  BD_TABLE_ROWS = 16,       /* of a 4-bit table; bitdistill/tables.py */
+  BD_TABLE_COLUMNS = 32,
+  BD_TABLE_BYTES = 256,
+  BD_HEAD_LEVELS = 63 * 128,
+  BD_MAX_TABLE_COLUMNS = 1 << 14 /* 128 * 8 * 64 K must fit int32 */
 };
 
-/* A ternary matrix (rows, columns): packed is uint8 (ceil(rows/32), ceil(columns/16), 32, 4). */
+/* A ternary matrix (rows, columns): packed is uint8 (ceil(rows/32), ceil(columns/16), 32, 4), or in
+ * base 3 (ceil(rows/32), ceil(columns/20), 32, 4), where no byte is a fault: one that is not of the
+ * 243 counts as its neighbour. */
 typedef struct BdTernary {
   const uint8_t *packed;
   const float *scale; /* (rows) */
@@ -74,12 +94,45 @@ typedef struct BdTokens {
   int64_t stride;
 } BdTokens;
 
-/* A float16 table (rows, columns), row-major: the LM head. */
-typedef struct BdHead {
+/* A float16 table (rows, columns), row-major. */
+typedef struct BdHalfTable {
   const uint16_t *table;
   int64_t rows;
   int64_t columns;
-} BdHead;
+} BdHalfTable;
+
+/* A quantised table. 8 bits: codes is uint8 (rows, columns), group_scale NULL. 4 bits: codes is
+ * uint8 (ceil(rows/16), ceil(columns/32), 4, 16, 4), where byte (s, r, j) of a block holds columns
+ * 8 s + j (low bits) and 8 s + 4 + j of row r; group_scale is (ceil(rows/16), ceil(columns/32),
+ * 16). No byte is invalid. */
+typedef struct BdTable {
+  const uint8_t *codes;
+  const int8_t *group_scale;
+  const float *scale; /* (rows) */
+  int64_t rows;
+  int64_t columns;
+} BdTable;
+
+/* Activations as int8 and int4 read them, in the caller's scratch memory. */
+typedef struct BdHeadTokens {
+  int16_t *q;    /* (tokens, stride), zero beyond `columns` */
+  int8_t *parts; /* (tokens, 2, stride): high in -63 .. 63, low in -64 .. 63 */
+  int16_t *sums; /* (tokens, 2, stride / 32): of each 32 columns of the parts */
+  float *down;   /* g / 8064 of each token; NaN for a token that is not finite */
+  int64_t tokens;
+  int64_t columns;
+  int64_t stride;
+} BdHeadTokens;
+
+/* y is (tokens, rows); a block is 16 rows. */
+typedef struct BdHeadKernels {
+  void (*half)(const BdHalfTable *w, const float *x, int64_t tokens, float *y, int64_t first_row,
+               int64_t last_row);
+  void (*int8)(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first_row,
+               int64_t last_row);
+  void (*int4)(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first_block,
+               int64_t last_block);
+} BdHeadKernels;
 
 /* Ranges are half-open and may run on different threads at once; y is (tokens, rows). */
 typedef struct BdKernels {
@@ -92,8 +145,10 @@ typedef struct BdKernels {
                   int64_t last_block);
   void (*ternary_float)(const BdTernary *w, const BdTokens *in, float *y, int64_t first_block,
                         int64_t last_block);
-  void (*head)(const BdHead *w, const float *x, int64_t tokens, float *y, int64_t first_row,
-               int64_t last_row);
+  /* As `ternary`, of weights in base 3. */
+  void (*ternary_base3)(const BdTernary *w, const BdTokens *in, float *y, int64_t first_block,
+                        int64_t last_block);
+  const BdHeadKernels *head;
 } BdKernels;
 
 /* The table of an instruction set, or of the best one this CPU has for NULL (once a process, the
@@ -114,6 +169,9 @@ BD_API int64_t bd_blocks(int64_t rows);
 
 /* Bytes of `packed` of a (rows, columns) matrix. */
 BD_API int64_t bd_packed_bytes(int64_t rows, int64_t columns);
+
+/* The same in base 3. */
+BD_API int64_t bd_base3_bytes(int64_t rows, int64_t columns);
 
 /* Bytes of scratch memory for `tokens` tokens; activation_bits is 8 or 0 (fp32 activations). */
 BD_API size_t bd_scratch_bytes(int64_t tokens, int64_t columns, int activation_bits);
@@ -146,6 +204,24 @@ BD_API void bd_ternary_layers(const BdKernels *kernels, const BdTernary *w, int 
 
 /* 1 if any 2-bit code among `bytes` packed bytes is 3. */
 BD_API int bd_has_code_3(const uint8_t *packed, size_t bytes);
+
+/* 1 if any of `bytes` bytes is none of the 243 that hold five trits. */
+BD_API int bd_has_no_trits(const uint8_t *packed, size_t bytes);
+
+/* Bytes of scratch memory for a quantised head, and its division (aligned to 8 bytes). */
+BD_API size_t bd_head_scratch_bytes(int64_t tokens, int64_t columns);
+BD_API BdHeadTokens bd_head_tokens(void *scratch, int64_t tokens, int64_t columns);
+
+/* x (tokens, columns) -> the tokens [first, last) of `out`. The same code on every CPU: it takes
+ * microseconds beside a head's milliseconds. */
+BD_API void bd_head_quantize(const float *x, const BdHeadTokens *out, int64_t first, int64_t last);
+
+/* Rows `ids` of a table -> rows (count, columns); ids must lie in [0, table->rows). */
+BD_API void bd_gather_int8(const BdTable *table, const int64_t *ids, int64_t count, float *rows);
+BD_API void bd_gather_int4(const BdTable *table, const int64_t *ids, int64_t count, float *rows);
+
+/* Blocks of 16 rows: the unit of `int4`. */
+BD_API int64_t bd_table_blocks(int64_t rows);
 
 #ifdef __cplusplus
 }

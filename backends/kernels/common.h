@@ -15,8 +15,17 @@
 #define BD_X86 0
 #endif
 
+#if defined(__aarch64__) && !defined(_MSC_VER)
+#define BD_ARM 1
+#else
+#define BD_ARM 0
+#endif
+
 namespace bitdistill {
 const BdKernels *scalar_kernels();
+#if BD_ARM
+const BdKernels *neon_kernels();
+#endif
 #if BD_X86
 const BdKernels *avx2_kernels();
 #endif
@@ -30,6 +39,10 @@ constexpr int kLanes = 32;
 
 inline int64_t groups_of(int64_t columns) {
   return (columns + BD_BLOCK_COLUMNS - 1) / BD_BLOCK_COLUMNS;
+}
+
+inline int64_t base3_groups(int64_t columns) {
+  return (columns + BD_BASE3_COLUMNS - 1) / BD_BASE3_COLUMNS;
 }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -106,6 +119,10 @@ inline int tile_tokens(int64_t remaining, int most) {
 
 inline const uint8_t *block_bytes(const BdTernary *w, int64_t block) {
   return w->packed + block * groups_of(w->columns) * BD_BLOCK_BYTES;
+}
+
+inline const uint8_t *base3_block(const BdTernary *w, int64_t block) {
+  return w->packed + block * base3_groups(w->columns) * BD_BLOCK_BYTES;
 }
 
 }  // namespace

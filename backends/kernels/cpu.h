@@ -11,6 +11,7 @@ struct CpuFeatures {
   bool avx_vnni;
   bool avx512_vnni;  // with F, BW, DQ and VL
   bool amx;          // AMX-INT8, and the system's permission to use it
+  bool dot_product;  // of Armv8.2
 };
 CpuFeatures cpu_features();
 }  // namespace bitdistill

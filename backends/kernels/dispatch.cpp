@@ -18,6 +18,10 @@
 #endif
 #endif
 
+#if BD_ARM && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace bitdistill {
 #if BD_X86
 namespace {
@@ -89,6 +93,19 @@ CpuFeatures cpu_features() {
   static const CpuFeatures features = read_features();
   return features;
 }
+#elif BD_ARM && defined(__linux__)
+CpuFeatures cpu_features() {
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  CpuFeatures features = {};
+  features.dot_product = (getauxval(AT_HWCAP) & kDotProduct) != 0;
+  return features;
+}
+#elif BD_ARM && defined(__APPLE__)
+CpuFeatures cpu_features() {
+  CpuFeatures features = {};
+  features.dot_product = true;  // every Apple silicon Mac
+  return features;
+}
 #else
 CpuFeatures cpu_features() { return {}; }
 #endif
@@ -100,6 +117,9 @@ using Provider = const BdKernels *(*)();
 
 // Best first: a new instruction set is one file and one row.
 constexpr Provider kProviders[] = {
+#if BD_ARM
+    bitdistill::neon_kernels,
+#endif
 #if defined(BD_AMX)
     bitdistill::amx_kernels,
 #endif
@@ -227,6 +247,17 @@ void bd_ternary_linear(const BdKernels *kernels, const BdTernary *w, const BdInp
     kernels->quantize(in, &tokens, 0, in->tokens);
     kernels->ternary(w, &tokens, y, 0, blocks);
   }
+}
+
+int64_t bd_base3_bytes(int64_t rows, int64_t columns) {
+  return bd_blocks(rows) * base3_groups(columns) * BD_BLOCK_BYTES;
+}
+
+int bd_has_no_trits(const uint8_t *packed, size_t bytes) {
+  int found = 0;  // x = byte * 243 / 256 is the number whose byte is ceil(x * 256 / 243)
+  for (size_t i = 0; i < bytes; ++i)
+    found |= ((packed[i] * 243 >> 8) * 256 + 242) / 243 != packed[i];
+  return found;
 }
 
 int bd_has_code_3(const uint8_t *packed, size_t bytes) {

@@ -24,7 +24,14 @@ struct Domain;
 struct SessionOptions;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
-enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kFloat16 = 10 };
+enum ElementType : int {
+  kUndefined = 0,
+  kFloat = 1,
+  kUint8 = 2,
+  kInt8 = 3,
+  kInt64 = 7,
+  kFloat16 = 10
+};
 enum AttributeType : int { kAttributeInt = 1 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 enum MemoryType : int { kDefaultMemory = 0 };

@@ -19,6 +19,8 @@ struct Registration {
   ort::Domain *domain;
   Op ternary;
   Op head;
+  Op quantized_head;
+  Op quantized_embedding;
   Registration *next;
 };
 
@@ -26,7 +28,8 @@ std::mutex mutex;
 Registration *registrations = nullptr;
 
 // ONNX Runtime before 1.24 crashes in the shape inference of custom operators when an optional
-// input is absent. There TernaryLinear does without: its shapes are known when it runs.
+// input is absent. There the operators with such inputs do without: their shapes are known when
+// they run.
 bool infers_safely(const char *version) {
   const char *dot = strchr(version, '.');
   const int minor = dot != nullptr ? atoi(dot + 1) : 0;
@@ -37,10 +40,15 @@ ort::Status *fill(Registration *r, const ort::Api *api, const char *version) {
   r->api = api;
   fill_ternary(&r->ternary, api);
   fill_head(&r->head, api);
-  if (!infers_safely(version)) r->ternary.InferOutputShape = nullptr;
+  fill_quantized_head(&r->quantized_head, api);
+  fill_quantized_embedding(&r->quantized_embedding, api);
   BD_TRY(api->CreateCustomOpDomain(kDomain, &r->domain));
-  BD_TRY(api->CustomOpDomain_Add(r->domain, &r->ternary));
-  return api->CustomOpDomain_Add(r->domain, &r->head);
+  BD_TRY(api->CustomOpDomain_Add(r->domain, &r->head));
+  for (Op *op : {&r->ternary, &r->quantized_head, &r->quantized_embedding}) {
+    if (!infers_safely(version)) op->InferOutputShape = nullptr;
+    BD_TRY(api->CustomOpDomain_Add(r->domain, op));
+  }
+  return nullptr;
 }
 
 ort::Status *domain_of(const ort::Api *api, const char *version, ort::Domain **out) {

@@ -1,5 +1,6 @@
 #include "ort_support.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,6 +25,10 @@ const char *type_name(ort::ElementType type) {
       return "float";
     case ort::kUint8:
       return "uint8";
+    case ort::kInt8:
+      return "int8";
+    case ort::kInt64:
+      return "int64";
     case ort::kFloat16:
       return "float16";
     default:
@@ -73,11 +78,36 @@ ort::Status *refuse(const ort::Api *api, const char *format, ...) {
   return api->CreateStatus(ort::kInvalidArgument, text);
 }
 
-void format_name(char *text, size_t size, const char *op, const char *node) {
+void read_name(const ort::Api *api, const ort::KernelInfo *info, const char *op,
+               char (&name)[kNameSize]) {
+  char node[kNameSize - 32] = "";
+  size_t size = sizeof node;
+  ort::Status *status = api->KernelInfo_GetNodeName(info, node, &size);
+  if (status != nullptr) {
+    api->ReleaseStatus(status);
+    node[0] = '\0';
+  }
   if (node[0] == '\0')
-    snprintf(text, size, "%s", op);
+    snprintf(name, sizeof name, "%s", op);
   else
-    snprintf(text, size, "%s '%s'", op, node);
+    snprintf(name, sizeof name, "%s '%s'", op, node);
+}
+
+ort::Status *read_int(const ort::Api *api, const ort::KernelInfo *info, const char *op,
+                      const char *attribute, int64_t *out) {
+  ort::Status *status = api->KernelInfoGetAttribute_int64(info, attribute, out);
+  if (status == nullptr) return nullptr;
+  api->ReleaseStatus(status);
+  return refuse(api, "%s: the integer attribute %s is missing; export the model again", op,
+                attribute);
+}
+
+ort::Status *check_scales(const ort::Api *api, const char *op, const float *scale, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (!(scale[i] >= 0) || isinf(scale[i]))
+      return refuse(api, "%s: scale[%lld] = %g is not finite and >= 0; export the model again", op,
+                    static_cast<long long>(i), static_cast<double>(scale[i]));
+  return nullptr;
 }
 
 ort::Status *read_tensor(const ort::Api *api, const ort::Value *value, Tensor *out) {
@@ -150,12 +180,12 @@ ort::Status *check_activations(const ort::Api *api, const char *op, const Tensor
 }
 
 ort::Status *make_output(const ort::Api *api, ort::KernelContext *context, const Tensor &x,
-                         int64_t last, float **out) {
-  int64_t dims[kMaxRank];
-  for (size_t i = 0; i < x.rank; ++i) dims[i] = x.dims[i];
-  dims[x.rank - 1] = last;
+                         size_t rank, int64_t last, float **out) {
+  int64_t dims[kMaxRank + 1];
+  for (size_t i = 0; i < rank; ++i) dims[i] = x.dims[i];
+  dims[rank] = last;
   ort::Value *value = nullptr;
-  BD_TRY(api->KernelContext_GetOutput(context, 0, dims, x.rank, &value));
+  BD_TRY(api->KernelContext_GetOutput(context, 0, dims, rank + 1, &value));
   void *data = nullptr;
   BD_TRY(api->GetTensorMutableData(value, &data));
   *out = static_cast<float *>(data);
@@ -202,18 +232,29 @@ void fill_common(Op *op, const ort::Api *api) {
   op->GetEndVersion = version_one;
 }
 
-ort::Status *infer_last_dimension(const ort::Api *api, ort::ShapeContext *context, int64_t last) {
+ort::Status *infer_int(const ort::Api *api, const ort::ShapeContext *context, const char *attribute,
+                       int64_t *out) {
+  const ort::Attribute *found = nullptr;
+  BD_TRY(api->ShapeInferContext_GetAttribute(context, attribute, &found));
+  size_t size = 0;
+  return api->ReadOpAttr(found, ort::kAttributeInt, out, sizeof *out, &size);
+}
+
+ort::Status *infer_output(const ort::Api *api, ort::ShapeContext *context, size_t dropped,
+                          int64_t last) {
   ort::Shape *input = nullptr;  // the context's own; not to be released
   BD_TRY(api->ShapeInferContext_GetInputTypeShape(context, 0, &input));
   size_t rank = 0;
   BD_TRY(api->GetDimensionsCount(input, &rank));
-  if (rank == 0 || rank > kMaxRank) return nullptr;  // unknown here; checked when it runs
-  int64_t dims[kMaxRank];
-  const char *names[kMaxRank];
+  if (rank < dropped || rank > kMaxRank) return nullptr;  // unknown here; checked when it runs
+  int64_t dims[kMaxRank + 1];
+  const char *names[kMaxRank + 1];
   BD_TRY(api->GetDimensions(input, dims, rank));
   BD_TRY(api->GetSymbolicDimensions(input, names, rank));
-  dims[rank - 1] = last;
-  names[rank - 1] = "";
+  rank -= dropped;
+  dims[rank] = last;
+  names[rank] = "";
+  ++rank;
   ort::Shape *output = nullptr;
   BD_TRY(api->CreateTensorTypeAndShapeInfo(&output));
   ort::Status *status = api->SetTensorElementType(output, ort::kFloat);

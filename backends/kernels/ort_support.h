@@ -36,11 +36,20 @@ struct Expected {
   const char *name;
   ort::ElementType type;
   size_t rank;
-  int64_t dims[4];
+  int64_t dims[5];
 };
 
-// "Op 'node'", or "Op" for a node without a name.
-void format_name(char *text, size_t size, const char *op, const char *node);
+// "Op 'node'", or "Op" for a node without a name, or with one too long for messages.
+constexpr size_t kNameSize = 160;
+void read_name(const ort::Api *api, const ort::KernelInfo *info, const char *op,
+               char (&name)[kNameSize]);
+
+// An integer attribute that must be there.
+ort::Status *read_int(const ort::Api *api, const ort::KernelInfo *info, const char *op,
+                      const char *attribute, int64_t *out);
+
+// Scales must be finite and not negative.
+ort::Status *check_scales(const ort::Api *api, const char *op, const float *scale, int64_t count);
 
 ort::Status *read_tensor(const ort::Api *api, const ort::Value *value, Tensor *out);
 ort::Status *read_input(const ort::Api *api, const ort::KernelContext *context, size_t index,
@@ -50,9 +59,9 @@ ort::Status *read_constant(const ort::Api *api, const ort::KernelInfo *info, siz
 ort::Status *check_tensor(const ort::Api *api, const char *op, const Tensor &tensor,
                           const Expected &expected);
 
-// Allocates output 0: the dimensions of x with the last one replaced.
+// Allocates output 0: the first `rank` dimensions of x, then `last`.
 ort::Status *make_output(const ort::Api *api, ort::KernelContext *context, const Tensor &x,
-                         int64_t last, float **out);
+                         size_t rank, int64_t last, float **out);
 
 // Tokens of x, which must end in `columns`.
 ort::Status *check_activations(const ort::Api *api, const char *op, const Tensor &x,
@@ -107,11 +116,19 @@ struct Op : ort::CustomOp {
 // Fills the callbacks that do not differ between operators.
 void fill_common(Op *op, const ort::Api *api);
 
-// Shape inference: output 0 is input 0 with its last dimension replaced.
-ort::Status *infer_last_dimension(const ort::Api *api, ort::ShapeContext *context, int64_t last);
+// Shape inference: output 0 is float, of the dimensions of input 0 without the last `dropped`, then
+// `last`.
+ort::Status *infer_output(const ort::Api *api, ort::ShapeContext *context, size_t dropped,
+                          int64_t last);
+
+// An integer attribute in shape inference.
+ort::Status *infer_int(const ort::Api *api, const ort::ShapeContext *context, const char *attribute,
+                       int64_t *out);
 
 void fill_ternary(Op *op, const ort::Api *api);
 void fill_head(Op *op, const ort::Api *api);
+void fill_quantized_head(Op *op, const ort::Api *api);
+void fill_quantized_embedding(Op *op, const ort::Api *api);
 
 }  // namespace bitdistill
 #endif

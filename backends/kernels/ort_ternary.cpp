@@ -1,10 +1,11 @@
 // TernaryLinear: Y = ternary(quantize(norm(X))) as bitdistill_kernels.h specifies.
 //
-// Inputs      X float (..., K); W uint8 (ceil(N/32), ceil(K/16), 32, 4);
+// Inputs      X float (..., K); W uint8 (ceil(N/32), ceil(K/16), 32, 4) in layout 1,
+//             (ceil(N/32), ceil(K/20), 32, 4) in layout 2, five trits a byte;
 //             scale float (N / scale_rows), one for every scale_rows rows in turn;
 //             norm_weight float (K), optional; bias float (N), optional
-// Attributes  N, K, scale_rows (divides N), layout (1), activation_bits (8 or 0),
-//             epsilon (needed with norm_weight)
+// Attributes  N, K, scale_rows (divides N), layout (1 or 2), activation_bits (8, or 0 in
+//             layout 1), epsilon (needed with norm_weight)
 //
 // A model stores one scale a matrix; the kernels take one a row. Where W and scale are constant the
 // scales are expanded once, when the session is made.
@@ -29,15 +30,17 @@ struct Kernel {
   int64_t rows;
   int64_t columns;
   int64_t scale_rows;
+  bool base3;
   int bits;
   float epsilon;  // NaN: not given
   bool checked[kInputs];
   std::unique_ptr<float[]> row_scales;  // (rows); null: expanded for each call
-  char name[160];                       // "TernaryLinear 'node name'"
+  char name[kNameSize];                 // "TernaryLinear 'node name'"
 };
 
 Expected expected(const Kernel &k, size_t input) {
-  const int64_t groups = (k.columns + BD_BLOCK_COLUMNS - 1) / BD_BLOCK_COLUMNS;
+  const int64_t width = k.base3 ? BD_BASE3_COLUMNS : BD_BLOCK_COLUMNS;
+  const int64_t groups = (k.columns + width - 1) / width;
   switch (input) {
     case kW:
       return {"W", ort::kUint8, 4, {bd_blocks(k.rows), groups, BD_BLOCK_ROWS, 4}};
@@ -50,41 +53,26 @@ Expected expected(const Kernel &k, size_t input) {
   }
 }
 
-void read_name(Kernel *k, const ort::KernelInfo *info) {
-  char node[128] = "";
-  size_t size = sizeof node;
-  ort::Status *status = k->api->KernelInfo_GetNodeName(info, node, &size);
-  if (status != nullptr) {  // longer than the buffer: messages do without it
-    k->api->ReleaseStatus(status);
-    node[0] = '\0';
-  }
-  format_name(k->name, sizeof k->name, "TernaryLinear", node);
-}
-
-ort::Status *read_int(const Kernel &k, const ort::KernelInfo *info, const char *attribute,
-                      int64_t *out) {
-  ort::Status *status = k.api->KernelInfoGetAttribute_int64(info, attribute, out);
-  if (status == nullptr) return nullptr;
-  k.api->ReleaseStatus(status);
-  return refuse(k.api, "%s: the integer attribute %s is missing; export the model again", k.name,
-                attribute);
-}
-
 ort::Status *read_attributes(Kernel *k, const ort::KernelInfo *info) {
   int64_t layout = 0;
   int64_t bits = 0;
-  BD_TRY(read_int(*k, info, "N", &k->rows));
-  BD_TRY(read_int(*k, info, "K", &k->columns));
-  BD_TRY(read_int(*k, info, "scale_rows", &k->scale_rows));
-  BD_TRY(read_int(*k, info, "layout", &layout));
-  BD_TRY(read_int(*k, info, "activation_bits", &bits));
-  if (layout != BD_LAYOUT_VERSION)
-    return refuse(k->api, "%s: weight layout %lld is not known here (this library reads %d); %s",
+  BD_TRY(read_int(k->api, info, k->name, "N", &k->rows));
+  BD_TRY(read_int(k->api, info, k->name, "K", &k->columns));
+  BD_TRY(read_int(k->api, info, k->name, "scale_rows", &k->scale_rows));
+  BD_TRY(read_int(k->api, info, k->name, "layout", &layout));
+  BD_TRY(read_int(k->api, info, k->name, "activation_bits", &bits));
+  k->base3 = layout == BD_BASE3_LAYOUT_VERSION;
+  if (layout != BD_LAYOUT_VERSION && !k->base3)
+    return refuse(k->api,
+                  "%s: weight layout %lld is not known here (this library reads %d, %d); %s",
                   k->name, static_cast<long long>(layout), BD_LAYOUT_VERSION,
-                  "export the model again or install a newer bitdistill");
+                  BD_BASE3_LAYOUT_VERSION, "export the model again or install a newer bitdistill");
   if (bits != 8 && bits != 0)
     return refuse(k->api, "%s: activation_bits must be 8 or 0, got %lld", k->name,
                   static_cast<long long>(bits));
+  if (k->base3 && bits == 0)
+    return refuse(k->api, "%s: weight layout 2 needs activation_bits 8; %s", k->name,
+                  "export the model again with 2 bits a weight");
   if (k->columns < 1 || k->columns > BD_MAX_COLUMNS || k->rows < 1 || k->rows > INT32_MAX)
     return refuse(k->api, "%s: N = %lld, K = %lld is out of range (K at most %d)", k->name,
                   static_cast<long long>(k->rows), static_cast<long long>(k->columns),
@@ -98,14 +86,6 @@ ort::Status *read_attributes(Kernel *k, const ort::KernelInfo *info) {
     k->api->ReleaseStatus(status);
     k->epsilon = NAN;
   }
-  return nullptr;
-}
-
-ort::Status *check_scale(const Kernel &k, const float *scale) {
-  for (int64_t i = 0; i < k.rows / k.scale_rows; ++i)
-    if (!(scale[i] >= 0) || isinf(scale[i]))
-      return refuse(k.api, "%s: scale[%lld] = %g is not finite and >= 0; export the model again",
-                    k.name, static_cast<long long>(i), static_cast<double>(scale[i]));
   return nullptr;
 }
 
@@ -129,7 +109,17 @@ ort::Status *keep_scales(Kernel *k, const ort::KernelInfo *info) {
 // Every check of one tensor but the codes, which cost a pass over the weights.
 ort::Status *check_input(const Kernel &k, size_t input, const Tensor &tensor) {
   BD_TRY(check_tensor(k.api, k.name, tensor, expected(k, input)));
-  return input == kScale ? check_scale(k, tensor.floats()) : nullptr;
+  if (input != kScale) return nullptr;
+  return check_scales(k.api, k.name, tensor.floats(), k.rows / k.scale_rows);
+}
+
+ort::Status *check_codes(const Kernel &k, const uint8_t *packed) {
+  const int64_t bytes = (k.base3 ? bd_base3_bytes : bd_packed_bytes)(k.rows, k.columns);
+  if ((k.base3 ? bd_has_no_trits : bd_has_code_3)(packed, static_cast<size_t>(bytes)) == 0)
+    return nullptr;
+  return refuse(k.api, "%s: W holds %s, so it is not a packed ternary matrix; %s", k.name,
+                k.base3 ? "a byte without five trits" : "the code 3",
+                "the file is damaged: export the model again");
 }
 
 ort::Status *check_constants(Kernel *k, const ort::KernelInfo *info) {
@@ -138,10 +128,7 @@ ort::Status *check_constants(Kernel *k, const ort::KernelInfo *info) {
     BD_TRY(read_constant(k->api, info, input, &tensor));
     if (!tensor.present) continue;
     BD_TRY(check_input(*k, input, tensor));
-    const size_t bytes = static_cast<size_t>(bd_packed_bytes(k->rows, k->columns));
-    if (input == kW && bd_has_code_3(static_cast<const uint8_t *>(tensor.data), bytes) != 0)
-      return refuse(k->api, "%s: W holds the code 3, so it is not a packed ternary matrix; %s",
-                    k->name, "the file is damaged: export the model again");
+    if (input == kW) BD_TRY(check_codes(*k, static_cast<const uint8_t *>(tensor.data)));
     k->checked[input] = true;
   }
   return nullptr;
@@ -150,7 +137,7 @@ ort::Status *check_constants(Kernel *k, const ort::KernelInfo *info) {
 ort::Status *make(Kernel *k, const ort::KernelInfo *info) {
   k->kernels = bd_kernels(nullptr);
   if (k->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
-  read_name(k, info);
+  read_name(k->api, info, "TernaryLinear", k->name);
   BD_TRY(read_attributes(k, info));
   BD_TRY(check_constants(k, info));
   return keep_scales(k, info);
@@ -195,7 +182,9 @@ ort::Status *run(const Kernel &k, const ort::KernelContext *context, const BdTer
   if (scratch.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
   const BdTokens tokens = bd_tokens(scratch.data(), in.tokens, in.columns, k.bits);
   const auto prepare = k.bits == 0 ? k.kernels->normalize : k.kernels->quantize;
-  const auto multiply = k.bits == 0 ? k.kernels->ternary_float : k.kernels->ternary;
+  const auto multiply = k.bits == 0 ? k.kernels->ternary_float
+                        : k.base3   ? k.kernels->ternary_base3
+                                    : k.kernels->ternary;
 
   const double columns = static_cast<double>(in.columns);
   BD_TRY(parallel(k.api, context, in.tokens, chunk_of(columns * 0.3),
@@ -231,7 +220,7 @@ ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   BD_TRY(check_activations(k.api, k.name, inputs[kX], k.columns, &tokens));
   BD_TRY(read_inputs(k, context, inputs));
   float *y = nullptr;
-  BD_TRY(make_output(k.api, context, inputs[kX], k.rows, &y));
+  BD_TRY(make_output(k.api, context, inputs[kX], inputs[kX].rank - 1, k.rows, &y));
   if (tokens == 0) return nullptr;
   const bool kept = k.row_scales != nullptr;
   const BdTernary w = {static_cast<const uint8_t *>(inputs[kW].data),
@@ -243,12 +232,9 @@ ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
 
 ort::Status *infer(const ort::CustomOp *op, ort::ShapeContext *context) noexcept {
   const ort::Api *api = static_cast<const Op *>(op)->api;
-  const ort::Attribute *attribute = nullptr;
-  BD_TRY(api->ShapeInferContext_GetAttribute(context, "N", &attribute));
   int64_t rows = 0;
-  size_t size = 0;
-  BD_TRY(api->ReadOpAttr(attribute, ort::kAttributeInt, &rows, sizeof rows, &size));
-  return infer_last_dimension(api, context, rows);
+  BD_TRY(infer_int(api, context, "N", &rows));
+  return infer_output(api, context, 1, rows);
 }
 
 const char *name(const ort::CustomOp *) { return "TernaryLinear"; }

@@ -1,5 +1,5 @@
 // The oracle: plain C++ in the order that bitdistill_kernels.h specifies, for any CPU.
-#include "common.h"
+#include "head.h"
 
 namespace {
 
@@ -96,33 +96,33 @@ void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t fir
     }
 }
 
-float from_half(uint16_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16;
-  const uint32_t exponent = half >> 10 & 31;
-  const uint32_t fraction = half & 1023u;
-  uint32_t bits = sign | (exponent + 112) << 23 | fraction << 13;
-  if (exponent == 31) bits = sign | 0x7f800000u | fraction << 13;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  if (exponent != 0) return value;
-  const float small = static_cast<float>(fraction) * (1.0f / 16777216.0f);  // subnormal: 2^-24
-  return sign != 0 ? -small : small;
+// Five codes of a byte: three times it carries one beyond its 8 bits.
+void base3_dots(const uint8_t *packed, const int8_t *q, int64_t groups, int32_t *dots) {
+  for (int r = 0; r < BD_BLOCK_ROWS; ++r) dots[r] = 0;
+  for (int64_t g = 0; g < groups; ++g, packed += BD_BLOCK_BYTES, q += BD_BASE3_COLUMNS)
+    for (int r = 0; r < BD_BLOCK_ROWS; ++r)
+      for (int j = 0; j < 4; ++j) {
+        int byte = packed[4 * r + j];
+        for (int s = 0; s < 5; ++s) {
+          dots[r] += (3 * byte >> 8) * q[4 * s + j];
+          byte = 3 * byte & 255;
+        }
+      }
 }
 
-void head(const BdHead *w, const float *x, int64_t tokens, float *y, int64_t first, int64_t last) {
-  for (int64_t row = first; row < last; ++row)
-    for (int64_t token = 0; token < tokens; ++token) {
-      const uint16_t *table = w->table + row * w->columns;
-      float lanes[kLanes] = {};
-      for (int64_t i = 0; i < w->columns; ++i)
-        lanes[i % kLanes] += x[token * w->columns + i] * from_half(table[i]);
-      y[token * w->rows + row] = fold(lanes, kLanes);
+void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
+  int32_t dots[BD_BLOCK_ROWS];
+  for (int64_t block = first; block < last; ++block)
+    for (int64_t token = 0; token < in->tokens; ++token) {
+      base3_dots(base3_block(w, block), in->q + token * in->stride, base3_groups(w->columns), dots);
+      write_rows(w, block, dots, in->sum[token], in->down[token], y + token * w->rows);
     }
 }
 
 int supported() { return 1; }
 
-const BdKernels kTable = {"scalar", supported, quantize, normalize, ternary, ternary_float, head};
+const BdKernels kTable = {"scalar", supported,     quantize,      normalize,
+                          ternary,  ternary_float, ternary_base3, &bitdistill::scalar_heads};
 
 }  // namespace
 

@@ -33,8 +33,19 @@ const BdKernels *avx_vnni_kernels() {
 #endif
 
 #if defined(BD_AVX512_VNNI)
+namespace {
+
+BdKernels with_avx512_vnni(const char *name, Supported supported, Ternary ternary) {
+  BdKernels table = over_avx2(name, supported, ternary);
+  table.ternary_base3 = avx512_vnni_ternary_base3;
+  table.head = &avx512_vnni_heads;
+  return table;
+}
+
+}  // namespace
+
 const BdKernels *avx512_vnni_kernels() {
-  static const BdKernels table = over_avx2(
+  static const BdKernels table = with_avx512_vnni(
       "avx512-vnni", [] { return has_avx2() && cpu_features().avx512_vnni ? 1 : 0; },
       avx512_vnni_ternary);
   return &table;
@@ -43,7 +54,7 @@ const BdKernels *avx512_vnni_kernels() {
 
 #if defined(BD_AMX)
 const BdKernels *amx_kernels() {
-  static const BdKernels table = over_avx2(
+  static const BdKernels table = with_avx512_vnni(
       "amx", [] { return avx512_vnni_kernels()->supported() && cpu_features().amx ? 1 : 0; },
       amx_ternary);
   return &table;

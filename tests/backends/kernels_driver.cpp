@@ -58,6 +58,21 @@ std::vector<float> run(const BdKernels *kernels, const Layer &layer, const std::
   return y;
 }
 
+// Five trits a byte; of any bytes, which all count as some trits.
+std::vector<float> run_base3(const BdKernels *kernels, const Layer &layer,
+                             const std::vector<uint8_t> &packed, const std::vector<float> &x) {
+  const int64_t tokens = static_cast<int64_t>(x.size()) / layer.columns;
+  const std::unique_ptr<char[]> scratch(new char[bd_scratch_bytes(tokens, layer.columns, 8) + 1]);
+  std::vector<float> y(static_cast<size_t>(tokens * layer.rows), -1.0f);
+  const BdInput in = {x.data(), layer.norm.data(), 1e-6f, tokens, layer.columns};
+  BdTernary w = layer.weights();
+  w.packed = packed.data();
+  const BdTokens prepared = bd_tokens(scratch.get(), tokens, layer.columns, 8);
+  kernels->quantize(&in, &prepared, 0, tokens);
+  kernels->ternary_base3(&w, &prepared, y.data(), 0, bd_blocks(layer.rows));
+  return y;
+}
+
 bool same(const std::vector<float> &a, const std::vector<float> &b) {
   for (size_t i = 0; i < a.size(); ++i)
     if (!(a[i] == b[i]) && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
@@ -70,10 +85,62 @@ bool same_head(const BdKernels *a, const BdKernels *b, std::mt19937 &random, int
   for (uint16_t &half : table) half = static_cast<uint16_t>(random());
   const std::vector<float> x = random_floats(random, tokens * columns);
   std::vector<float> ya(static_cast<size_t>(tokens * rows)), yb(ya.size());
-  const BdHead head = {table.data(), rows, columns};
-  a->head(&head, x.data(), tokens, ya.data(), 0, rows);
-  b->head(&head, x.data(), tokens, yb.data(), 0, rows);
+  const BdHalfTable head = {table.data(), rows, columns};
+  a->head->half(&head, x.data(), tokens, ya.data(), 0, rows);
+  b->head->half(&head, x.data(), tokens, yb.data(), 0, rows);
   return same(ya, yb);
+}
+
+struct Table {
+  std::vector<uint8_t> codes;
+  std::vector<int8_t> group_scale;
+  std::vector<float> scale;
+  int64_t rows, columns;
+  BdTable weights() const {
+    return {codes.data(), group_scale.data(), scale.data(), rows, columns};
+  }
+};
+
+// Any bytes at all.
+Table random_table(std::mt19937 &random, int64_t rows, int64_t columns, int bits) {
+  const size_t blocks = static_cast<size_t>(bd_table_blocks(rows));
+  const size_t groups = static_cast<size_t>((columns + 31) / 32);
+  Table table = {{}, {}, random_floats(random, rows), rows, columns};
+  table.codes.resize(bits == 8 ? static_cast<size_t>(rows * columns) : blocks * groups * 256);
+  table.group_scale.resize(bits == 8 ? 0 : blocks * groups * 16);
+  for (uint8_t &code : table.codes) code = static_cast<uint8_t>(random());
+  for (int8_t &scale : table.group_scale) scale = static_cast<int8_t>(random());
+  return table;
+}
+
+std::vector<float> run_table(const BdKernels *kernels, const Table &table,
+                             const std::vector<float> &x, int bits) {
+  const int64_t tokens = static_cast<int64_t>(x.size()) / table.columns;
+  const std::unique_ptr<char[]> scratch(new char[bd_head_scratch_bytes(tokens, table.columns) + 1]);
+  const BdHeadTokens in = bd_head_tokens(scratch.get(), tokens, table.columns);
+  std::vector<float> y(static_cast<size_t>(tokens * table.rows), -1.0f);
+  const BdTable w = table.weights();
+  bd_head_quantize(x.data(), &in, 0, tokens);
+  if (bits == 8)
+    kernels->head->int8(&w, &in, y.data(), 0, table.rows);
+  else
+    kernels->head->int4(&w, &in, y.data(), 0, bd_table_blocks(table.rows));
+  return y;
+}
+
+// Gathers every row as well, for the sanitizer to see.
+bool same_table(const BdKernels *a, const BdKernels *b, std::mt19937 &random, int64_t tokens,
+                int64_t rows, int64_t columns, int bits) {
+  const Table table = random_table(random, rows, columns, bits);
+  const std::vector<float> x = random_floats(random, tokens * columns);
+  std::vector<int64_t> ids(static_cast<size_t>(rows));
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = rows - 1 - static_cast<int64_t>(i);
+  std::vector<float> gathered(static_cast<size_t>(rows * columns));
+  const BdTable w = table.weights();
+  (bits == 8 ? bd_gather_int8 : bd_gather_int4)(&w, ids.data(), rows, gathered.data());
+  for (const float value : gathered)
+    if (!std::isfinite(value)) return false;
+  return same(run_table(a, table, x, bits), run_table(b, table, x, bits));
 }
 
 // Enough rows and tokens for the paths of prefill; two threads call with one pool at once.
@@ -103,7 +170,13 @@ bool compare(const BdKernels *kernels, unsigned seed, BdPool *pool) {
           if (!same(run(kernels, layer, x, bits, pool), run(oracle, layer, x, bits, nullptr)) &&
               !wrapped)
             return false;
+          std::vector<uint8_t> base3(static_cast<size_t>(bd_base3_bytes(rows, columns)));
+          for (uint8_t &byte : base3) byte = static_cast<uint8_t>(random());
+          if (!same(run_base3(kernels, layer, base3, x), run_base3(oracle, layer, base3, x)))
+            return false;
           if (!same_head(kernels, oracle, random, tokens, rows, columns)) return false;
+          if (!same_table(kernels, oracle, random, tokens, rows, columns, bits == 8 ? 8 : 4))
+            return false;
         }
   return same_prefill(kernels, oracle, random, pool);
 }

@@ -21,6 +21,7 @@ TYPES = {
     np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.float16): TensorProto.FLOAT16,
     np.dtype(np.float64): TensorProto.DOUBLE,
+    np.dtype(np.int8): TensorProto.INT8,
 }
 
 
@@ -29,12 +30,13 @@ def model(
     x_shape: list[Any],
     inputs: dict[str, NDArray],
     fed: tuple[str, ...] = (),
+    x_type: int = TensorProto.FLOAT,
     **attributes: Any,
 ) -> bytes:
     """One node. Inputs named "" are absent; those in `fed` are graph inputs, not initializers."""
     names = ["" if name.startswith("absent") else name for name in inputs]
     node = helper.make_node(op, ["x", *names], ["y"], "layer 7", domain="bitdistill", **attributes)
-    given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, x_shape)]
+    given = [helper.make_tensor_value_info("x", x_type, x_shape)]
     given += [
         helper.make_tensor_value_info(n, TYPES[inputs[n].dtype], [None] * inputs[n].ndim)
         for n in fed

@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "backends" / "kernels"
 DRIVER = Path(__file__).with_name("kernels_driver.cpp")
+FUZZER = Path(__file__).with_name("kernels_fuzz.cpp")
 X86 = os.uname().machine in ("x86_64", "amd64")
+CROSS = "aarch64-linux-gnu-g++"
 COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
 STRICT = [
     "-std=c++17",
@@ -27,9 +29,7 @@ STRICT = [
     "-Wshadow",
     "-Werror",
 ]
-
-
-AVX512 = ["-mavx2", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
+AVX512 = ["-mavx2", "-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni"))]
 # The machine flags of the kernels, by the start of a file's name, and the table they define.
 MACHINE = {
     "avx2_ceilings": (["-mavx2", "-mfma"], None),
@@ -40,7 +40,10 @@ MACHINE = {
 }
 
 
-def machine_flags(name: str) -> list[str]:
+def machine_flags(name: str, compiler: str) -> list[str]:
+    """Of one source file; none for a file of another processor, which is empty."""
+    if compiler == CROSS:
+        return ["-march=armv8.2-a+dotprod"] if name.startswith("neon_") else []
     flags = [flags for start, (flags, _) in MACHINE.items() if name.startswith(start)]
     return flags[0] if X86 and flags else []
 
@@ -55,14 +58,15 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def build_driver(compiler: str, folder: Path, *flags: str) -> Path:
+def build_driver(compiler: str, folder: Path, *flags: str, driver: Path = DRIVER) -> Path:
     """Compile kernels (each file with its machine flags) and driver; warnings are errors."""
+    x86 = X86 and compiler != CROSS
     objects = []
-    tables = [f"-D{name}" for _, name in MACHINE.values() if X86 and name]
-    for source in [*sorted(KERNELS.glob("*.cpp")), DRIVER]:
-        if not X86 and source.name.startswith(tuple(MACHINE)):
+    tables = [f"-D{name}" for _, name in MACHINE.values() if x86 and name]
+    for source in [*sorted(KERNELS.glob("*.cpp")), driver]:
+        if not x86 and source.name.startswith(tuple(MACHINE)):
             continue
-        machine = [*machine_flags(source.name), *tables]
+        machine = [*machine_flags(source.name, compiler), *tables]
         target = folder / f"{source.stem}.o"
         result = run(compiler, *STRICT, *flags, *machine, "-I", KERNELS, "-c", source, "-o", target)
         assert result.returncode == 0, result.stderr
@@ -85,6 +89,16 @@ def test_tables_agree_under_sanitizers(compiler: str, sanitizers: str, tmp_path:
     assert result.stdout.rstrip().endswith("scalar")
 
 
+@pytest.mark.skipif("clang++" not in COMPILERS, reason="needs clang++")
+def test_no_bytes_confuse_the_kernels(tmp_path: Path) -> None:
+    """libFuzzer on every entry point that takes packed bytes, under both sanitizers."""
+    flags = ("-O1", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all")
+    program = build_driver("clang++", tmp_path, *flags, driver=FUZZER)
+    result = run(program, "-seed=1", "-runs=20000", "-max_total_time=60", "-max_len=600")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Done " in result.stderr
+
+
 @pytest.mark.skipif(not X86, reason="x86-64 instructions")
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("sanitize", [False, True])
@@ -93,7 +107,7 @@ def test_kernels_that_this_cpu_may_lack(compiler: str, sanitize: bool, tmp_path:
     flags = ["-O3"]
     if sanitize:
         flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    machine = ("avx2_", "avx_vnni_t", "avx512_vnni_t")
+    machine = ("avx2_", "avx_vnni_t", *(f"avx512_vnni_{part}" for part in "bht"))
     plain = ("dispatch", "scalar", "x86_tables", "avx2.", "work_memory")
     sources = [path for path in KERNELS.glob("*.cpp") if path.name.startswith((*machine, *plain))]
     sources.append(DRIVER.with_name("emulated_driver.cpp"))
@@ -122,6 +136,19 @@ def test_a_cpu_without_avx2_takes_the_scalar_path(tmp_path: Path) -> None:
     result = run(*emulator)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "best scalar, compared scalar"
+
+
+@pytest.mark.skipif(
+    not (shutil.which(CROSS) and shutil.which("qemu-aarch64")),
+    reason=f"needs {CROSS} and qemu-aarch64",
+)
+@pytest.mark.parametrize(("cpu", "names"), [("max", "neon scalar"), ("cortex-a53", "scalar")])
+def test_neon_agrees_with_the_oracle_under_emulation(cpu: str, names: str, tmp_path: Path) -> None:
+    """A Cortex-A53 lacks the dot product and takes the scalar path."""
+    program = build_driver(CROSS, tmp_path, "-O2", "-static")
+    result = run("qemu-aarch64", "-cpu", cpu, program)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.strip() == f"best {names.split()[0]}, compared {names}"
 
 
 def test_the_wheel_holds_the_library(tmp_path: Path) -> None:

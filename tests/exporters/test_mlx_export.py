@@ -218,7 +218,9 @@ def test_values_beyond_float16_are_refused(
 
 
 def test_other_table_widths_are_refused(student_dir: StudentDir, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="embed_bits must be 16 or 32, got 8"):
+    with pytest.raises(
+        ValueError, match="embed_bits must be one of 32, 16 for mlx, got 8; did you mean 16"
+    ):
         export(student_dir("llama"), "mlx", tmp_path / "artifact", embed_bits=8)
 
 

@@ -215,8 +215,8 @@ def test_bad_options_are_refused_before_anything_is_written(student: Path, tmp_p
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="unknown target 'onx'; did you mean 'onnx'"):
         exporters.export(student, "onx", out)
-    with pytest.raises(ValueError, match="embed_bits must be 16 or 32 for onnx, got 8"):
-        exporters.export(student, "onnx", out, embed_bits=8)
+    with pytest.raises(ValueError, match="one of 32, 16, 8, 4 for onnx, got 6; did you mean 8"):
+        exporters.export(student, "onnx", out, embed_bits=6)
     for context in (0, 129):
         with pytest.raises(ValueError, match=f"context {context} is not between 1 and"):
             exporters.export(student, "onnx", out, context=context)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import helper
 
-from bitdistill import checkpoint, exporters, manifest, packing
+from bitdistill import backends, checkpoint, exporters, manifest, packing
 from bitdistill.backends import onnx_runtime
 from bitdistill.decoder import LINEARS
 from bitdistill.exporters import to_onnx
@@ -144,4 +144,39 @@ def test_what_was_written_is_compared_with_the_student(
     monkeypatch.setattr(packing, "pack_kernel", lambda trits: pack(-trits))
     with pytest.raises(RuntimeError, match=r"read back from .*data is not what was written"):
         exporters.export(student, "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_1_6_bits_a_weight_hold_the_same_trits_and_give_the_same_logits(
+    student_dir: Students, tmp_path: Path
+) -> None:
+    student = student_dir("qwen3", "paper", 8, intermediate_size=100)
+    small = exporters.export(student, "onnx", tmp_path / "small", weight_bits=1.6)
+    large = exporters.export(student, "onnx", tmp_path / "large")
+    for (name, trits, scale), (other, expected, exact) in zip(
+        read(small, student), read(large, student), strict=True
+    ):
+        assert (name, scale) == (other, exact)
+        np.testing.assert_array_equal(trits, expected)
+    content = manifest.read_manifest(small)
+    assert content["kernel_layout"] == packing.BASE3_LAYOUT_VERSION
+    bits, usual = (manifest.read_manifest(out)["parts"]["body_bits_per_weight"]
+                   for out in (small, large))  # fmt: skip
+    assert 1.6 < bits < 2 < usual  # rows and columns are padded at this size
+    tokens = [list(range(3, 40)), [5]]
+    for found, expected in zip(
+        backends.load(small).logits(tokens), backends.load(large).logits(tokens), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_1_6_bits_need_int8_activations(student_dir: Students, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="are not quantised; export with --weight-bits 2"):
+        exporters.export(student_dir("llama", "paper", None), "onnx", tmp_path / "out",
+                         weight_bits=1.6)  # fmt: skip
+    with pytest.raises(ValueError, match=r"weight_bits must be one of 2, 1.6 for onnx, got 1.58; "
+                       r"did you mean 1.6\?"):  # fmt: skip
+        exporters.export(student_dir("llama"), "onnx", tmp_path / "out", weight_bits=1.58)
+    with pytest.raises(ValueError, match=r"weight_bits must be one of 2 for mlx, got 1\.6"):
+        exporters.export(student_dir("llama"), "mlx", tmp_path / "out", weight_bits=1.6)
     assert list(tmp_path.iterdir()) == []

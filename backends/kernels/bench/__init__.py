@@ -10,6 +10,9 @@ One line a measurement: implementation, isa, threads, K, N, M, microseconds, gop
     ceiling-int8       products of int8 and their sums, likewise
     ternary-2bit       our kernel through its C interface, each instruction set, on its own threads,
                        quantising included
+    ternary-base3      five trits a byte, likewise
+    head-int8, -int4   LM heads at M = 1, every instruction set but scalar
+    head-16bit
     ternary-2bit-ort   the same as an operator of ONNX Runtime, best instruction set
     ort-fp32           ONNX Runtime's MatMul
     ort-int8           DynamicQuantizeMatMul
@@ -21,6 +24,7 @@ the caches (or, where arithmetic binds, for enough work): they stream from memor
 model. Memory is of small pages, as of a mapped file. `microseconds` is one layer, the median over
 passes; gops counts a multiply and an add; gbytes_per_s is the weight bytes read once.
 
-Modules: figures (cases and lines), ceilings, direct (the C interface), runtime (ONNX Runtime),
+Modules: figures (cases and lines), ceilings, direct and heads (the C
+interface), runtime (ONNX Runtime),
 rows (implementation name -> function), __main__ (the command).
 """

@@ -16,7 +16,7 @@ from bitdistill.backends.kernels.bench.figures import (
     median_pass,
     small_pages,
 )
-from bitdistill.backends.kernels.binding import Input, Kernels, Table, Ternary, library
+from bitdistill.backends.kernels.binding import Input, Kernels, KernelTable, Ternary, library
 from bitdistill.backends.kernels.pool import Pool
 from bitdistill.packing import kernel_shape
 
@@ -30,8 +30,8 @@ def bench_library() -> c.CDLL:
     lib = library()
     lib.bd_time_ternary.restype = c.c_double
     lib.bd_time_ternary.argtypes = [
-        c.POINTER(Table), c.POINTER(Ternary), c.c_int, c.POINTER(Input), c.c_void_p, c.c_void_p,
-        c.c_void_p,
+        c.POINTER(KernelTable), c.POINTER(Ternary), c.c_int, c.POINTER(Input), c.c_void_p,
+        c.c_void_p, c.c_void_p,
     ]  # fmt: skip
     lib.bd_time_read.restype = c.c_double
     lib.bd_time_read.argtypes = [c.c_void_p, c.c_int64, c.c_void_p]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bitdistill.backends.kernels.bench import direct, runtime
+from bitdistill.backends.kernels.bench import direct, heads, runtime
 from bitdistill.backends.kernels.bench.figures import Case, Figure
 
 
@@ -21,5 +21,9 @@ class Row:
 
 ROWS: dict[str, Row] = {
     "ternary-2bit": Row(direct.ternary, every_isa=True),
+    "ternary-base3": Row(heads.base3, every_isa=True),
+    "head-int8": Row(heads.head, every_isa=True, shapes=heads.HEADS),
+    "head-int4": Row(heads.head, every_isa=True, shapes=heads.HEADS),
+    "head-16bit": Row(heads.half, every_isa=True, shapes=heads.HEADS),
     **{name: Row(runtime.measure) for name in runtime.LAYERS},
 }

@@ -1,0 +1,20 @@
+// The NEON table. neon_quantize.cpp, neon_ternary.cpp and neon_head.cpp hold its functions.
+#include "neon.h"
+#include "cpu.h"
+
+#if BD_ARM
+namespace {
+
+int supported() { return bitdistill::cpu_features().dot_product; }
+
+namespace neon = bitdistill::neon;
+
+const BdKernels kTable = {"neon",        supported,           neon::quantize,      neon::normalize,
+                          neon::ternary, neon::ternary_float, neon::ternary_base3, &neon::heads};
+
+}  // namespace
+
+namespace bitdistill {
+const BdKernels *neon_kernels() { return &kTable; }
+}  // namespace bitdistill
+#endif

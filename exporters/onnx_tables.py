@@ -1,0 +1,127 @@
+"""The embedding and LM head of an ONNX artifact, at 32, 16, 8 or 4 bits an element.
+
+A tied table is stored once and read by two nodes: rows are gathered from it, and the head is a
+product with it. At 32 and 16 bits the lookup is the stock Gather; at 8 and 4 both are operators of
+ours over the bytes that bitdistill/tables.py specifies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bitdistill import tables
+from bitdistill.exporters.onnx_nodes import NodeBuilder
+from bitdistill.manifest import FormatError
+
+STORAGE = {32: "float32", 16: "float16", 8: "int8", 4: "int4"}
+PARTS = ("", ".scale", ".group_scale")
+CHUNK = 4096  # rows compared at a time
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """The initializers of one table (rows, columns)."""
+
+    bits: int
+    rows: int
+    columns: int
+    values: list[ir.Value]
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {"N": self.rows, "K": self.columns, "bits": self.bits}
+
+
+def store(
+    graph: NodeBuilder, name: str, table: NDArray[np.float32], part: str, bits: int
+) -> StoredTable:
+    """Write a table (V, hidden) to the data file; ValueError for values that do not fit float16."""
+    rows, columns = table.shape
+    if bits in (8, 4):
+        stored = tables.quantize(table, bits)
+        values = [graph.data.add(name, stored.codes, part)]
+        values.append(graph.data.add(f"{name}.scale", stored.scale, part))
+        if stored.group_scale is not None:
+            values.append(graph.data.add(f"{name}.group_scale", stored.group_scale, part))
+        return StoredTable(bits, rows, columns, values)
+    if bits == 16:
+        with np.errstate(over="ignore"):
+            half = table.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise ValueError(f"{name} holds values beyond float16; export with embed_bits=32")
+        return StoredTable(bits, rows, columns, [graph.data.add(name, half, part)])
+    return StoredTable(bits, rows, columns, [graph.data.add(name, table, part)])
+
+
+def lookup(graph: NodeBuilder, table: StoredTable, ids: ir.Value) -> ir.Value:
+    """Token ids -> float rows (..., hidden)."""
+    if table.bits in (8, 4):
+        inputs = [ids, *table.values]
+        return graph.op(
+            "QuantizedEmbedding", inputs, "embed_tokens", "bitdistill", **table.attributes
+        )
+    x = graph.op("Gather", [table.values[0], ids], "embed_tokens", axis=0)
+    if table.bits == 16:
+        x = graph.op("Cast", [x], "embed_tokens/float", to=ir.DataType.FLOAT.value)
+    return x
+
+
+def head(graph: NodeBuilder, table: StoredTable, x: ir.Value) -> ir.Value:
+    """Hidden states (P, hidden) -> the graph's output `logits` (P, V)."""
+    inputs, output = [x, *table.values], "logits"
+    if table.bits == 32:
+        return graph.op("Gemm", inputs, "lm_head", output=output, transB=1)
+    if table.bits == 16:
+        return graph.op("HeadLinear", inputs, "lm_head", "bitdistill", output=output)
+    return graph.op("QuantizedHead", inputs, "lm_head", "bitdistill", output, **table.attributes)
+
+
+def read_table(model: Path, name: str, rows: int, columns: int) -> tables.Table | NDArray[Any]:
+    """A stored table as the model file holds it; FormatError when it has none."""
+    initializers = ir.load(model).graph.initializers
+    arrays = [
+        None if value is None or value.const_value is None else value.const_value.numpy()
+        for value in (initializers.get(f"{name}{part}") for part in PARTS)
+    ]
+    codes, scale, group_scale = arrays
+    if codes is None:
+        raise FormatError(f"{model} has no table {name}; export it again")
+    if scale is None:
+        return codes
+    return tables.Table(8 if group_scale is None else 4, rows, columns, codes, scale, group_scale)
+
+
+def compare(stored: tables.Table | NDArray[Any], table: NDArray[np.float32]) -> dict[str, float]:
+    """What rounding costs: the error of a row over its length, its `mean` and `largest`.
+
+    Raises RuntimeError where a value is further off than rounding explains.
+    """
+    errors = []
+    for start in range(0, len(table), CHUNK):
+        exact = table[start : start + CHUNK]
+        errors.append(_row_errors(stored, start, exact))
+    relative = np.concatenate(errors)
+    return {"mean": float(relative.mean()), "largest": float(relative.max())}
+
+
+def _row_errors(
+    stored: tables.Table | NDArray[Any], start: int, exact: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    if isinstance(stored, tables.Table):
+        part = tables.take_rows(stored, start, start + len(exact))
+        difference = np.abs(tables.dequantize(part) - exact)
+        if (difference > tables.error_bound(part)).any():
+            raise RuntimeError(
+                "the embedding read back is not what was written; check the disk and export again"
+            )
+    else:
+        difference = np.abs(stored[start : start + len(exact)].astype(np.float32) - exact)
+    length = np.linalg.norm(exact.astype(np.float64), axis=1)
+    error = np.linalg.norm(difference.astype(np.float64), axis=1)
+    return np.divide(error, length, out=np.zeros_like(error), where=length > 0)
