@@ -244,6 +244,6 @@ def pad(sequences: Sequence[Sequence[int]]) -> Integers:
 
 def log_sum(logits_V: Floats) -> float:
     """log of the sum of exponentials, in fp64: fp32 loses digits over a large vocabulary."""
-    wide = logits_V.astype(np.float64)
-    top = wide.max()
-    return float(top + np.log(np.exp(wide - top).sum()))
+    top = logits_V.max()
+    wide = np.subtract(logits_V, top, dtype=np.float64)
+    return float(top) + float(np.log(np.exp(wide, out=wide).sum()))

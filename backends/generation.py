@@ -163,7 +163,9 @@ def _beams(
     searches = [_Beams(limit, [[]], np.zeros(1), []) for limit in limits]
     active = [(state, row, 1) for row, state in enumerate(searches)]  # search, first row, rows
     while True:
-        keep, tokens, following = [], [], []
+        keep: list[int] = []
+        tokens: list[int] = []
+        following: list[tuple[_Beams, int, int]] = []
         for state, first, count in active:
             parents = state.advance(logits[first : first + count], search, stops)
             if not state.finished(search):

@@ -70,7 +70,7 @@ class Metric:
         return float(self.combine(self.statistics.sum(0)[None], self.n)[0])
 
     def score(self, resamples: Resamples) -> Score:
-        """The figure with its uncertainty; a mean's standard error is exact, others' bootstrapped."""
+        """The figure and its uncertainty; only the standard error of a mean needs no bootstrap."""
         stderr, interval = None, None
         if self.n > 1:
             values = self.combine(resamples.sums(self.statistics), self.n)
@@ -93,7 +93,7 @@ def difference(first: Metric, second: Metric, resamples: Resamples) -> Differenc
                for metric in (first, second)]  # fmt: skip
     pair: tuple[Any, Any, Any] = (None, None, None)
     if first.name == "accuracy":
-        pair = mcnemar(*(list(metric.statistics[:, 0] > 0) for metric in (first, second)))
+        pair = mcnemar(*((metric.statistics[:, 0] > 0).tolist() for metric in (first, second)))
     return Difference(
         first.name,
         first.n,

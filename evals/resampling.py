@@ -72,8 +72,8 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, fl
     """
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} examples; compare the same examples")
-    b = sum(x and not y for x, y in zip(first, second, strict=True))
-    c = sum(y and not x for x, y in zip(first, second, strict=True))
+    b = sum(bool(x and not y) for x, y in zip(first, second, strict=True))
+    c = sum(bool(y and not x) for x, y in zip(first, second, strict=True))
     tail, term = 0, 1
     for k in range(min(b, c) + 1):
         tail += term
