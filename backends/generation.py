@@ -8,7 +8,7 @@ Shapes: R rows, V vocabulary, K beams.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +51,13 @@ def generate_batch(
     search: Search,
     stop: Collection[int] | None = None,
     batch_size: int = 16,
+    ends: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
     """New tokens for each prompt, in order, without the stop token that ended them.
 
     Prompts are batched by length. Generation ends at one of `stop` (None: the model's own), after
-    `search.max_new_tokens`, or when the context is full. ValueError as in `Runtime.generate`.
+    `search.max_new_tokens`, when the context is full, or (greedy alone) when `ends` says so of the
+    new tokens. ValueError as in `Runtime.generate`.
     """
     for prompt in prompts:
         runtime.check_tokens(prompt)
@@ -67,9 +69,12 @@ def generate_batch(
     while order:
         size = min(batch_size, MAX_PROMPT_TOKENS // len(prompts[order[0]]))
         chunk, order = order[: max(1, size)], order[max(1, size) :]
-        decode = _greedy if search.beams == 1 else _beams
-        for i, text in zip(chunk, decode(runtime, [prompts[i] for i in chunk], search, stops),
-                           strict=True):  # fmt: skip
+        chosen = [prompts[i] for i in chunk]
+        if search.beams == 1:
+            found = _greedy(runtime, chosen, search, stops, ends or (lambda tokens: False))
+        else:
+            found = _beams(runtime, chosen, search, stops)
+        for i, text in zip(chunk, found, strict=True):
             texts[i] = text
     return texts
 
@@ -82,7 +87,11 @@ def _start(runtime: Runtime, prompts: Sequence[Sequence[int]], search: Search) -
 
 
 def _greedy(
-    runtime: Runtime, prompts: Sequence[Sequence[int]], search: Search, stops: list[int]
+    runtime: Runtime,
+    prompts: Sequence[Sequence[int]],
+    search: Search,
+    stops: list[int],
+    ends: Callable[[Sequence[int]], bool],
 ) -> list[list[int]]:
     logits, rows, limits = _start(runtime, prompts, search)
     texts: list[list[int]] = [[] for _ in prompts]
@@ -95,7 +104,7 @@ def _greedy(
         for row, i in enumerate(active):
             if int(tokens[row]) not in stops:
                 texts[i].append(int(tokens[row]))
-                if len(texts[i]) < limits[i]:
+                if len(texts[i]) < limits[i] and not ends(texts[i]):
                     keep.append(row)
         if not keep:
             return texts
