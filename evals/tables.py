@@ -104,7 +104,7 @@ class Table:
         task, split, metric = column
         tasks = {name for name, _, _ in self.columns if name}
         splits = {other for name, other, _ in self.columns if name == task}
-        words = [task] if task and len(tasks) > 1 else []
+        words = [task] if task and max(len(tasks), len(splits)) > 1 else []
         words += [split.removeprefix("validation_")] if len(splits) > 1 else []
         words.append((TASK_METRICS | MACHINE_METRICS)[metric])
         unit = next(row.cells[column].unit for row in self.rows if column in row.cells)
