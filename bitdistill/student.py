@@ -32,7 +32,7 @@ from bitdistill.decoder import (
     config_class,
     family_of,
 )
-from bitdistill.quantize import BitLinear, RMSNorm, set_anneal
+from bitdistill.quantize import BitLinear, RMSNorm, bit_linears
 
 ALLNORM_EPS = 1e-8
 
@@ -51,7 +51,8 @@ def model_class(family: str) -> type[PreTrainedModel]:
     def initialize_weights(self: PreTrainedModel) -> None:
         """`from_pretrained` allocates what no file holds, and then asks here for its contents."""
         stock.initialize_weights(self)
-        set_anneal(self, 1.0)
+        for linear in bit_linears(self):
+            linear.anneal.fill_(1.0)
 
     body = {
         "__init__": __init__,

@@ -30,7 +30,7 @@ NOT_OURS = ("device", "max_batch_size", "pretrained")
 
 
 @register_model("bitdistill")
-class BitdistillLM(TemplateLM):  # type: ignore[misc]
+class BitdistillLM(TemplateLM):
     """A directory as a model of the harness."""
 
     def __init__(

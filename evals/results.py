@@ -90,4 +90,5 @@ def _read(value: dict[str, Any]) -> Result:
     result = Result(**value)
     if result.interval is None:
         return result
-    return dataclasses.replace(result, interval=tuple(result.interval))
+    low, high = result.interval
+    return dataclasses.replace(result, interval=(low, high))
