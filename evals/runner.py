@@ -100,14 +100,15 @@ def run(
         if speed:
             program = None if llama_bench is None else str(llama_bench)
             speeds = work.time_all(directories, plan or Plan(), program)
-        outcomes = [[work.predict(d, part) for d in directories if d.is_scored] for part in sets]
+        rows = [work.predict(directory, sets) for directory in directories if directory.is_scored]
     settings = {
         "threads": threads,
         "limit": limit,
         "options": dataclasses.asdict(options),
         "task": manifest.fingerprint(task.to_json()),
     }
-    return summarise(Measured(directories, task, sets, outcomes, speeds, seed, settings))
+    by_split = [list(column) for column in zip(*rows, strict=True)]
+    return summarise(Measured(directories, task, sets, by_split, speeds, seed, settings))
 
 
 def _read_sets(
@@ -152,33 +153,52 @@ class _Work:
     execute: Execute
     time: TimeRows
 
-    def predict(self, directory: Directory, part: ExampleSet) -> Outcome:
-        """Predictions of one row on one split, from the store if they are there."""
-        identity = {
+    def predict(self, directory: Directory, sets: Sequence[ExampleSet]) -> list[Outcome]:
+        """Predictions of one row on every split, from the store where they are there."""
+        found: dict[str, Outcome] = {}
+        missing: dict[str, dict[str, Any]] = {}
+        for part in sets:
+            identity = self._identity(directory, part)
+            log = self.store.predictions(identity)
+            known = read_complete(log, len(part.examples))
+            if known is not None:
+                found[part.split] = known
+            else:
+                examples = [vars(example) for example in part.examples]
+                self.store.keep_examples(part.fingerprint, examples)
+                missing[part.split] = {
+                    "examples": examples, "log": str(log), "identity": identity,
+                }  # fmt: skip
+        if missing:
+            outcome = self._execute(directory, list(missing.values()))
+            found |= dict(zip(missing, outcome["parts"], strict=True))
+        return [
+            found[part.split]
+            | {"file": self.store.predictions(self._identity(directory, part)).name}
+            for part in sets
+        ]
+
+    def _identity(self, directory: Directory, part: ExampleSet) -> dict[str, Any]:
+        """Everything that predictions depend on."""
+        return {
             "directory": directory.hash,
             "task": self.task.to_json(),
             "examples": part.fingerprint,
             "options": dataclasses.asdict(self.options),
             **self._conditions([directory]),
         }
-        log = self.store.predictions(identity)
-        found = read_complete(log, len(part.examples))
-        if found is not None:
-            return found | {"file": log.name}
-        self.store.keep_examples(part.fingerprint, [vars(e) for e in part.examples])
+
+    def _execute(self, directory: Directory, parts: list[dict[str, Any]]) -> Outcome:
         job = {
             "path": str(directory.path),
             "load": directory.load,
             "task": self.task.to_json(),
-            "examples": [vars(example) for example in part.examples],
             "threads": self.threads,
             "options": dataclasses.asdict(self.options),
-            "log": str(log),
-            "identity": identity,
+            "parts": parts,
         }
         name = directory.name
-        outcome = self.execute(job, lambda stage, d, n: self.say(f"{name}: {stage}", d, n))
-        return outcome | {"file": log.name}
+        return self.execute(job, lambda stage, d, n: self.say(f"{name}: {stage}", d, n))
 
     def time_all(
         self, directories: Sequence[Directory], plan: Plan, llama_bench: str | None

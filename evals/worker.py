@@ -45,26 +45,39 @@ class Stopwatch:
 
 
 def execute(job: dict[str, Any], progress: Progress, load: Callable[..., Any]) -> dict[str, Any]:
-    """Evaluate `job["path"]`; the job and the outcome are plain JSON values.
+    """Evaluate `job["path"]` on each of `job["parts"]`; job and outcome are plain JSON values.
 
     `load(path, threads=..., **options)` returns a Runtime; `progress(stage, done, total)` reports.
     """
+    start = time.perf_counter()
+    progress("load", 0, 1)
+    runtime = load(job["path"], threads=job["threads"], **job["load"])
+    progress("load", 1, 1)
+    seconds = time.perf_counter() - start
+    watch = Stopwatch(runtime)
+    return {"parts": [_predict(runtime, job, part, watch, seconds, progress)
+                      for part in job["parts"]]}  # fmt: skip
+
+
+def _predict(
+    runtime: Any,
+    job: dict[str, Any],
+    part: dict[str, Any],
+    watch: Stopwatch,
+    loading: float,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Predictions of one split, kept in its own file; seconds are those of this process."""
     from bitdistill.evals.predict import Options, predict
     from bitdistill.evals.store import PredictionLog
     from bitdistill.tasks import Example, Task
 
-    task = Task.from_json(job["task"])
-    examples = [Example(**example) for example in job["examples"]]
-    with PredictionLog(Path(job["log"]), job["identity"]) as log:
-        start = time.perf_counter()
-        progress("load", 0, 1)
-        runtime = load(job["path"], threads=job["threads"], **job["load"])
-        progress("load", 1, 1)
-        loaded, watch = time.perf_counter(), Stopwatch(runtime)
+    with PredictionLog(Path(part["log"]), part["identity"]) as log:
+        start, computed = time.perf_counter(), watch.seconds
         predictions = predict(
             runtime,
-            task,
-            examples,
+            Task.from_json(job["task"]),
+            [Example(**example) for example in part["examples"]],
             Options.from_json(job["options"]),
             known=log.known,
             save=log.append,
@@ -77,9 +90,9 @@ def execute(job: dict[str, Any], progress: Progress, load: Callable[..., Any]) -
             "versions": versions(),
             "peak_memory": peak_memory(),
             "seconds": {
-                "load": loaded - start,
-                "predict": time.perf_counter() - loaded,
-                "compute": watch.seconds,
+                "load": loading,
+                "predict": time.perf_counter() - start,
+                "compute": watch.seconds - computed,
             },
         }
         log.finish(outcome)

@@ -50,10 +50,14 @@ def data(tmp_path: Path) -> Path:
 def execute(job: dict[str, Any], progress: Any) -> dict[str, Any]:
     """What a worker would bring back."""
     progress("predict", 4, 4)
-    labels = PREDICTIONS[Path(job["path"]).name][: len(job["examples"])]
+    return {"parts": [predict(job["path"], part) for part in job["parts"]]}
+
+
+def predict(path: str, part: dict[str, Any]) -> dict[str, Any]:
+    labels = PREDICTIONS[Path(path).name][: len(part["examples"])]
     records = [{"i": i, "label": label, "scores": [-1.0, -2.0]} for i, label in enumerate(labels)]
     return {
-        "backend": "onnx" if "onnx" in job["path"] else "torch", "versions": {"python": "3"},
+        "backend": "onnx" if "onnx" in path else "torch", "versions": {"python": "3"},
         "peak_memory": 40.0, "records": records, "truncated": 1, "prompt_tokens": 9,
         "answer_tokens": [1, 1], "seconds": {"load": 1.0, "predict": 2.0, "compute": 1.9},
     }  # fmt: skip
@@ -200,9 +204,10 @@ def test_nothing_is_measured_twice(make: Make, data: Path, tmp_path: Path) -> No
 
     def once(job: dict[str, Any], progress: Any) -> dict[str, Any]:
         outcome = execute(job, progress)
-        with PredictionLog(Path(job["log"]), job["identity"]) as log:
-            log.append(outcome["records"])
-            log.finish({key: value for key, value in outcome.items() if key != "records"})
+        for part, found in zip(job["parts"], outcome["parts"], strict=True):
+            with PredictionLog(Path(part["log"]), part["identity"]) as log:
+                log.append(found["records"])
+                log.finish({key: value for key, value in found.items() if key != "records"})
         calls.append("predict")
         return outcome
 
@@ -256,7 +261,7 @@ def test_a_name_means_the_recorded_task(make: Make, data: Path) -> None:
 
     run([teacher, make("student")], "mood", data, speed=False, execute=keep)
     assert [Task.from_json(job["task"]) for job in jobs] == [TASK, TASK]
-    assert jobs[0]["examples"][1] == {
+    assert jobs[0]["parts"][0]["examples"][1] == {
         "index": 1, "prompt": "text 1\nMood:", "answer": " bad", "label": 0,
     }  # fmt: skip
 

@@ -37,9 +37,8 @@ def data(tmp_path: Path) -> Path:
 
 def job(path: Path, **changes: Any) -> dict[str, Any]:
     return {
-        "path": str(path), "task": TASK.to_json(), "examples": [], "threads": 1, "load": {},
-        "options": dataclasses.asdict(Options(batch_size=4)), "identity": {},
-        "log": str(path.parent / "log.jsonl"),
+        "path": str(path), "task": TASK.to_json(), "threads": 1, "load": {},
+        "options": dataclasses.asdict(Options(batch_size=4)), "parts": [],
     } | changes  # fmt: skip
 
 
