@@ -1,12 +1,13 @@
 # make demo    set up, run the embedded example end to end, print the table
 # make test    set up, run the tests (under 5 minutes on 2 cores)
-# make test-slow, lint, typecheck, clean
+# make test-slow, lint, typecheck, clean   (test-slow adds lm-evaluation-harness to the environment)
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 DEMO ?= runs/tiny
 STAMP := $(VENV)/.installed
+HARNESS := $(VENV)/.harness-installed
 
 .PHONY: setup demo test test-slow lint typecheck clean
 
@@ -33,7 +34,11 @@ demo: setup
 test: setup lint typecheck
 	$(RUN)/pytest -rs
 
-test-slow: setup
+$(HARNESS): $(STAMP)
+	$(RUN)/python -m pip install --quiet --editable ".[dev,lm-eval]"
+	@touch $(HARNESS)
+
+test-slow: setup $(HARNESS)
 	$(RUN)/pytest -m slow -rs --timeout 900
 
 lint: setup

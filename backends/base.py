@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, V vocabulary, P asked positions.
 
 from __future__ import annotations
 
+import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
@@ -106,10 +107,7 @@ class Runtime(ABC):
         for sequence in tokens:
             self.check_tokens(sequence)
         lengths_B = np.array([len(sequence) for sequence in tokens], np.int64)
-        tokens_BT = np.zeros((len(tokens), lengths_B.max()), np.int64)
-        for row, sequence in zip(tokens_BT, tokens, strict=True):
-            row[: len(sequence)] = sequence
-        return self.logits_at(tokens_BT, lengths_B, np.array(rows, np.int64).reshape(-1, 2))
+        return self.logits_at(pad(tokens), lengths_B, np.array(rows, np.int64).reshape(-1, 2))
 
     def score(self, requests: Sequence[Request], batch_size: int = 16) -> list[float]:
         """Sum of log-probabilities (natural) of each continuation given its prompt, in order.
@@ -118,15 +116,24 @@ class Runtime(ABC):
         the one-token answers of a label task do, share one forward. Batches are sorted by length.
         Raises ValueError for an empty prompt or continuation, or more tokens than the context.
         """
+        return [score for score, _ in self.likelihoods(requests, batch_size)]
+
+    def likelihoods(
+        self, requests: Sequence[Request], batch_size: int = 16
+    ) -> list[tuple[float, bool]]:
+        """As `score`, and whether greedy decoding would say that continuation."""
         groups = self._forwards(requests)
-        scores = [0.0] * len(requests)
+        scores, greedy = [0.0] * len(requests), [True] * len(requests)
         for batch in self._batches(sorted(groups, key=lambda key: len(key[0])), batch_size):
             rows = [(b, t) for b, (fed, start) in enumerate(batch) for t in range(start, len(fed))]
-            logits = _log_softmax(self._padded([fed for fed, _ in batch], rows))
-            for (b, t), row in zip(rows, logits, strict=True):
+            logits_PV = self._padded([fed for fed, _ in batch], rows)
+            for (b, t), row in zip(rows, logits_PV, strict=True):
+                total, top = log_sum(row), int(row.argmax())
                 for index in groups[batch[b]]:
-                    scores[index] += float(row[requests[index][1][t - batch[b][1]]])
-        return scores
+                    token = requests[index][1][t - batch[b][1]]
+                    scores[index] += float(row[token]) - total
+                    greedy[index] &= token == top
+        return list(zip(scores, greedy, strict=True))
 
     def _forwards(self, requests: Sequence[Request]) -> dict[Forward, list[int]]:
         """The different forwards that requests need, each with the indices of its requests."""
@@ -200,6 +207,26 @@ class Runtime(ABC):
                 self.context,
             )
 
+    def start_rows(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Floats, Any]:
+        """Feed R prompts, with room for `room` more tokens each: float32 (R, V), and their cache.
+
+        This and the two below are what generation.py decodes many sequences with. A backend that
+        can batch overrides them; here each row is a sequence on its own.
+        """
+        capacities = [min(len(prompt) + room, self.context) for prompt in prompts]
+        caches = [self.new_cache(capacity) for capacity in capacities]
+        fed = [self.prefill(p, cache) for p, cache in zip(prompts, caches, strict=True)]
+        return np.stack(fed), caches
+
+    def step_rows(self, tokens: Sequence[int], rows: Any) -> Floats:
+        """Feed one token to each row; float32 (R, V)."""
+        return np.stack([self.step([t], cache) for t, cache in zip(tokens, rows, strict=True)])
+
+    def select_rows(self, rows: Any, keep: Sequence[int]) -> Any:
+        """A cache whose row i is row keep[i] of `rows`, which is not to be used any more."""
+        first = {row: place for place, row in reversed(list(enumerate(keep)))}
+        return [rows[r] if first[r] == i else copy.deepcopy(rows[r]) for i, r in enumerate(keep)]
+
     def prefill(self, prompt: Sequence[int], cache: Any) -> Floats:
         """Feed a prompt in chunks, which bounds memory; float32 (V,) logits of its last token."""
         for start in range(0, len(prompt), PREFILL_CHUNK):
@@ -207,9 +234,16 @@ class Runtime(ABC):
         return logits
 
 
-def _log_softmax(logits_PV: Floats) -> Iterator[NDArray[np.float64]]:
-    """Rows of log-probabilities in fp64, one at a time: fp32 loses digits over large V."""
-    for row in logits_PV:
-        wide = row.astype(np.float64)
-        wide -= wide.max()
-        yield wide - np.log(np.exp(wide).sum())
+def pad(sequences: Sequence[Sequence[int]]) -> Integers:
+    """int64 (B, T): sequence b in the first places of row b, then token 0."""
+    tokens_BT = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
+    for row, sequence in zip(tokens_BT, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return tokens_BT
+
+
+def log_sum(logits_V: Floats) -> float:
+    """log of the sum of exponentials, in fp64: fp32 loses digits over a large vocabulary."""
+    top = logits_V.max()
+    wide = np.subtract(logits_V, top, dtype=np.float64)
+    return float(top) + float(np.log(np.exp(wide, out=wide).sum()))

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from bitdistill.backends.base import Floats, Integers, Runtime
+from bitdistill.backends.base import Floats, Integers, Runtime, pad
 from bitdistill.backends.kernels import library_path
 from bitdistill.decoder import DecoderSpec
 from bitdistill.manifest import FormatError
@@ -25,25 +25,56 @@ ERRORS_ONLY = 3
 
 
 class OnnxCache:
-    """Keys and values of one sequence, in the memory that the session reads and writes.
+    """Keys and values of R sequences, in the memory that the session reads and writes.
 
-    float32 (1, KV heads, capacity, head size) for each layer's key and value.
+    float32 (R, KV heads, capacity, head size) for each layer's key and value. `lengths` are the
+    tokens that each row holds. `memory`: contents to start with, instead of nothing.
     """
 
-    def __init__(self, session: ort.InferenceSession, spec: DecoderSpec, capacity: int) -> None:
-        self.length, self.capacity = 0, capacity
-        self.binding = session.io_binding()
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        spec: DecoderSpec,
+        capacity: int,
+        rows: int = 1,
+        memory: Sequence[NDArray[np.float32]] | None = None,
+    ) -> None:
+        self.lengths, self.capacity = np.zeros(rows, np.int64), capacity
+        self.session, self.spec, self.binding = session, spec, session.io_binding()
         self.memory: list[ort.OrtValue] = []
-        shape = (1, spec.kv_heads, capacity, spec.head_dim)
-        for index in range(len(spec.layers)):
-            for part in ("key", "value"):
-                value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
-                self.memory.append(value)
-                self.binding.bind_ortvalue_input(f"past_key_values.{index}.{part}", value)
-                self.binding.bind_ortvalue_output(f"present.{index}.{part}", value)
-        logits = np.zeros((1, spec.vocabulary), np.float32)
+        names = [f"{i}.{part}" for i in range(len(spec.layers)) for part in ("key", "value")]
+        shape = (rows, spec.kv_heads, capacity, spec.head_dim)
+        for index, name in enumerate(names):
+            held = np.zeros(shape, np.float32) if memory is None else memory[index]
+            value = ort.OrtValue.ortvalue_from_numpy(held)
+            self.memory.append(value)
+            self.binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            self.binding.bind_ortvalue_output(f"present.{name}", value)
+        logits = np.zeros((rows, spec.vocabulary), np.float32)
         self.logits = ort.OrtValue.ortvalue_from_numpy(logits)
         self.binding.bind_ortvalue_output("logits", self.logits)
+
+    @property
+    def length(self) -> int:
+        """The most tokens that a row holds."""
+        return int(self.lengths.max())
+
+    def feed(self, tokens_RT: Integers, counts_R: Integers) -> Floats:
+        """Feed counts_R[r] tokens to row r, padded on the right; float32 (R, V) of the last."""
+        rows, width = tokens_RT.shape
+        last = np.arange(rows) * width + counts_R - 1
+        for name, value in _inputs(tokens_RT, self.lengths + counts_R, last).items():
+            self.binding.bind_cpu_input(name, value)
+        self.session.run_with_iobinding(self.binding)
+        self.lengths = self.lengths + counts_R
+        return np.array(self.logits.numpy())  # the buffer is written again by the next step
+
+    def select(self, keep: Sequence[int]) -> OnnxCache:
+        """A cache whose row i is row keep[i] of this one."""
+        memory = [np.ascontiguousarray(value.numpy()[list(keep)]) for value in self.memory]
+        chosen = OnnxCache(self.session, self.spec, self.capacity, len(keep), memory)
+        chosen.lengths = self.lengths[list(keep)]
+        return chosen
 
 
 class OnnxRuntime(Runtime):
@@ -79,15 +110,23 @@ class OnnxRuntime(Runtime):
 
     def step(self, tokens: Sequence[int], cache: OnnxCache) -> Floats:
         """Feed tokens of one sequence; float32 (V,) logits of the last."""
-        count = len(tokens)
         self.check_tokens(tokens, cache.capacity - cache.length)
-        total = cache.length + count
-        inputs = _inputs(np.array([tokens], np.int64), np.array([total]), np.array([count - 1]))
-        for name, value in inputs.items():
-            cache.binding.bind_cpu_input(name, value)
-        self.session.run_with_iobinding(cache.binding)
-        cache.length = total
-        return np.array(cache.logits.numpy()[0])  # the buffer is written again by the next step
+        return cache.feed(np.array([tokens], np.int64), np.array([len(tokens)]))[0]
+
+    def start_rows(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Floats, OnnxCache]:
+        """Feed all prompts in one padded forward: float32 (R, V), and their cache."""
+        lengths_R = np.array([len(prompt) for prompt in prompts], np.int64)
+        capacity = min(int(lengths_R.max()) + room, self.context)
+        cache = OnnxCache(self.session, self.spec, capacity, len(prompts))
+        return cache.feed(pad(prompts), lengths_R), cache
+
+    def step_rows(self, tokens: Sequence[int], rows: OnnxCache) -> Floats:
+        """Feed one token to each row; float32 (R, V)."""
+        return rows.feed(np.array(tokens, np.int64)[:, None], np.ones(len(tokens), np.int64))
+
+    def select_rows(self, rows: OnnxCache, keep: Sequence[int]) -> OnnxCache:
+        """Rows dropped, repeated and reordered; what stays in place is not copied."""
+        return rows if list(keep) == list(range(len(rows.lengths))) else rows.select(keep)
 
     def logits_at(self, tokens_BT: Integers, lengths_B: Integers, rows: Integers) -> Floats:
         """float32 (P, V) at rows (b, t), by one forward without a cache."""

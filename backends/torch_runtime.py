@@ -37,6 +37,21 @@ class TorchCache:
         self.cache = DynamicCache(config=config)
 
 
+class TorchRows:
+    """Keys and values of R sequences, padded on the left, so that windows count real tokens."""
+
+    def __init__(self, config: Any, lengths: Sequence[int]) -> None:
+        self.cache = DynamicCache(config=config)
+        self.lengths_R = torch.tensor(lengths)
+        ends = torch.arange(max(lengths), 0, -1)
+        self.mask_RT = (ends[None] <= self.lengths_R[:, None]).long()
+
+    def advance(self) -> None:
+        """Make room for one more token in each row."""
+        self.lengths_R = self.lengths_R + 1
+        self.mask_RT = torch.cat([self.mask_RT, torch.ones_like(self.mask_RT[:, :1])], 1)
+
+
 class TorchRuntime(Runtime):
     """A teacher or student directory, loaded on the CPU.
 
@@ -93,6 +108,40 @@ class TorchRuntime(Runtime):
         )
         cache.length += len(tokens)
         return _floats(output.logits[0, -1])
+
+    @torch.inference_mode()
+    def start_rows(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Floats, TorchRows]:
+        """Feed all prompts in one padded forward: float32 (R, V), and their cache."""
+        rows = TorchRows(self.model.config, [len(prompt) for prompt in prompts])
+        tokens_RT = torch.zeros_like(rows.mask_RT)
+        tokens_RT[rows.mask_RT.bool()] = torch.tensor([t for p in prompts for t in p])
+        positions_RT = (rows.mask_RT.cumsum(1) - 1).clamp(min=0)
+        return self._feed_rows(tokens_RT, positions_RT, rows), rows
+
+    @torch.inference_mode()
+    def step_rows(self, tokens: Sequence[int], rows: TorchRows) -> Floats:
+        """Feed one token to each row; float32 (R, V)."""
+        positions_R = rows.lengths_R
+        rows.advance()
+        return self._feed_rows(torch.tensor(tokens)[:, None], positions_R[:, None], rows)
+
+    def _feed_rows(self, tokens_RT: torch.Tensor, at_RT: torch.Tensor, rows: TorchRows) -> Floats:
+        output = self.model(
+            input_ids=tokens_RT,
+            attention_mask=rows.mask_RT,
+            position_ids=at_RT,
+            past_key_values=rows.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return _floats(output.logits[:, -1])
+
+    def select_rows(self, rows: TorchRows, keep: Sequence[int]) -> TorchRows:
+        """Rows dropped, repeated and reordered."""
+        chosen = torch.tensor(keep)
+        rows.cache.batch_select_indices(chosen)
+        rows.lengths_R, rows.mask_RT = rows.lengths_R[chosen], rows.mask_RT[chosen]
+        return rows
 
     @torch.inference_mode()
     def logits_at(self, tokens_BT: Integers, lengths_B: Integers, rows: Integers) -> Floats:

@@ -16,8 +16,8 @@ from typing import Any
 import click
 
 from bitdistill import __version__
+from bitdistill.cli_eval import evaluate, report
 
-FORMATS = ("table", "markdown", "csv", "json")
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
 
 
@@ -140,86 +140,6 @@ def export(student: Path, target: str, out: Path, parity: bool, **options: Any) 
     click.echo(write(student, target, out, check=check, **options))
 
 
-@main.command("eval")
-@click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--task", help="A built-in task [the one the first directory was trained for].")
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="A local file with the task's columns."
-)
-@click.option("--split", help="Split of the hub data set.")
-@click.option("--limit", type=click.IntRange(min=1), help="Evaluate the first N examples.")
-@click.option("--column", "columns", multiple=True, metavar="TASK=FILE", help="Map a column name.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the runtimes.")
-@click.option("--speed/--no-speed", default=True, help="Measure tokens/s.  [default: speed]")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--format", "form", default="table", type=click.Choice(FORMATS), show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Append the results as JSON lines.")
-def evaluate(
-    directories: tuple[Path, ...],
-    task: str | None,
-    data: Path | None,
-    split: str | None,
-    limit: int | None,
-    columns: tuple[str, ...],
-    threads: int | None,
-    speed: bool,
-    seed: int,
-    form: str,
-    out: Path | None,
-) -> None:
-    """Score and time directories side by side: teachers, students, artifacts."""
-    from bitdistill import evals
-
-    if out is not None:
-        evals.check_output(out)
-    results = evals.run(
-        list(directories),
-        task,
-        data,
-        split=split,
-        limit=limit,
-        columns=_column_map(columns),
-        threads=threads,
-        speed=speed,
-        seed=seed,
-        progress=_say_progress(),
-    )
-    if out is not None:
-        evals.write_jsonl(results, out)
-    if form == "table":
-        from rich.console import Console
-
-        Console().print(evals.rich_table(results))
-    else:
-        click.echo(evals.render(results, form), nl=False)
-
-
-def _column_map(columns: tuple[str, ...]) -> dict[str, str] | None:
-    pairs = [column.partition("=") for column in columns]
-    for name, equals, value in pairs:
-        if not equals or not value:
-            raise click.BadParameter(
-                f"{name!r} is not of the form TASK=FILE", param_hint="--column"
-            )
-    return {name: value for name, _, value in pairs} or None
-
-
-def _say_progress() -> Callable[[str, int, int], None]:
-    """A rewritten line on a terminal; one line a stage elsewhere."""
-    terminal, seen = sys.stderr.isatty(), set()
-
-    def show(stage: str, done: int, total: int) -> None:
-        if terminal:
-            click.echo(
-                f"\r\033[K{stage} {done}/{total}" + "\n" * (done == total), err=True, nl=False
-            )
-        elif stage not in seen:
-            seen.add(stage)
-            click.echo(stage, err=True)
-
-    return show
-
-
 @main.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("prompt")
@@ -283,3 +203,7 @@ def doctor() -> None:
     click.echo(report)
     if not healthy:
         raise click.ClickException("something that is required is missing; see above")
+
+
+main.add_command(evaluate)
+main.add_command(report)

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from bitdistill.names import suggest
-from bitdistill.schema import Config
+from bitdistill.schema import Config, Section, TaskData
 
 
 class ConfigError(ValueError):
@@ -106,9 +106,9 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def _known_keys(location: tuple[int | str, ...], schema: type[Section]) -> list[str]:
     """The keys allowed where an unknown one was found."""
-    model: Any = Config
+    model: Any = schema
     for part in location[:-1]:
         field = model.model_fields.get(part) if isinstance(part, str) else None
         if field is None or not isinstance(field.annotation, type):
@@ -117,12 +117,12 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return list(getattr(model, "model_fields", {}))
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, schema: type[Section] = Config) -> str:
     lines = []
     for item in error.errors():
         key = ".".join(map(str, item["loc"])) or "configuration"
         if item["type"] == "extra_forbidden":
-            known = _known_keys(item["loc"])
+            known = _known_keys(item["loc"], schema)
             lines.append(f"unknown key {key!r}{suggest(str(item['loc'][-1]), known)}")
         else:
             lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}")
@@ -141,6 +141,18 @@ def load_config(recipe: str = "tiny", settings: tuple[str, ...] | list[str] = ()
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
+
+
+def load_task(path: str | Path) -> TaskData:
+    """The task of a YAML file: a recipe's `task:` section, or that section on its own.
+
+    Raises ConfigError, which names the key and what would be right.
+    """
+    values = _read_recipe(str(path))
+    try:
+        return TaskData.model_validate(values.get("task", values))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error, TaskData)}") from None
 
 
 def dump_config(config: Config) -> str:

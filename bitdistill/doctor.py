@@ -16,7 +16,7 @@ REQUIRED = (
 EXTRAS = {
     "gguf": "pip install 'bitdistill[gguf]'",
     "matplotlib": "pip install 'bitdistill[plot]'",
-    "lm-eval": "pip install 'bitdistill[harness]'",
+    "lm-eval": "pip install 'bitdistill[lm-eval]'",
     "onnxruntime-genai": "pip install 'bitdistill[genai]'",
 }
 

@@ -35,7 +35,8 @@ class TaskData(Section):
     """A built-in task by name, or a task of your own; and where its examples are.
 
     `train` and `validation` are local JSON lines, CSV or parquet files; without them the hub's
-    data set is used. `columns` maps the task's column names to the file's.
+    data set is used. `columns` maps the task's column names to the file's. `metrics` are those that
+    evaluation reports (none: accuracy, ECE and perplexity, or ROUGE and BLEU).
     """
 
     name: str
@@ -49,6 +50,8 @@ class TaskData(Section):
     target: str | None = None
     labels: list[str] = []
     max_new_tokens: int = Field(128, gt=0)
+    metrics: list[str] = []
+    version: int = Field(1, gt=0)
 
     @model_validator(mode="after")
     def _complete(self) -> TaskData:
@@ -71,6 +74,8 @@ class TaskData(Section):
             target=self.target,
             labels=tuple(self.labels),
             max_new_tokens=1 if self.labels else self.max_new_tokens,
+            metrics=tuple(self.metrics),
+            version=self.version,
         )
 
 

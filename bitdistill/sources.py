@@ -7,6 +7,7 @@ user needs to know which file or data set it was, and what to do.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -160,7 +161,26 @@ def file_rows(source: str | Path, *, streaming: bool = False) -> Iterator[Row]:
         raise ValueError(f"{file}: unknown format; use {', '.join(LOCAL_FORMATS)}")
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty; give a file with at least one example")
+    if file.suffix.lower() == ".jsonl":
+        return _json_lines(file)
     return file_stream(file, form, streaming=streaming).rows()
+
+
+def _json_lines(file: Path) -> Iterator[Row]:
+    """Rows one by one; importing the data package alone would take longer than most files."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                raise ValueError(
+                    f"{file} cannot be read as json (line {number}: {error}); correct the file"
+                ) from error
+            yield row
 
 
 def hub_rows(

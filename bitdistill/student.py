@@ -32,7 +32,7 @@ from bitdistill.decoder import (
     config_class,
     family_of,
 )
-from bitdistill.quantize import BitLinear, RMSNorm
+from bitdistill.quantize import BitLinear, RMSNorm, bit_linears
 
 ALLNORM_EPS = 1e-8
 
@@ -48,7 +48,18 @@ def model_class(family: str) -> type[PreTrainedModel]:
         stock.__init__(self, config)
         replace_linears(self)
 
-    body = {"__init__": __init__, "config_class": config_class(family), "__module__": __name__}
+    def initialize_weights(self: PreTrainedModel) -> None:
+        """`from_pretrained` allocates what no file holds, and then asks here for its contents."""
+        stock.initialize_weights(self)
+        for linear in bit_linears(self):
+            linear.anneal.fill_(1.0)
+
+    body = {
+        "__init__": __init__,
+        "initialize_weights": initialize_weights,
+        "config_class": config_class(family),
+        "__module__": __name__,
+    }
     return type(f"Bitdistill{row.prefix}ForCausalLM", (stock,), body)
 
 

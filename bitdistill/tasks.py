@@ -24,7 +24,9 @@ class Task:
     """A label task (`labels[i]` is the answer for label id i) or a summarisation task.
 
     `prompt` is a `str.format` template over `columns`; `target` names the label or summary column.
-    `hub` is the data set on the hub: (path, configuration or None).
+    `hub` is the data set on the hub: (path, configuration or None). `splits` are that for training
+    and one or more to evaluate on. `metrics` are those to report (none: the kind's usual ones).
+    `version` goes up when prompt, answers or columns change, so that figures are not mixed up.
     """
 
     name: str
@@ -35,7 +37,9 @@ class Task:
     labels: tuple[str, ...] = ()
     max_new_tokens: int = 1
     hub: tuple[str, str | None] | None = None
-    splits: tuple[str, str] = ("train", "validation")
+    splits: tuple[str, ...] = ("train", "validation")
+    metrics: tuple[str, ...] = ()
+    version: int = 1
 
     def __post_init__(self) -> None:
         try:
@@ -47,6 +51,11 @@ class Task:
                 f"prompt has the fields {sorted(fields)}, the inputs are {list(self.columns)}; "
                 "each field must be one of the inputs"
             )
+
+    @property
+    def evaluation_splits(self) -> tuple[str, ...]:
+        """The splits a model is evaluated on; the first is the one that training validates on."""
+        return self.splits[1:]
 
     @property
     def suffix(self) -> str:
@@ -62,7 +71,7 @@ class Task:
     def from_json(cls, value: dict[str, Any]) -> Task:
         """The inverse of `to_json`, through JSON text or not."""
         fields: dict[str, Any] = dict(value)
-        for key in ("columns", "labels", "splits", "hub"):
+        for key in ("columns", "labels", "splits", "hub", "metrics"):
             if fields.get(key) is not None:
                 fields[key] = tuple(fields[key])
         return cls(**fields)
@@ -107,7 +116,7 @@ TASKS: dict[str, Task] = {
             "label",
             (" True", " Neither", " False"),
             hub=("nyu-mll/glue", "mnli"),
-            splits=("train", "validation_matched"),
+            splits=("train", "validation_matched", "validation_mismatched"),
         ),
         Task(
             "cnn_dailymail",

@@ -10,12 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitdistill.evals.bench import Speed, measure
+    from bitdistill.evals.bench import Plan, Speed, measure
+    from bitdistill.evals.directories import Variant, find_teacher
+    from bitdistill.evals.html import write_report
     from bitdistill.evals.parity import report, task_prompts, verdict
+    from bitdistill.evals.plots import plot
     from bitdistill.evals.process import WorkerError
     from bitdistill.evals.results import Result, check_output, read_jsonl, write_jsonl
     from bitdistill.evals.runner import run
-    from bitdistill.evals.tables import render, rich_table
+    from bitdistill.evals.tables import render, rich_tables
 
 _HOME = {
     "run": "runner",
@@ -24,28 +27,38 @@ _HOME = {
     "read_jsonl": "results",
     "write_jsonl": "results",
     "render": "tables",
-    "rich_table": "tables",
+    "rich_tables": "tables",
     "report": "parity",
     "task_prompts": "parity",
     "verdict": "parity",
     "measure": "bench",
+    "Plan": "bench",
     "Speed": "bench",
+    "Variant": "directories",
+    "find_teacher": "directories",
+    "plot": "plots",
+    "write_report": "html",
     "WorkerError": "process",
 }
 __all__ = [
+    "Plan",
     "Result",
     "Speed",
+    "Variant",
     "WorkerError",
     "check_output",
+    "find_teacher",
     "measure",
+    "plot",
     "read_jsonl",
     "render",
     "report",
-    "rich_table",
+    "rich_tables",
     "run",
     "task_prompts",
     "verdict",
     "write_jsonl",
+    "write_report",
 ]
 
 

@@ -1,14 +1,21 @@
-"""What is to be evaluated, checked before any model is loaded."""
+"""What is to be evaluated, checked before any model is loaded.
+
+A row of the table is a directory: a teacher, a student, an artifact, or any Hugging Face model; a
+`Variant` of one, loaded in another way; or a GGUF file, which is timed and not scored.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from bitdistill import manifest
+from bitdistill.evals.sizes import tensor_parts
 from bitdistill.names import suggest
 from bitdistill.tasks import Task, get_task
 
@@ -17,24 +24,67 @@ RUNTIME_PACKAGES = {
     "onnx": ("onnxruntime",),
     "mlx": ("mlx",),
 }
+METRICS = {
+    "label": ("accuracy", "ece", "perplexity"),
+    "summary": ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "perplexity"),
+}
 METRIC_PACKAGES = {"label": (), "summary": ("rouge_score", "sacrebleu")}
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
+TERNARY = "1.58-bit"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A directory with options for its runtime, such as `{"dtype": "bfloat16"}` for PyTorch."""
+
+    path: str | Path
+    load: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Directory:
-    """A directory to evaluate: its path and its manifest."""
+    """One row: its path, its manifest, and options for its runtime."""
 
     path: Path
     manifest: dict[str, Any]
+    load: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_artifact(self) -> bool:
         return self.manifest["kind"] == "artifact"
 
     @property
+    def is_scored(self) -> bool:
+        """Whether it predicts; a GGUF file is timed only."""
+        return self.manifest["kind"] != "gguf"
+
+    @property
     def backend(self) -> str:
         """torch, or the target an artifact was exported for."""
+        if not self.is_scored:
+            return "llama.cpp"
         return self.manifest["target"] if self.is_artifact else "torch"
+
+    @property
+    def precision(self) -> str:
+        """How weights are held: 1.58-bit, fp32, bf16, int4, int2, or a GGUF file's name."""
+        if self.manifest["kind"] == "student" or self.is_artifact:
+            return self.manifest.get("precision", TERNARY)
+        if not self.is_scored:
+            return self.path.stem
+        return PRECISIONS[self.load.get("dtype", "float32")]
+
+    @property
+    def name(self) -> str:
+        """Its name in progress messages and reports."""
+        options = "".join(f" ({value})" for value in self.load.values())
+        return f"{self.path.name}{options}"
+
+    @cached_property
+    def hash(self) -> str:
+        """A hash of its files' hashes, and of its options."""
+        files = self.manifest["files"]
+        return manifest.fingerprint([files, self.load] if self.load else files)
 
     @property
     def task(self) -> Task | None:
@@ -46,7 +96,7 @@ class Directory:
     def student(self) -> str | None:
         """Fingerprint of the student's weights; None for a teacher."""
         if self.is_artifact:
-            return self.manifest["student_fingerprint"]
+            return self.manifest.get("student_fingerprint")
         return weights_fingerprint(self.manifest) if self.manifest["kind"] == "student" else None
 
     @property
@@ -58,7 +108,15 @@ class Directory:
     def bytes(self) -> int:
         """Size on disk, the manifest included."""
         listed = sum(entry["bytes"] for entry in self.manifest["files"].values())
-        return listed + (self.path / manifest.MANIFEST).stat().st_size
+        own = self.path / manifest.MANIFEST
+        return listed + (own.stat().st_size if own.is_file() else 0)
+
+    @cached_property
+    def parts(self) -> dict[str, Any] | None:
+        """Bytes of each part of the model, where its files say."""
+        if not self.is_scored:
+            return None
+        return self.manifest.get("parts") or tensor_parts(self.path)
 
 
 def weights_fingerprint(content: dict[str, Any]) -> str:
@@ -67,29 +125,52 @@ def weights_fingerprint(content: dict[str, Any]) -> str:
     return manifest.fingerprint(weights)
 
 
-def open_directories(paths: Sequence[str | Path]) -> list[Directory]:
+def open_directories(paths: Sequence[str | Path | Variant]) -> list[Directory]:
     """Read every manifest; FormatError, ValueError or ImportError for what cannot be evaluated."""
-    if not paths:
+    variants = [path if isinstance(path, Variant) else Variant(path) for path in paths]
+    directories = [_open(Path(variant.path), variant.load) for variant in variants]
+    if not any(directory.is_scored for directory in directories):
         raise ValueError("nothing to evaluate; give at least one teacher, student or artifact")
-    directories = [_open(Path(path)) for path in paths]
-    if len({directory.path.resolve() for directory in directories}) < len(directories):
+    if len({(d.path.resolve(), str(d.load)) for d in directories}) < len(directories):
         raise ValueError("a directory is given twice; give each once")
     return directories
 
 
-def _open(path: Path) -> Directory:
+def _open(path: Path, load: dict[str, Any]) -> Directory:
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    if not (path / manifest.MANIFEST).is_file() and (path / "config.json").is_file():
+        return Directory(path, _of_hugging_face(path), load)
     content = manifest.read_manifest(path)
     if content["kind"] not in ("teacher", "student", "artifact"):
         raise manifest.FormatError(
             f"{path} holds a {content['kind']}; give a teacher, a student or an artifact"
         )
     manifest.check_sizes(path, content)
-    directory = Directory(path, content)
+    directory = Directory(path, content, load)
     backend = directory.backend
     if backend not in RUNTIME_PACKAGES:
         raise ValueError(f"{path} is for backend {backend!r}{suggest(backend, RUNTIME_PACKAGES)}")
     _require(RUNTIME_PACKAGES[backend], f"{path} runs on {backend}")
     return directory
+
+
+def _open_gguf(path: Path) -> Directory:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; check the path")
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": manifest.hash_file(path)}}
+    return Directory(path, {"kind": "gguf", "method": "gguf", "base_model": "", "files": files})
+
+
+def _of_hugging_face(path: Path) -> dict[str, Any]:
+    """A manifest for a model directory that is not of our making."""
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return {
+        "kind": "teacher",
+        "method": "base",
+        "base_model": config.get("_name_or_path") or path.resolve().name,
+        "files": manifest.list_files(path),
+    }
 
 
 def _require(packages: Sequence[str], why: str) -> None:
@@ -119,6 +200,12 @@ def choose_task(directories: Sequence[Directory], task: Task | str | None) -> Ta
         raise ValueError(f"{directories[0].path} records no task; name one with --task")
     for directory in directories:
         _check_same(directory, chosen)
+    for metric in chosen.metrics:
+        if metric not in METRICS[chosen.kind]:
+            raise ValueError(
+                f"a {chosen.kind} task has no metric {metric!r}"
+                f"{suggest(metric, METRICS[chosen.kind])}"
+            )
     _require(METRIC_PACKAGES[chosen.kind], f"task {chosen.name} is scored by ROUGE and BLEU")
     return chosen
 
@@ -143,3 +230,11 @@ def recorded_data(
         if own is not None and own.name == task.name and directory.manifest.get("validation"):
             return directory.manifest["validation"], directory.manifest.get("columns")
     return None, None
+
+
+def find_teacher(paths: Sequence[str | Path]) -> Directory:
+    """The first teacher among them; ValueError where there is none."""
+    for directory in open_directories(paths):
+        if directory.manifest["kind"] == "teacher":
+            return directory
+    raise ValueError("baselines are made of the teacher; give its directory as well")

@@ -64,6 +64,16 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
+def available_memory() -> float:
+    """Bytes of memory that programs may still take."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1])
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
 def peak_memory() -> float:
     """Largest resident set of this process so far, in MiB."""
     status = Path("/proc/self/status")

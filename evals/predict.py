@@ -1,65 +1,109 @@
 """Predictions of a runtime on the examples of a task.
 
 Label tasks are scored: the answer with the largest log-likelihood after the prompt wins, whatever
-else the model might have said. Summaries are generated greedily, up to the task's
-`max_new_tokens`. Prompt and answers are encoded as in training: special tokens before the prompt,
-none before the answer.
+else the model might have said; or, on request, the model answers by greedy generation, and a text
+that begins with none of the answers is wrong. Summaries are generated, greedily or by beams. Prompt
+and answers are encoded as in training: special tokens before the prompt, none before the answer.
 
 Truncation, as in training too: a prompt longer than `max_length` (or the model's context), less
 the room for the answer, loses the end of its text, never the words after it (`tasks.shorten`).
 Truncated prompts are counted.
+
+Batches hold prompts of like length. Which examples share a batch depends on the examples alone, so
+that a run which was interrupted computes the same numbers when it goes on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+from bitdistill.backends.generation import Search, generate_batch
 from bitdistill.tasks import Example, Task, shorten
 
 if TYPE_CHECKING:
     from bitdistill.backends.base import Runtime
 
 Progress = Callable[[int, int], None]
+Record = dict[str, Any]
+Scoring = Literal["likelihood", "greedy"]
 MIN_PROMPT = 1
+NO_ANSWER = -1
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to predict. `max_length` is in tokens, prompt and answer together.
+
+    `scoring` is for label tasks, `search` for summaries; `perplexity` also scores their references.
+    """
+
+    max_length: int | None = None
+    batch_size: int = 16
+    scoring: Scoring = "likelihood"
+    search: Search = field(default_factory=Search)
+    perplexity: bool = False
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Options:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**value, "search": Search(**value["search"])})
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """One entry per example, in the examples' order.
+    """`records` holds one entry per example, in the examples' order: its place under `i`, and
 
-    `labels` (label ids) and `scores` (log-likelihood of every answer) for a label task, `texts` for
-    a summary task. `prompt_tokens` is the sum over examples, after truncation.
+    - label task: `label` (an id; -1: none of the answers), and `scores`, the log-likelihood of
+      every answer, or the `text` that was generated;
+    - summary task: `text`, and where asked for the reference's `log_likelihood` and `tokens`.
+
+    `prompt_tokens` is the sum over examples, after truncation. `answer_tokens` are the lengths of a
+    label task's answers.
     """
 
-    labels: list[int] = field(default_factory=list)
-    scores: list[list[float]] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    truncated: int = 0
-    prompt_tokens: int = 0
-    single_token_answers: bool | None = None
+    records: list[Record]
+    truncated: int
+    prompt_tokens: int
+    answer_tokens: list[int]
 
 
 def predict(
     runtime: Runtime,
     task: Task,
     examples: Sequence[Example],
+    options: Options | None = None,
     *,
-    max_length: int | None = None,
-    batch_size: int = 16,
+    known: Mapping[int, Record] | None = None,
+    save: Callable[[list[Record]], None] | None = None,
     progress: Progress | None = None,
 ) -> Predictions:
-    """Predict every example; `max_length` is in tokens, prompt and answer together.
+    """Predict every example that is not `known`; `save` is given each batch of records.
 
     `progress(done, total)` is called as examples are finished. Raises ValueError when the answer
     leaves no room for a prompt, when two answers have the same tokens, or for scores that are not
     finite.
     """
-    if task.kind == "label":
-        return _labels(runtime, task, examples, max_length, batch_size, progress)
-    return _summaries(runtime, task, examples, max_length, progress)
+    options = options or Options()
+    answers = encode_answers(runtime, task) if task.kind == "label" else []
+    room = max(map(len, answers)) if answers else options.search.max_new_tokens
+    prompts, truncated = encode_prompts(runtime, task, examples, room, options.max_length)
+    batch = _Batch(runtime, task, examples, prompts, answers, options)
+    records = dict(known or {})
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), options.batch_size):
+        chunk = order[start : start + options.batch_size]
+        if any(i not in records for i in chunk):
+            found = batch.predict(chunk)
+            records |= {record["i"]: record for record in found}
+            if save is not None:
+                save(found)
+        if progress is not None:
+            progress(start + len(chunk), len(order))
+    in_order = [records[i] for i in range(len(examples))]
+    return Predictions(in_order, truncated, sum(map(len, prompts)), [len(a) for a in answers])
 
 
 def encode_prompts(
@@ -90,35 +134,68 @@ def encode_answers(runtime: Runtime, task: Task) -> list[list[int]]:
     return answers
 
 
-def _labels(
-    runtime: Runtime,
-    task: Task,
-    examples: Sequence[Example],
-    max_length: int | None,
-    batch_size: int,
-    progress: Progress | None,
-) -> Predictions:
-    answers = encode_answers(runtime, task)
-    room = max(len(answer) for answer in answers)
-    prompts, truncated = encode_prompts(runtime, task, examples, room, max_length)
-    scores: list[list[float]] = [[] for _ in prompts]
-    # Longest first: too large a batch fails at once, and one batch holds prompts of one length.
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        requests = [(prompts[i], answer) for i in chunk for answer in answers]
-        flat = runtime.score(requests, batch_size=batch_size)
-        for position, i in enumerate(chunk):
-            scores[i] = flat[position * len(answers) : (position + 1) * len(answers)]
-        if progress is not None:
-            progress(min(start + batch_size, len(order)), len(order))
-    return Predictions(
-        labels=[_best(row, examples[i]) for i, row in enumerate(scores)],
-        scores=scores,
-        truncated=truncated,
-        prompt_tokens=sum(map(len, prompts)),
-        single_token_answers=room == 1,
-    )
+def match_answer(text: str, labels: Sequence[str]) -> int:
+    """The id of the longest answer that a generated text begins with, or NO_ANSWER."""
+    said = text.strip().lower()
+    fitting = [i for i, label in enumerate(labels) if said.startswith(label.strip().lower())]
+    return max(fitting, key=lambda i: len(labels[i].strip()), default=NO_ANSWER)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Predicts a few examples at a time; the prompts are encoded, one for each example."""
+
+    runtime: Runtime
+    task: Task
+    examples: Sequence[Example]
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    options: Options
+
+    def predict(self, chunk: Sequence[int]) -> list[Record]:
+        """Records of the examples at these places."""
+        if self.task.kind == "summary":
+            return self._summaries(chunk)
+        return self._said(chunk) if self.options.scoring == "greedy" else self._scored(chunk)
+
+    def _scored(self, chunk: Sequence[int]) -> list[Record]:
+        answers, size = self.answers, self.options.batch_size
+        requests = [(self.prompts[i], answer) for i in chunk for answer in answers]
+        flat = self.runtime.score(requests, batch_size=size)
+        rows = [flat[k : k + len(answers)] for k in range(0, len(flat), len(answers))]
+        return [
+            {"i": i, "label": _best(scores, self.examples[i]), "scores": scores}
+            for i, scores in zip(chunk, rows, strict=True)
+        ]
+
+    def _said(self, chunk: Sequence[int]) -> list[Record]:
+        texts = self._generate(chunk, Search(max_new_tokens=max(map(len, self.answers))))
+        return [
+            {"i": i, "label": match_answer(text, self.task.labels), "text": text}
+            for i, text in zip(chunk, texts, strict=True)
+        ]
+
+    def _summaries(self, chunk: Sequence[int]) -> list[Record]:
+        texts = self._generate(chunk, self.options.search)
+        records: list[Record] = [
+            {"i": i, "text": text.strip()} for i, text in zip(chunk, texts, strict=True)
+        ]
+        if self.options.perplexity:
+            requests = [(self.prompts[i], self._reference(i)) for i in chunk]
+            scores = self.runtime.score(requests, batch_size=self.options.batch_size)
+            for record, (_, reference), score in zip(records, requests, scores, strict=True):
+                record |= {"log_likelihood": score, "tokens": len(reference)}
+        return records
+
+    def _reference(self, i: int) -> list[int]:
+        """The tokens of a reference, as many as may be generated."""
+        tokens = self.runtime.tokenizer.encode(self.examples[i].answer, special=False)
+        return list(tokens)[: self.options.search.max_new_tokens]
+
+    def _generate(self, chunk: Sequence[int], search: Search) -> list[str]:
+        prompts = [self.prompts[i] for i in chunk]
+        found = generate_batch(self.runtime, prompts, search, batch_size=self.options.batch_size)
+        return [self.runtime.tokenizer.decode(tokens) for tokens in found]
 
 
 def _best(scores: list[float], example: Example) -> int:
@@ -128,20 +205,3 @@ def _best(scores: list[float], example: Example) -> int:
             "or its run time are broken; run `bitdistill doctor` and make the directory again"
         )
     return max(range(len(scores)), key=lambda label: scores[label])
-
-
-def _summaries(
-    runtime: Runtime,
-    task: Task,
-    examples: Sequence[Example],
-    max_length: int | None,
-    progress: Progress | None,
-) -> Predictions:
-    prompts, truncated = encode_prompts(runtime, task, examples, task.max_new_tokens, max_length)
-    texts = []
-    for done, prompt in enumerate(prompts, start=1):
-        tokens = runtime.generate(prompt, max_new_tokens=task.max_new_tokens, temperature=0.0)
-        texts.append(runtime.tokenizer.decode(list(tokens)).strip())
-        if progress is not None:
-            progress(done, len(prompts))
-    return Predictions(texts=texts, truncated=truncated, prompt_tokens=sum(map(len, prompts)))

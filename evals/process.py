@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 Progress = Callable[[str, int, int], None]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -24,6 +24,61 @@ class WorkerError(RuntimeError):
         self.tail = tail
 
 
+class Process:
+    """A Python module run on a job file, in a process that ends with this object's `close`.
+
+    `folder` holds the job and what the process writes beside it.
+    """
+
+    def __init__(self, module: str, job: dict[str, Any]) -> None:
+        self.path = job["path"]
+        self._temporary = tempfile.TemporaryDirectory(prefix="bitdistill-eval-")
+        self.folder = Path(self._temporary.name)
+        file = self.folder / "job.json"
+        file.write_text(json.dumps(job), encoding="utf-8")
+        environment = dict(os.environ)
+        if job["threads"] is not None:
+            environment |= dict.fromkeys(THREAD_VARIABLES, str(job["threads"]))
+        self._stderr = (self.folder / "stderr").open("w+b")
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", module, str(file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=environment,
+        )
+
+    @property
+    def stdin(self) -> IO[bytes]:
+        assert self.popen.stdin is not None
+        return self.popen.stdin
+
+    @property
+    def stdout(self) -> IO[bytes]:
+        assert self.popen.stdout is not None
+        return self.popen.stdout
+
+    def failure(self) -> WorkerError:
+        """What became of a process that ended without an answer, in one sentence."""
+        code = self.popen.wait()
+        self._stderr.seek(0)
+        tail = self._stderr.read()[-TAIL:].decode("utf-8", errors="replace").strip()
+        return WorkerError(_sentence(self.path, code, tail), tail)
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        if self.popen.poll() is None:
+            self.popen.kill()
+            self.popen.wait()
+        self.stdout.close()
+        try:
+            self.stdin.close()
+        except BrokenPipeError:
+            self.popen.wait()  # it ended before it read everything, which its answer explained
+        self._stderr.close()
+        self._temporary.cleanup()
+
+
 def run_worker(
     job: dict[str, Any], progress: Progress, module: str = "bitdistill.evals.worker"
 ) -> dict[str, Any]:
@@ -31,49 +86,37 @@ def run_worker(
 
     The process is ended when this call is interrupted. Raises WorkerError.
     """
-    with tempfile.TemporaryDirectory(prefix="bitdistill-eval-") as folder:
-        job_file = Path(folder) / "job.json"
-        job_file.write_text(json.dumps(job), encoding="utf-8")
-        with (Path(folder) / "stderr").open("w+b") as stderr:
-            code = _wait([sys.executable, "-m", module, str(job_file)], job, stderr, progress)
-            stderr.seek(0)
-            tail = stderr.read()[-TAIL:].decode("utf-8", errors="replace").strip()
-        outcome_file = job_file.with_name("outcome.json")
-        if not outcome_file.is_file():
-            raise WorkerError(_sentence(job["path"], code, tail), tail)
-        outcome = json.loads(outcome_file.read_text(encoding="utf-8"))
-    if "error" in outcome:
-        raise WorkerError(f"{job['path']} cannot be evaluated: {outcome['error']}", tail)
-    return outcome
-
-
-def _wait(command: list[str], job: dict[str, Any], stderr: Any, progress: Progress) -> int:
-    environment = dict(os.environ)
-    if job["threads"] is not None:
-        environment |= dict.fromkeys(THREAD_VARIABLES, str(job["threads"]))
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=environment
-    )
-    assert process.stdout is not None
+    process = Process(module, job)
     try:
         for line in process.stdout:
             _pass_on(line, progress)
-        return process.wait()
+        outcome_file = process.folder / "outcome.json"
+        failure = process.failure()
+        if not outcome_file.is_file():
+            raise failure
+        outcome = json.loads(outcome_file.read_text(encoding="utf-8"))
+        if "error" in outcome:
+            message = f"{job['path']} cannot be evaluated: {outcome['error']}"
+            raise WorkerError(message, failure.tail)
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        process.stdout.close()
+        process.close()
+    return outcome
+
+
+def read_answer(line: bytes) -> dict[str, Any] | None:
+    """A JSON object on a line; None for what a library may have printed instead."""
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 def _pass_on(line: bytes, progress: Progress) -> None:
-    """Report a progress line; a library may print other things on stdout, which are dropped."""
-    try:
-        event = json.loads(line)
-        step = str(event["stage"]), int(event["done"]), int(event["total"])
-    except (ValueError, KeyError, TypeError):
-        return
-    progress(*step)
+    """Report a progress line; other output is dropped."""
+    event = read_answer(line) or {}
+    if {"stage", "done", "total"} <= set(event):
+        progress(str(event["stage"]), int(event["done"]), int(event["total"]))
 
 
 def _sentence(path: str, code: int, tail: str) -> str:

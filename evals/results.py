@@ -18,9 +18,11 @@ class Result:
     """One JSON line.
 
     `method` is fp16-sft, bitnet-sft, bitdistill-paper or bitdistill; `backend` torch, onnx or mlx;
-    `unit` is %, tokens/s or MiB. `stderr` is None where there is none. `artifact` is the
+    `precision` says how weights are held. `unit` is %, tokens/s, ms, MiB, x (a ratio) or nothing.
+    `stderr` and `interval` (95 %, bootstrap) are None where there is none. `artifact` is the
     directory's name, `artifact_hash` a hash of its files' hashes, `student` the fingerprint of the
-    student's weights that it runs (None for a teacher).
+    student's weights that it runs (None for a teacher). `details` are the metric's own: a confusion
+    matrix, the row that a ratio or difference is against.
     """
 
     method: str
@@ -37,6 +39,10 @@ class Result:
     artifact: str
     artifact_hash: str
     student: str | None = None
+    precision: str = ""
+    task_version: int = 1
+    interval: tuple[float, float] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -70,10 +76,19 @@ def read_jsonl(path: str | Path) -> list[Result]:
         if not line.strip():
             continue
         try:
-            results.append(Result(**json.loads(line)))
+            results.append(_read(json.loads(line)))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number} is not a result ({error}); remove the line, or "
                 "evaluate again"
             ) from None
     return results
+
+
+def _read(value: dict[str, Any]) -> Result:
+    """JSON has no tuples."""
+    result = Result(**value)
+    if result.interval is None:
+        return result
+    low, high = result.interval
+    return dataclasses.replace(result, interval=(low, high))

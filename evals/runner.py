@@ -4,35 +4,55 @@
     write_jsonl(results, "results.jsonl")
     print(render(results, "markdown"))
 
-Examples are read once, here; every directory then predicts them in a process of its own
-(worker.py). The metrics are computed here from the predictions that come back, so a metric cannot
-depend on the backend.
+Examples are read once, here. First all rows are timed in turn (alternate.py); then every row
+predicts every split in a process of its own (worker.py). The metrics are computed here from the
+predictions (summary.py), so a metric cannot depend on the backend. What is measured is kept in a
+store (store.py): a run that was killed goes on, and a finished one measures nothing again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from bitdistill import manifest
-from bitdistill.evals import environment, metrics
-from bitdistill.evals.directories import Directory, choose_task, open_directories, recorded_data
+from bitdistill.backends.generation import Search
+from bitdistill.evals import environment
+from bitdistill.evals.alternate import time_rows
+from bitdistill.evals.bench import Plan
+from bitdistill.evals.directories import (
+    RUNTIME_PACKAGES,
+    Directory,
+    Variant,
+    choose_task,
+    open_directories,
+    recorded_data,
+)
+from bitdistill.evals.predict import Options, Scoring
 from bitdistill.evals.process import run_worker
 from bitdistill.evals.results import Result
-from bitdistill.tasks import Example, Task, load_examples
+from bitdistill.evals.store import Store, read_complete
+from bitdistill.evals.summary import ExampleSet, Measured, summarise
+from bitdistill.tasks import Task, load_examples
 
 Progress = Callable[[str, int, int], None]
 Outcome = dict[str, Any]
-BENCH = {"prefill_tokens": 128, "decode_tokens": 32, "repeats": 5, "budget": 6.0}
+Execute = Callable[[dict[str, Any], Progress], Outcome]
+TimeRows = Callable[[Sequence[dict[str, Any]], Progress], list[Outcome]]
 
 
 def run(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Path | Variant],
     task: Task | str | None = None,
-    data: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
     *,
-    split: str | None = None,
+    split: str | Sequence[str] | None = None,
     limit: int | None = None,
     columns: dict[str, str] | None = None,
     threads: int | None = None,
@@ -40,145 +60,178 @@ def run(
     seed: int = 0,
     batch_size: int = 16,
     max_length: int | None = None,
-    bench: dict[str, Any] | None = None,
+    scoring: Scoring = "likelihood",
+    search: dict[str, Any] | None = None,
+    plan: Plan | None = None,
+    llama_bench: str | Path | None = None,
+    store: str | Path | None = None,
     progress: Progress | None = None,
-    execute: Callable[[dict[str, Any], Progress], Outcome] = run_worker,
+    execute: Execute = run_worker,
+    time: TimeRows = time_rows,
 ) -> list[Result]:
-    """Evaluate each directory on a task; one Result per directory and metric.
+    """Evaluate each directory on a task; one Result per directory, split and metric.
 
-    `task` defaults to the one in the first directory's manifest. `data` is a local file; without
-    one (and without `split`), the validation file that training recorded, else the task's hub data
-    set. `limit` takes the first examples. `max_length` is in tokens, prompt and answer together;
-    the shortest context of the artifacts by default. `bench` overrides BENCH. `progress` is
-    called with "<directory>: <stage>", done and total; `execute` runs one job.
+    `task` defaults to the one in the first directory's manifest. `data` is one or more local files,
+    each a split named after it; without one (and without `split`), the validation file that
+    training recorded, else the splits of the task's hub data set. `limit` takes the first examples.
+    `max_length` is in tokens, prompt and answer together; the shortest context of the artifacts by
+    default. `scoring` is how label tasks are answered, `search` how summaries are generated
+    (fields of backends.generation.Search; the task's `max_new_tokens` by default). `plan`
+    says what is timed, `llama_bench` names the program that times GGUF files. `store` is a folder
+    that keeps what was measured (None: nothing is kept). `progress` is called with
+    "<directory>: <stage>", done and total; `execute` and `time` run the work.
 
     Everything is checked before the first model is loaded: FormatError, ValueError, ImportError or
     FileNotFoundError say what is wrong. WorkerError when a directory cannot be evaluated.
     """
     directories = open_directories(paths)
     task = choose_task(directories, task)
-    if data is None and split is None:
-        data, recorded = recorded_data(directories, task)
-        columns = recorded if columns is None else columns
+    sets = _read_sets(directories, task, data, split, limit, columns)
     if max_length is None:  # the same prompts for every row, also where one context is shorter
         max_length = min((d.context for d in directories if d.context), default=None)
-    examples = load_examples(task, data, split, limit, columns)
-    common: dict[str, Any] = {
-        "task": task.to_json(),
-        "examples": [vars(example) for example in examples],
+    perplexity = task.kind == "summary" and "perplexity" in task.metrics
+    generate = Search(**{"max_new_tokens": task.max_new_tokens, **(search or {})})
+    options = Options(max_length, batch_size, scoring, generate, perplexity)
+    say = progress or (lambda stage, done, total: None)
+    with contextlib.ExitStack() as stack:
+        folder = store or stack.enter_context(tempfile.TemporaryDirectory(prefix="bitdistill-"))
+        work = _Work(Store(Path(folder)), task, options, threads, seed, say, execute, time)
+        speeds = None
+        if speed:
+            program = None if llama_bench is None else str(llama_bench)
+            speeds = work.time_all(directories, plan or Plan(), program)
+        rows = [work.predict(directory, sets) for directory in directories if directory.is_scored]
+    settings = {
         "threads": threads,
-        "speed": speed,
-        "seed": seed,
-        "batch_size": batch_size,
-        "max_length": max_length,
-        "bench": BENCH | (bench or {}),
-    }
-    outcomes = [
-        execute(common | {"path": str(directory.path)}, _label(progress, directory))
-        for directory in directories
-    ]
-    shared = {
-        "task": task.name,
-        "split": split or (task.splits[1] if data is None else Path(data).stem),
-        "seed": seed,
-        "machine": environment.machine(),
-    }
-    settings = {key: common[key] for key in ("threads", "batch_size", "max_length")} | {
         "limit": limit,
+        "options": dataclasses.asdict(options),
         "task": manifest.fingerprint(task.to_json()),
-        "examples": manifest.fingerprint([[e.prompt, e.answer] for e in examples]),
     }
-    return summarise(directories, outcomes, task, examples, shared, settings)
+    by_split = [list(column) for column in zip(*rows, strict=True)]
+    return summarise(Measured(directories, task, sets, by_split, speeds, seed, settings))
 
 
-def _label(progress: Progress | None, directory: Directory) -> Progress:
-    def report(stage: str, done: int, total: int) -> None:
-        if progress is not None:
-            progress(f"{directory.path.name}: {stage}", done, total)
-
-    return report
-
-
-def summarise(
+def _read_sets(
     directories: Sequence[Directory],
-    outcomes: Sequence[Outcome],
     task: Task,
-    examples: Sequence[Example],
-    shared: dict[str, Any],
-    settings: dict[str, Any],
-) -> list[Result]:
-    """Results of all directories, from what their workers brought back.
+    data: str | Path | Sequence[str | Path] | None,
+    split: str | Sequence[str] | None,
+    limit: int | None,
+    columns: dict[str, str] | None,
+) -> list[ExampleSet]:
+    """The examples of every split; ValueError where two would have one name."""
+    files = [data] if isinstance(data, str | Path) else list(data or ())
+    splits = [split] if isinstance(split, str) else list(split or ())
+    if not files and not splits:
+        recorded, mapping = recorded_data(directories, task)
+        files = [] if recorded is None else [recorded]
+        columns = mapping if columns is None else columns
+    if files and splits and len(files) != len(splits):
+        raise ValueError(
+            f"{len(splits)} splits for {len(files)} data files; name each file's split, or none"
+        )
+    names = splits or ([Path(f).stem for f in files] if files else list(task.evaluation_splits))
+    if len(set(names)) < len(names):
+        raise ValueError(f"two data sets are called {names[0]!r}; name their splits with --split")
+    sources: list[str | Path | None] = [*files] or [None] * len(names)
+    return [
+        ExampleSet(name, load_examples(task, source, name, limit, columns))
+        for name, source in zip(names, sources, strict=True)
+    ]
 
-    `shared` are fields of every Result (task, split, seed, machine); `settings` those of the run.
-    """
-    pairs = list(zip(directories, outcomes, strict=True))
-    torch_answers = {
-        directory.student: _answers(outcome, task)
-        for directory, outcome in pairs
-        if directory.backend == "torch" and directory.student is not None
-    }
-    results = []
-    for directory, outcome in pairs:
-        scores = _scores(outcome, task, examples, shared["seed"])
-        if directory.is_artifact and directory.student in torch_answers:
-            reference = torch_answers[directory.student]
-            scores.append(metrics.agreement(_answers(outcome, task), reference))
-        rows = [(s.metric, s.value, "%", s.n, s.stderr) for s in scores]
-        rows += _measurements(directory, outcome)
-        head = shared | _head(directory, outcome, settings)
-        results += [
-            Result(metric=metric, value=value, unit=unit, n=n, stderr=stderr, **head)
-            for metric, value, unit, n, stderr in rows
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything that one run measures, each thing once."""
+
+    store: Store
+    task: Task
+    options: Options
+    threads: int | None
+    seed: int
+    say: Progress
+    execute: Execute
+    time: TimeRows
+
+    def predict(self, directory: Directory, sets: Sequence[ExampleSet]) -> list[Outcome]:
+        """Predictions of one row on every split, from the store where they are there."""
+        found: dict[str, Outcome] = {}
+        missing: dict[str, dict[str, Any]] = {}
+        for part in sets:
+            identity = self._identity(directory, part)
+            log = self.store.predictions(identity)
+            known = read_complete(log, len(part.examples))
+            if known is not None:
+                found[part.split] = known
+            else:
+                examples = [vars(example) for example in part.examples]
+                self.store.keep_examples(part.fingerprint, examples)
+                missing[part.split] = {
+                    "examples": examples, "log": str(log), "identity": identity,
+                }  # fmt: skip
+        if missing:
+            outcome = self._execute(directory, list(missing.values()))
+            found |= dict(zip(missing, outcome["parts"], strict=True))
+        return [
+            found[part.split]
+            | {"file": self.store.predictions(self._identity(directory, part)).name}
+            for part in sets
         ]
-    return results
 
+    def _identity(self, directory: Directory, part: ExampleSet) -> dict[str, Any]:
+        """Everything that predictions depend on."""
+        return {
+            "directory": directory.hash,
+            "task": self.task.to_json(),
+            "examples": part.fingerprint,
+            "options": dataclasses.asdict(self.options),
+            **self._conditions([directory]),
+        }
 
-def _answers(outcome: Outcome, task: Task) -> list[Any]:
-    return outcome["predictions"]["labels" if task.kind == "label" else "texts"]
+    def _execute(self, directory: Directory, parts: list[dict[str, Any]]) -> Outcome:
+        job = {
+            "path": str(directory.path),
+            "load": directory.load,
+            "task": self.task.to_json(),
+            "threads": self.threads,
+            "options": dataclasses.asdict(self.options),
+            "parts": parts,
+        }
+        name = directory.name
+        return self.execute(job, lambda stage, d, n: self.say(f"{name}: {stage}", d, n))
 
+    def time_all(
+        self, directories: Sequence[Directory], plan: Plan, llama_bench: str | None
+    ) -> list[Outcome]:
+        """Timings of all rows, made together; timings of another set of rows are not reused."""
+        common = {"threads": self.threads, "plan": dataclasses.asdict(plan), "seed": self.seed}
+        identity = {
+            "rows": [directory.hash for directory in directories],
+            "llama_bench": llama_bench,
+            **common,
+            **self._conditions(directories),
+        }
+        jobs: list[dict[str, Any]] = [
+            common
+            | {
+                "path": str(directory.path),
+                "name": directory.name,
+                "bytes": directory.bytes,
+                "load": directory.load,
+                "llama_bench": None if directory.is_scored else llama_bench,
+            }
+            for directory in directories
+        ]
+        measured: list[Outcome] = self.store.once(identity, lambda: self.time(jobs, self.say))
+        return measured
 
-def _scores(
-    outcome: Outcome, task: Task, examples: Sequence[Example], seed: int
-) -> list[metrics.Score]:
-    answers = _answers(outcome, task)
-    if task.kind == "label":
-        return [metrics.accuracy(answers, [e.label for e in examples if e.label is not None])]
-    targets = [example.answer.strip() for example in examples]
-    return [*metrics.rouge(answers, targets), metrics.bleu(answers, targets, seed)]
-
-
-def _measurements(
-    directory: Directory, outcome: Outcome
-) -> list[tuple[str, float, str, int, float | None]]:
-    """Speed (n = repeats), memory and size: (metric, value, unit, n, stderr)."""
-    rows: list[tuple[str, float, str, int, float | None]] = []
-    memory = outcome["memory"]
-    if speed := outcome["speed"]:
-        for kind in ("prefill", "decode"):
-            rows.append((f"{kind}_speed", speed[kind], "tokens/s", speed["repeats"], None))
-        rows.append(("peak_memory", memory["serve"], "MiB", 1, None))
-    rows.append(("peak_memory_evaluation", memory["evaluate"], "MiB", 1, None))
-    rows.append(("size_on_disk", directory.bytes / environment.MIB, "MiB", 1, None))
-    return rows
-
-
-def _head(directory: Directory, outcome: Outcome, settings: dict[str, Any]) -> dict[str, Any]:
-    """What all results of one directory share."""
-    predictions = outcome["predictions"]
-    own = {key: predictions[key] for key in ("truncated", "single_token_answers", "prompt_tokens")}
-    return {
-        "method": directory.manifest["method"],
-        "model": directory.manifest["base_model"],
-        "backend": outcome["backend"],
-        "artifact": directory.path.name,
-        "artifact_hash": manifest.fingerprint(directory.manifest["files"]),
-        "student": directory.student,
-        "versions": outcome["versions"],
-        "settings": settings
-        | own
-        | {
-            "memory": outcome["memory"],
-            "speed": outcome["speed"],
-            "parts": directory.manifest.get("parts"),
-        },
-    }
+    def _conditions(self, directories: Sequence[Directory]) -> dict[str, Any]:
+        """What else a measurement depends on: threads, machine, versions."""
+        packages = {"bitdistill", "tokenizers"}.union(
+            *(RUNTIME_PACKAGES.get(directory.backend, ()) for directory in directories)
+        )
+        return {
+            "threads": self.threads,
+            "processor": environment.machine()["processor"],
+            "versions": {name: metadata.version(name) for name in sorted(packages)},
+        }

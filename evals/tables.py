@@ -1,17 +1,16 @@
-"""Tables, made from results alone: one row per evaluated directory, one column per metric.
+"""Tables, made from results alone, laid out as in the paper (arXiv 2510.13998, Tables 1 and 2).
 
-    render(results, "markdown" | "csv" | "json")    text
-    rich_table(results)                             for a terminal
+    render(results, "markdown" | "csv" | "json" | "latex")    text
+    rich_tables(results)                                      for a terminal
 
-Units stand in the headers; what was not measured is a dash (an empty cell in CSV, null in JSON).
-CSV and JSON give numbers, with standard error and n in columns of their own.
+Rows are methods; columns are tasks, then speed and memory, ratios to the reference row first.
+Classification and summarisation make a table each. Artifacts of one method for different tasks
+share a row, whose speed, memory and size are those of the first of them. Units stand in the
+headers; what was not measured is a dash (an empty cell in CSV, null in JSON).
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,42 +22,68 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 MISSING = "–"
-METRICS = {
+CLASSIFICATION, SUMMARISATION = "Classification", "Summarisation"
+TASK_METRICS = {
     "accuracy": "Accuracy",
+    "bleu": "BLEU",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
     "rougeLsum": "ROUGE-Lsum",
-    "bleu": "BLEU",
     "agreement": "Agreement",
+    "ece": "ECE",
+    "perplexity": "Perplexity",
+}
+SECONDARY = ("ece", "perplexity")  # in CSV, JSON and the report; in a table where nothing else is
+MACHINE_METRICS = {
     "prefill_speed": "Prefill",
     "decode_speed": "Decode",
-    "peak_memory": "Memory",
+    "first_token": "First token",
+    "token_p50": "Token p50",
+    "token_p95": "Token p95",
+    "memory": "Memory",
     "size_on_disk": "Size",
 }
-TASK_METRICS = ("accuracy", "rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "agreement")
+RATIOS = {
+    "prefill_speed": "prefill_ratio",
+    "decode_speed": "decode_ratio",
+    "memory": "memory_ratio",
+    "size_on_disk": "size_ratio",
+}
 UNITS = {"tokens/s": "tok/s"}
-DECIMALS = {"%": 2, "tokens/s": 0, "MiB": 1}
-Key = tuple[str, str, str, str, str]
+DECIMALS = {"%": 2, "tokens/s": 0, "MiB": 1, "ms": 1, "": 3}
+Column = tuple[str, str, str]  # task, split, metric; task and split "" for speed and size
+Key = tuple[str, str, str, str]
 
 
 @dataclass
 class Row:
-    """One directory: identity, and results by (task, metric); task "" for speed and size."""
+    """One method: identity, and results by column."""
 
     model: str
     method: str
     backend: str
+    precision: str
     artifact: str
-    cells: dict[tuple[str, str], Result] = field(default_factory=dict)
+    cells: dict[Column, Result] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        return self.model, self.method, self.backend, self.precision
+
+    def takes(self, other: Row) -> bool:
+        """Whether another row is the same method on other tasks."""
+        shared = {column for column in self.cells.keys() & other.cells.keys() if column[0]}
+        return self.key == other.key and not shared
 
 
 @dataclass
 class Table:
-    """Rows in order of first appearance; columns (task, metric) in the order of METRICS."""
+    """Rows in order of first appearance; columns by task and split, then speed and memory."""
 
+    title: str
     rows: list[Row]
-    columns: list[tuple[str, str]]
+    columns: list[Column]
 
     @property
     def identity(self) -> list[str]:
@@ -66,136 +91,187 @@ class Table:
         names = ["method", "backend"]
         if len({row.model for row in self.rows}) > 1:
             names.insert(0, "model")
-        if len({tuple(getattr(row, n) for n in names) for row in self.rows}) < len(self.rows):
-            names.append("artifact")
+        for name in ("precision", "artifact"):
+            if self._apart([*names, name]) > self._apart(names):
+                names.append(name)
         return names
 
-    def header(self, column: tuple[str, str]) -> str:
-        """Name and unit of a column, with the task where there are several."""
-        task, metric = column
-        tasks = {name for name, _ in self.columns if name}
+    def _apart(self, names: Sequence[str]) -> int:
+        return len({tuple(getattr(row, name) for name in names) for row in self.rows})
+
+    def header(self, column: Column) -> str:
+        """Name and unit of a column, with task and split where there are several."""
+        task, split, metric = column
+        tasks = {name for name, _, _ in self.columns if name}
+        splits = {other for name, other, _ in self.columns if name == task}
+        words = [task] if task and max(len(tasks), len(splits)) > 1 else []
+        words += [split.removeprefix("validation_")] if len(splits) > 1 else []
+        words.append((TASK_METRICS | MACHINE_METRICS)[metric])
         unit = next(row.cells[column].unit for row in self.rows if column in row.cells)
         unit = UNITS.get(unit, unit)
-        return f"{task + ' ' if len(tasks) > 1 and task else ''}{METRICS[metric]} ({unit})"
+        return " ".join(words) + (f" ({unit})" if unit else "")
+
+    def ratio(self, row: Row, column: Column) -> Result | None:
+        """How a figure compares with the reference row's."""
+        return row.cells.get(("", "", RATIOS.get(column[2], "")))
 
 
-def build(results: Iterable[Result]) -> Table:
-    """Arrange results; of two for one cell the later wins. ValueError when there are none."""
-    rows: dict[Key, Row] = {}
-    for r in results:
-        key = (r.model, r.method, r.backend, r.artifact, r.artifact_hash)
-        row = rows.setdefault(key, Row(r.model, r.method, r.backend, r.artifact))
-        row.cells[(r.task if r.metric in TASK_METRICS else "", r.metric)] = r
+def build(results: Iterable[Result], *, complete: bool = False) -> list[Table]:
+    """Arrange results, in a table for each kind of task; of two for one cell the later wins.
+
+    `complete` also takes columns that the paper's tables leave out. ValueError for no results.
+    """
+    rows: list[Row] = []
+    for row in _by_artifact(results):
+        same = next((other for other in rows if other.takes(row)), None)
+        if same is None:
+            rows.append(row)
+        else:
+            same.cells |= {c: r for c, r in row.cells.items() if c not in same.cells}
     if not rows:
         raise ValueError("there are no results to show; run `bitdistill eval` first")
-    found = dict.fromkeys(column for row in rows.values() for column in row.cells)
-    order = {metric: place for place, metric in enumerate(METRICS)}
-    tasks = list(dict.fromkeys(task for task, _ in found if task))
-    columns = [column for column in found if column[1] in METRICS]
-    columns.sort(key=lambda c: (tasks.index(c[0]) if c[0] else len(tasks), order[c[1]]))
-    return Table(list(rows.values()), columns)
+    columns = _columns(rows)
+    summaries = {c[:2] for c in columns if c[2] == "bleu" or c[2].startswith("rouge")}
+    tables = []
+    for title in (CLASSIFICATION, SUMMARISATION):
+        own = [c for c in columns if c[0] and (c[:2] in summaries) == (title == SUMMARISATION)]
+        shown = own if complete else _primary(own)
+        if shown:
+            machine = [c for c in columns if not c[0] and (complete or c[2] in RATIOS)]
+            chosen = [row for row in rows if set(own) & set(row.cells) or not _has_tasks(row)]
+            tables.append(Table(title, chosen, [*shown, *_present(machine, chosen)]))
+    return tables or [Table("Speed", rows, columns)]
 
 
-def _common_n(table: Table, column: tuple[str, str]) -> int | None:
+def _has_tasks(row: Row) -> bool:
+    return any(column[0] for column in row.cells)
+
+
+def _present(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    return [column for column in columns if any(column in row.cells for row in rows)]
+
+
+def _primary(columns: Sequence[Column]) -> list[Column]:
+    primary = [column for column in columns if column[2] not in SECONDARY]
+    return primary or list(columns)
+
+
+def _by_artifact(results: Iterable[Result]) -> list[Row]:
+    rows: dict[tuple[str, ...], Row] = {}
+    for r in results:
+        key = (r.model, r.method, r.backend, r.precision, r.artifact_hash)
+        row = rows.setdefault(key, Row(r.model, r.method, r.backend, r.precision, r.artifact))
+        if r.metric in TASK_METRICS:
+            row.cells[(r.task, r.split, r.metric)] = r
+        elif r.metric in MACHINE_METRICS or r.metric in RATIOS.values():
+            row.cells[("", "", r.metric)] = r
+    return list(rows.values())
+
+
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    """Columns that have a figure: tasks and splits as they come, metrics in the paper's order."""
+    found = dict.fromkeys(column for row in rows for column in row.cells)
+    places = {metric: place for place, metric in enumerate((*TASK_METRICS, *MACHINE_METRICS))}
+    parts = list(dict.fromkeys(column[:2] for column in found if column[0]))
+    columns = [column for column in found if column[2] in places]
+    return sorted(columns, key=lambda c: (parts.index(c[:2]) if c[0] else len(parts), places[c[2]]))
+
+
+def _common_n(table: Table, column: Column) -> int | None:
     """The n that all rows of a task metric share, or None where they differ."""
     counts = {row.cells[column].n for row in table.rows if column in row.cells}
     return counts.pop() if column[0] and len(counts) == 1 else None
 
 
-def _cell(result: Result | None, common_n: int | None) -> str:
+def _cell(table: Table, row: Row, column: Column, common_n: int | None) -> str:
+    result = row.cells.get(column)
     if result is None:
         return MISSING
     decimals = DECIMALS.get(result.unit, 2)
     text = f"{result.value:,.{decimals}f}"
     if result.stderr is not None and result.metric != "agreement":
         text += f" ± {result.stderr:.{decimals}f}"
-    own_n = result.unit == "%" and result.n != common_n
-    return f"{text} (n={result.n:,})" if own_n else text
+    if column[0]:
+        return text if result.n == common_n else f"{text} (n={result.n:,})"
+    ratio = table.ratio(row, column)
+    return text if ratio is None else f"{ratio.value:.2f}× ({text})"
 
 
-def _texts(table: Table) -> tuple[list[str], list[list[str]]]:
+def texts(table: Table) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text, for people."""
     header = [name.capitalize() for name in table.identity]
     counts = {column: _common_n(table, column) for column in table.columns}
     for column, n in counts.items():
         text = table.header(column)
-        header.append(text if n is None else f"{text.removesuffix(')')}, n={n:,})")
+        if any(table.ratio(row, column) for row in table.rows):
+            text = text.replace(" (", " (×, ")
+        if n is not None:
+            count = f"n={n:,})"
+            text = f"{text[:-1]}, {count}" if text.endswith(")") else f"{text} ({count}"
+        header.append(text)
     rows = [
         [str(getattr(row, name)) for name in table.identity]
-        + [_cell(row.cells.get(column), n) for column, n in counts.items()]
+        + [_cell(table, row, column, n) for column, n in counts.items()]
         for row in table.rows
     ]
     return header, rows
 
 
-def _records(table: Table) -> list[dict[str, Any]]:
-    """Rows as numbers, for programs; each task metric brings its stderr and n."""
-    records = []
+def records(table: Table) -> list[dict[str, Any]]:
+    """Rows as numbers, for programs; a task metric brings stderr, n and a 95 % interval."""
+    found = []
     for row in table.rows:
         record: dict[str, Any] = {
-            name: getattr(row, name) for name in ("model", "method", "backend", "artifact")
+            name: getattr(row, name)
+            for name in ("model", "method", "backend", "precision", "artifact")
         }
         for column in table.columns:
             header, result = table.header(column), row.cells.get(column)
             record[header] = result.value if result else None
             if column[0]:
+                low, high = (result.interval if result else None) or (None, None)
                 record[f"{header} stderr"] = result.stderr if result else None
+                record[f"{header} low"], record[f"{header} high"] = low, high
                 record[f"{header} n"] = result.n if result else None
-        records.append(record)
-    return records
-
-
-def markdown(results: Iterable[Result]) -> str:
-    """A Markdown table; numbers are right-aligned."""
-    table = build(results)
-    header, rows = _texts(table)
-    names = len(table.identity)
-    rule = ["---"] * names + ["---:"] * (len(header) - names)
-    lines = [header, rule, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def comma_separated(results: Iterable[Result]) -> str:
-    """CSV with a header line."""
-    records = _records(build(results))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return stream.getvalue()
-
-
-def as_json(results: Iterable[Result]) -> str:
-    """A JSON array, one object per row."""
-    return json.dumps(_records(build(results)), indent=2, ensure_ascii=False) + "\n"
-
-
-FORMATS = {"markdown": markdown, "csv": comma_separated, "json": as_json}
+            elif column[2] in RATIOS:
+                ratio = table.ratio(row, column)
+                record[f"{header} ratio"] = ratio.value if ratio else None
+        found.append(record)
+    return found
 
 
 def render(results: Sequence[Result], format: str = "markdown") -> str:
-    """The table as text in one of FORMATS; ValueError for another format or no results."""
+    """The tables as text in one of FORMATS; ValueError for another format or no results."""
+    from bitdistill.evals.formats import FORMATS
+
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}{suggest(format, FORMATS)}")
     return FORMATS[format](results)
 
 
-def rich_table(results: Sequence[Result]) -> RichTable:
-    """The table for a terminal (rich)."""
+def rich_tables(results: Sequence[Result]) -> list[RichTable]:
+    """The tables for a terminal (rich)."""
+    return [_rich(table) for table in build(results)]
+
+
+def _rich(table: Table) -> RichTable:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable
 
-    table = build(results)
-    header, rows = _texts(table)
-    tasks = ", ".join(dict.fromkeys(f"{r.task} ({r.split})" for r in results))
+    header, rows = texts(table)
+    parts = dict.fromkeys(f"{task} ({split})" for task, split, _ in table.columns if task)
     # narrow enough for a terminal of 80 columns
     shown = RichTable(
-        title=tasks, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        title=", ".join(parts),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
     )
     for index, name in enumerate(header):
         justify: Literal["left", "right"] = "left" if index < len(table.identity) else "right"
-        narrow = name.replace(" (", "\n(").replace(", n", ",\nn")
+        narrow = name.replace(" (", "\n(").replace(", ", ",\n")
         shown.add_column(narrow, justify=justify, no_wrap=True)
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*(cell.replace("× (", "×\n(").replace(" ± ", "\n± ") for cell in row))
     return shown

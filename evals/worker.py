@@ -1,11 +1,9 @@
 """One directory, evaluated in a process of its own: `python -m bitdistill.evals.worker JOB`.
 
-A fresh process makes the peak memory honest (nothing else was loaded before) and keeps torch out
-of the runs of the other runtimes. The job is a JSON file, written by process.py; the outcome is
-written beside it. stdout carries progress as JSON lines, stderr is free text.
-
-The order is: load, time one sequence, take the peak memory, then predict. So the peak is that of
-serving one sequence, and the peak of the whole evaluation, batches included, is reported as well.
+A fresh process keeps torch out of the runs of the other runtimes, and whatever breaks in one. The
+job is a JSON file, written by process.py; the outcome is written beside it. stdout carries progress
+as JSON lines, stderr is free text. Predictions go to their own file as they are made (store.py), so
+a job that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,54 +19,90 @@ from typing import Any
 from bitdistill.evals.environment import peak_memory, versions
 
 Progress = Callable[[str, int, int], None]
+COMPUTE = ("logits_at", "step", "start_rows", "step_rows", "select_rows")
+
+
+class Stopwatch:
+    """Seconds spent inside a runtime's own operations."""
+
+    def __init__(self, runtime: Any) -> None:
+        self.seconds, self._running = 0.0, False
+        for name in COMPUTE:
+            setattr(runtime, name, self._timed(getattr(runtime, name)))
+
+    def _timed(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            if self._running:  # an operation built on another one counts once
+                return operation(*arguments, **options)
+            self._running, start = True, time.perf_counter()
+            try:
+                return operation(*arguments, **options)
+            finally:
+                self._running = False
+                self.seconds += time.perf_counter() - start
+
+        return run
 
 
 def execute(job: dict[str, Any], progress: Progress, load: Callable[..., Any]) -> dict[str, Any]:
-    """Evaluate `job["path"]`; the job and the outcome are plain JSON values.
+    """Evaluate `job["path"]` on each of `job["parts"]`; job and outcome are plain JSON values.
 
-    `load(path, threads=...)` returns a Runtime; `progress(stage, done, total)` reports.
+    `load(path, threads=..., **options)` returns a Runtime; `progress(stage, done, total)` reports.
     """
-    from bitdistill.evals.predict import predict
+    start = time.perf_counter()
+    progress("load", 0, 1)
+    runtime = load(job["path"], threads=job["threads"], **job["load"])
+    progress("load", 1, 1)
+    seconds = time.perf_counter() - start
+    watch = Stopwatch(runtime)
+    return {"parts": [_predict(runtime, job, part, watch, seconds, progress)
+                      for part in job["parts"]]}  # fmt: skip
+
+
+def _predict(
+    runtime: Any,
+    job: dict[str, Any],
+    part: dict[str, Any],
+    watch: Stopwatch,
+    loading: float,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Predictions of one split, kept in its own file; seconds are those of this process."""
+    from bitdistill.evals.predict import Options, predict
+    from bitdistill.evals.store import PredictionLog
     from bitdistill.tasks import Example, Task
 
-    task = Task.from_json(job["task"])
-    examples = [Example(**example) for example in job["examples"]]
-    bare = peak_memory()
-    progress("load", 0, 1)
-    runtime = load(job["path"], threads=job["threads"])
-    progress("load", 1, 1)
-    outcome: dict[str, Any] = {"speed": None, "memory": {"bare": bare, "load": peak_memory()}}
-    if job["speed"]:
-        outcome["speed"] = _time(runtime, job, progress)
-        outcome["memory"]["serve"] = peak_memory()
-    predictions = predict(
-        runtime,
-        task,
-        examples,
-        max_length=job["max_length"],
-        batch_size=job["batch_size"],
-        progress=lambda done, total: progress("predict", done, total),
-    )
-    outcome["memory"]["evaluate"] = peak_memory()
-    outcome["predictions"] = dataclasses.asdict(predictions)
-    outcome["backend"] = runtime.name
-    outcome["versions"] = versions()
-    return outcome
+    with PredictionLog(Path(part["log"]), part["identity"]) as log:
+        start, computed = time.perf_counter(), watch.seconds
+        predictions = predict(
+            runtime,
+            Task.from_json(job["task"]),
+            [Example(**example) for example in part["examples"]],
+            Options.from_json(job["options"]),
+            known=log.known,
+            save=log.append,
+            progress=lambda done, total: progress("predict", done, total),
+        )
+        outcome = dataclasses.asdict(predictions)
+        records = outcome.pop("records")
+        outcome |= {
+            "backend": runtime.name,
+            "versions": versions(),
+            "peak_memory": peak_memory(),
+            "seconds": {
+                "load": loading,
+                "predict": time.perf_counter() - start,
+                "compute": watch.seconds - computed,
+            },
+        }
+        log.finish(outcome)
+    return outcome | {"records": records}
 
 
-def _time(runtime: Any, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    from bitdistill.evals.bench import measure
+def _load(path: str, threads: int | None, **options: Any) -> Any:
+    from bitdistill.backends import load
 
-    progress("time", 0, 1)
-    speed = measure(runtime, seed=job["seed"], **job["bench"])
-    progress("time", 1, 1)
-    return dataclasses.asdict(speed)
-
-
-def _load(path: str, threads: int | None) -> Any:
-    from bitdistill.backends import load  # here, so that the bare process is bare
-
-    return load(path, threads=threads)
+    return load(path, threads=threads, **options)
 
 
 def _print_progress(stage: str, done: int, total: int) -> None:
@@ -81,6 +116,8 @@ def main(job_file: str) -> int:
     status = 0
     try:
         outcome = execute(job, _print_progress, _load)
+    except BrokenPipeError:  # whoever asked for this is gone; what was predicted is kept
+        return 1
     except (ValueError, OSError, ImportError, MemoryError) as error:
         # Said in a sentence by whoever raised it; anything else keeps its traceback on stderr.
         outcome, status = {"error": f"{error}" or type(error).__name__}, 1

@@ -33,11 +33,16 @@ CORE_WITHOUT_TORCH = {
 }
 CORE_EXCEPTIONS = {
     "bitdistill.cli": {"backends", "exporters", "evals"},
+    "bitdistill.cli_eval": {"exporters", "evals"},
     "bitdistill.doctor": {"backends"},
     "bitdistill": {"backends", "exporters", "evals"},  # by name only, when they are asked for
 }
 TORCH_RUNTIME = {"bitdistill.checkpoint", "bitdistill.quantize", "bitdistill.student"}
-PUBLIC_BACKENDS = {"bitdistill.backends", "bitdistill.backends.base"}
+PUBLIC_BACKENDS = {
+    "bitdistill.backends",
+    "bitdistill.backends.base",
+    "bitdistill.backends.generation",
+}
 EXPORTER_BACKENDS = {"bitdistill.backends.registry", "bitdistill.backends.mlx_layout"}
 HEAVY = ("torch", "transformers", "datasets", "onnx", "onnxruntime", "mlx", "numpy", "pydantic")
 

@@ -94,8 +94,11 @@ def recipe(
 
 
 @pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+def cli(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Done]:
     """`cli("train", ...)`: run a command in this process; an unforeseen error fails the test."""
+    monkeypatch.chdir(tmp_path)  # where `eval` keeps what it measured
     for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"):
         monkeypatch.setenv(name, "1" if name.startswith("HF") else "error")
 

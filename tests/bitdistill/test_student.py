@@ -180,3 +180,21 @@ def test_stock_transformers_fails_loudly(student_dir: Callable[..., Path]) -> No
     )
     assert done.returncode != 0
     assert "bitdistill_qwen3" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_the_auto_classes_load_what_was_saved(
+    student_dir: Callable[..., Path], family: str
+) -> None:
+    """Also what is in no file: transformers allocates it without filling it."""
+    from transformers import AutoModelForCausalLM
+
+    import bitdistill  # noqa: F401  (registers the students)
+
+    tokens = torch.tensor([[1, 40, 50, 60, 70]])
+    scratch = [torch.full((10_000,), torch.nan) for _ in range(50)]
+    del scratch  # the allocator hands this memory out again
+    model = AutoModelForCausalLM.from_pretrained(student_dir(family))
+    expected = checkpoint.load(student_dir(family))
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, expected(tokens).logits)

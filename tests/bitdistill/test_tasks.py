@@ -140,7 +140,7 @@ def test_a_missing_column(tmp_path: Path) -> None:
         ("a.jsonl", b"", "a.jsonl is empty; give a file with at least one example"),
         ("a.jsonl", b"\n", "holds no examples"),
         ("a.csv", b"sentence,label\n", "holds no examples"),
-        ("a.jsonl", b'{"sentence": "a", "label": 1}\nnot json\n', "JSON parse error"),
+        ("a.jsonl", b'{"sentence": "a", "label": 1}\nnot json\n', "(line 2: Expecting value"),
         ("a.csv", b'sentence,label\na,1\n"open,1\n', "cannot be read as csv (Error tokenizing"),
         ("a.csv", b"sentence,label\n\xff\xfe,1\n", "cannot be read as csv ("),
         ("a.parquet", b"PAR1 no more", "cannot be read as parquet ("),
@@ -181,7 +181,8 @@ def test_hub_names() -> None:
         "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0"),
         "tiny": None,
     }
-    assert TASKS["mnli"].splits == ("train", "validation_matched")
+    assert TASKS["mnli"].splits == ("train", "validation_matched", "validation_mismatched")
+    assert TASKS["mnli"].evaluation_splits == ("validation_matched", "validation_mismatched")
 
 
 @pytest.mark.parametrize("name", ["sst2", "cnn_dailymail"])

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitdistill.evals.predict import encode_prompts, predict
+from bitdistill.backends.generation import Search
+from bitdistill.evals.predict import Options, encode_prompts, match_answer, predict
 from bitdistill.tasks import Example, Task
 
 LABELS = Task("letters", "label", "{text}", ("text",), "label", ("ab", "c", "abz"))
+SHORT = Options(search=Search(6))
 SUMMARY = Task("short", "summary", "{text}", ("text",), "summary", max_new_tokens=6)
 
 
@@ -28,18 +30,19 @@ def log_softmax(table: np.ndarray) -> np.ndarray:
 def test_label_scores_are_log_likelihoods_in_the_given_order(table_runtime: Any) -> None:
     runtime = table_runtime()
     prompts = ["bad", "a", "hello there", "q", "a longer prompt than the others"]
-    got = predict(runtime, LABELS, examples(*prompts), batch_size=2)
+    got = predict(runtime, LABELS, examples(*prompts), Options(batch_size=2))
     table, encode = log_softmax(runtime.table), runtime.tokenizer.encode
-    for prompt, scores, label in zip(prompts, got.scores, got.labels, strict=True):
+    for place, (prompt, record) in enumerate(zip(prompts, got.records, strict=True)):
         wanted = []
         for answer in LABELS.labels:
             ids = encode(prompt) + encode(answer, special=False)
             pairs = list(itertools.pairwise(ids))[-len(answer) :]
             wanted.append(sum(table[pair] for pair in pairs))
-        assert scores == pytest.approx(wanted, abs=1e-5)
-        assert label == int(np.argmax(wanted))
+        assert record["i"] == place
+        assert record["scores"] == pytest.approx(wanted, abs=1e-5)
+        assert record["label"] == int(np.argmax(wanted))
     assert got.prompt_tokens == sum(len(prompt) + 1 for prompt in prompts)
-    assert got.single_token_answers is False
+    assert got.answer_tokens == [2, 1, 3]
 
 
 def test_progress_reaches_the_total(table_runtime: Any) -> None:
@@ -48,7 +51,7 @@ def test_progress_reaches_the_total(table_runtime: Any) -> None:
         table_runtime(),
         LABELS,
         examples(*"abcde"),
-        batch_size=2,
+        Options(batch_size=2),
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(2, 5), (4, 5), (5, 5)]
@@ -63,14 +66,14 @@ def test_a_long_prompt_keeps_its_suffix_and_is_counted(table_runtime: Any) -> No
     assert len(prompts[0]) == 7
     assert (len(prompts[1]), truncated) == (4, 1)
     assert predict(runtime, LABELS, examples("abcdefghijkl", "abc")).truncated == 1
-    assert predict(runtime, LABELS, examples("abcdef", "abc"), max_length=6).truncated == 2
+    assert predict(runtime, LABELS, examples("abcdef", "abc"), Options(6)).truncated == 2
 
 
 def test_no_room_for_a_prompt_is_refused(table_runtime: Any) -> None:
     with pytest.raises(
         ValueError, match="leaves no room for a prompt in 3 tokens; raise max_length"
     ):
-        predict(table_runtime(), LABELS, examples("a"), max_length=3)
+        predict(table_runtime(), LABELS, examples("a"), Options(3))
 
 
 def test_answers_with_the_same_tokens_are_refused(table_runtime: Any) -> None:
@@ -92,11 +95,64 @@ def test_summaries_are_greedy_and_end_at_a_stop_token(table_runtime: Any) -> Non
     for letter, after in ("ab", "bc", "c.", "xy", "yx"):
         ids = runtime.tokenizer.encode(letter + after, special=False)
         runtime.table[ids[0], ids[1]] = 5.0
-    got = predict(runtime, SUMMARY, examples("a", "x", "c"))
-    assert got.texts == ["bc", "yxyxyx", ""]
-    assert (got.labels, got.truncated) == ([], 0)
+    got = predict(runtime, SUMMARY, examples("a", "x", "c"), SHORT)
+    assert got.records == [{"i": 0, "text": "bc"}, {"i": 1, "text": "yxyxyx"}, {"i": 2, "text": ""}]
+    assert (got.answer_tokens, got.truncated) == ([], 0)
+    least = Options(search=Search(6, min_new_tokens=3))
+    runtime.table[:, runtime.tokenizer.encode("k")[-1]] = 1.0
+    got = predict(runtime, SUMMARY, examples("a", "x", "c"), least)
+    assert [record["text"] for record in got.records] == ["bckkkk", "yxyxyx", "kkkkkk"]
 
 
 def test_a_summary_keeps_room_for_its_tokens(table_runtime: Any) -> None:
-    got = predict(table_runtime(context=12), SUMMARY, examples("abcdefgh"))
+    got = predict(table_runtime(context=12), SUMMARY, examples("abcdefgh"), SHORT)
     assert (got.truncated, got.prompt_tokens) == (1, 6)
+
+
+def test_references_are_scored_on_request(table_runtime: Any) -> None:
+    runtime = table_runtime()
+    options = Options(search=Search(2), perplexity=True)
+    rows = [Example(0, "ab", "cde", None), Example(1, "x", "y", None)]
+    got = predict(runtime, SUMMARY, rows, options)
+    table, encode = log_softmax(runtime.table), runtime.tokenizer.encode
+    for record, text, reference in zip(got.records, ("ab", "x"), ("cd", "y"), strict=True):
+        pairs = itertools.pairwise(encode(text)[-1:] + encode(reference, special=False))
+        expected = sum(table[pair] for pair in pairs)
+        assert record["log_likelihood"] == pytest.approx(expected, abs=1e-5)
+        assert record["tokens"] == len(reference)
+
+
+def test_labels_by_greedy_generation(table_runtime: Any) -> None:
+    runtime = table_runtime()
+    runtime.table[:] = 0.0
+    for letter, after in ("qa", "ab", "bz", "zc", "xx"):
+        ids = runtime.tokenizer.encode(letter + after, special=False)
+        runtime.table[ids[0], ids[1]] = 5.0
+    options = Options(scoring="greedy")
+    got = predict(runtime, LABELS, examples("q", "x", "z"), options)
+    assert [(r["text"], r["label"]) for r in got.records] == [("abz", 2), ("xxx", -1), ("c  ", 1)]
+
+
+def test_a_generated_answer_is_the_longest_that_it_begins_with() -> None:
+    labels = [" yes", " Yes indeed", " no"]
+    said = ["yes!", " YES INDEED.", "No way", "maybe yes", ""]
+    assert [match_answer(text, labels) for text in said] == [0, 1, 2, -1, -1]
+
+
+def test_what_is_known_is_not_predicted_again(table_runtime: Any) -> None:
+    """Batches are those of a whole run; one that is half known is predicted whole."""
+    runtime, prompts = table_runtime(), [*"abcde", "longest"]
+    whole: list[list[int]] = []
+    first = predict(
+        runtime, LABELS, examples(*prompts), Options(batch_size=2),
+        save=lambda records: whole.append([r["i"] for r in records]),
+    )  # fmt: skip
+    assert whole == [[5, 0], [1, 2], [3, 4]]
+    again: list[list[int]] = []
+    known = {i: first.records[i] for i in (5, 0, 3)}
+    second = predict(
+        runtime, LABELS, examples(*prompts), Options(batch_size=2), known=known,
+        save=lambda records: again.append([r["i"] for r in records]),
+    )  # fmt: skip
+    assert again == [[1, 2], [3, 4]]
+    assert second == first

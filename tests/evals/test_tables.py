@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bitdistill.evals import Result, read_jsonl, render, rich_table, write_jsonl
+from bitdistill.evals import Result, read_jsonl, render, rich_tables, write_jsonl
 
 
 def result(metric: str, value: float, unit: str = "%", **other: Any) -> Result:
@@ -25,12 +25,16 @@ def result(metric: str, value: float, unit: str = "%", **other: Any) -> Result:
 
 TEACHER = {"method": "fp16-sft", "backend": "torch", "artifact": "teacher", "artifact_hash": "1"}
 RESULTS = [
-    result("accuracy", 93.125, **TEACHER),
+    result("accuracy", 93.125, interval=(92.0, 94.0), **TEACHER),
     result("size_on_disk", 1234.56, "MiB", **TEACHER),
-    result("decode_speed", 50.25, "tokens/s"),
+    result("size_ratio", 1.0, "x", **TEACHER),
+    result("decode_speed", 1050.25, "tokens/s"),
+    result("decode_ratio", 2.5, "x"),
+    result("token_p95", 1.25, "ms"),
     result("agreement", 99.5),
     result("accuracy", 92.0),
-    result("peak_memory_evaluation", 9.0, "MiB"),
+    result("ece", 3.0),
+    result("difference", 1.0),
 ]
 
 
@@ -63,40 +67,93 @@ def test_a_result_that_is_not_a_number_is_not_written(tmp_path: Path) -> None:
 
 def test_markdown() -> None:
     assert render(RESULTS, "markdown") == (
-        "| Method | Backend | Accuracy (%, n=872) | Agreement (%, n=872) | Decode (tok/s) "
-        "| Size (MiB) |\n"
+        "| Method | Backend | Accuracy (%, n=872) | Agreement (%, n=872) | Decode (×, tok/s) "
+        "| Size (×, MiB) |\n"
         "| --- | --- | ---: | ---: | ---: | ---: |\n"
-        "| fp16-sft | torch | 93.12 ± 0.50 | – | – | 1,234.6 |\n"
-        "| bitdistill | onnx | 92.00 ± 0.50 | 99.50 | 50 | – |\n"
+        "| fp16-sft | torch | 93.12 ± 0.50 | – | – | 1.00× (1,234.6) |\n"
+        "| bitdistill | onnx | 92.00 ± 0.50 | 99.50 | 2.50× (1,050) | – |\n"
     )
 
 
-def test_csv_and_json_hold_full_numbers() -> None:
+def test_latex() -> None:
+    assert render(RESULTS, "latex") == (
+        "\\begin{tabular}{llrrrr}\n\\toprule\n"
+        "Method & Backend & Accuracy (\\%, n=872) & Agreement (\\%, n=872) & "
+        "Decode ($\\times$, tok/s) & Size ($\\times$, MiB) \\\\\n\\midrule\n"
+        "fp16-sft & torch & 93.12 $\\pm$ 0.50 & -- & -- & 1.00$\\times$ (1,234.6) \\\\\n"
+        "bitdistill & onnx & 92.00 $\\pm$ 0.50 & 99.50 & 2.50$\\times$ (1,050) & -- \\\\\n"
+        "\\bottomrule\n\\end{tabular}\n"
+    )
+    assert r"a\_b\&\textbackslash{}c" in render(
+        [result("accuracy", 1.0, method=r"a_b&\c")], "latex"
+    )
+
+
+def test_csv_and_json_hold_full_numbers_and_every_metric() -> None:
     rows = list(csv.DictReader(io.StringIO(render(RESULTS, "csv"))))
     assert [row["Accuracy (%)"] for row in rows] == ["93.125", "92.0"]
     assert (rows[0]["Accuracy (%) stderr"], rows[0]["Accuracy (%) n"]) == ("0.5", "872")
+    assert (rows[0]["Accuracy (%) low"], rows[0]["Accuracy (%) high"]) == ("92.0", "94.0")
     assert rows[0]["Decode (tok/s)"] == ""
+    assert (rows[1]["Decode (tok/s)"], rows[1]["Decode (tok/s) ratio"]) == ("1050.25", "2.5")
     records = json.loads(render(RESULTS, "json"))
     assert records[0]["Size (MiB)"] == 1234.56
     assert records[0]["Agreement (%)"] is None
     assert records[1]["backend"] == "onnx"
+    assert (records[1]["ECE (%)"], records[1]["Token p95 (ms)"]) == (3.0, 1.25)
 
 
-def test_rich_table_shows_the_same_cells() -> None:
+def test_rich_tables_show_the_same_cells() -> None:
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=200)
-    console.print(rich_table(RESULTS))
+    console = Console(file=io.StringIO(), width=80)
+    (table,) = rich_tables(RESULTS)
+    console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("sst2 (validation)", "n=872)", "93.12 ± 0.50", "–"):
+    for part in ("sst2 (validation)", "n=872)", "93.12", "± 0.50", "2.50×", "(1,050)", "–"):
         assert part in text
 
 
 def test_summary_columns_come_in_the_order_of_the_paper() -> None:
-    names = ["bleu", "rougeLsum", "rouge1", "rougeL", "rouge2"]
+    names = ["rougeLsum", "rouge1", "bleu", "rougeL", "rouge2"]
     header = render([result(name, 1.0) for name in names], "markdown").splitlines()[0]
-    places = [header.index(n) for n in ("ROUGE-1", "ROUGE-2", "ROUGE-L ", "ROUGE-Lsum", "BLEU")]
+    places = [header.index(n) for n in ("BLEU", "ROUGE-1", "ROUGE-2", "ROUGE-L ", "ROUGE-Lsum")]
     assert places == sorted(places)
+
+
+def test_methods_are_rows_and_tasks_are_columns() -> None:
+    """A student for each task: one row, as in the paper; summaries have a table of their own."""
+    found = [result("size_on_disk", 9.0, "MiB", artifact="first", artifact_hash="a")]
+    for task, split in (("mnli", "validation_matched"), ("mnli", "validation_mismatched"),
+                        ("sst2", "validation")):  # fmt: skip
+        own = {"task": task, "split": split, "artifact": task, "artifact_hash": task}
+        found.append(result("accuracy", 90.0, **own))
+        found.append(result("accuracy", 95.0, **own, method="fp16-sft"))
+    found.append(result("bleu", 14.0, task="cnn_dailymail", artifact_hash="b"))
+    first, second = render(found, "markdown").split("\n\n")
+    lines = first.splitlines()
+    assert lines[0] == (
+        "| Method | Backend | mnli matched Accuracy (%, n=872) | "
+        "mnli mismatched Accuracy (%, n=872) | sst2 Accuracy (%, n=872) | Size (MiB) |"
+    )
+    assert lines[2:] == [
+        "| bitdistill | onnx | 90.00 ± 0.50 | 90.00 ± 0.50 | 90.00 ± 0.50 | 9.0 |",
+        "| fp16-sft | onnx | 95.00 ± 0.50 | 95.00 ± 0.50 | 95.00 ± 0.50 | – |",
+    ]
+    assert second.splitlines()[0] == "| Method | Backend | BLEU (%, n=872) | Size (MiB) |"
+    assert len(second.splitlines()) == 3
+    tables = [row["table"] for row in json.loads(render(found, "json"))]
+    assert tables == ["Classification", "Classification", "Summarisation"]
+
+
+def test_what_is_secondary_is_shown_where_nothing_else_is() -> None:
+    assert "ECE" in render([result("ece", 3.0)], "markdown")
+    assert "ECE" not in render(RESULTS, "markdown")
+
+
+def test_precision_tells_rows_apart() -> None:
+    rows = [result("accuracy", 1.0, precision=p, artifact_hash=p) for p in ("fp32", "int4")]
+    assert render(rows, "markdown").startswith("| Method | Backend | Precision | Accuracy")
 
 
 def test_rows_and_columns_that_would_look_alike_are_told_apart() -> None:

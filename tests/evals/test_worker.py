@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from bitdistill import manifest
-from bitdistill.evals import environment, run
+from bitdistill.evals import Plan, environment, run
+from bitdistill.evals.predict import Options
 from bitdistill.evals.process import WorkerError, run_worker
 from bitdistill.evals.worker import execute
 from bitdistill.tasks import Task
@@ -36,8 +37,8 @@ def data(tmp_path: Path) -> Path:
 
 def job(path: Path, **changes: Any) -> dict[str, Any]:
     return {
-        "path": str(path), "task": TASK.to_json(), "examples": [], "threads": 1, "speed": False,
-        "seed": 0, "batch_size": 4, "max_length": None, "bench": {},
+        "path": str(path), "task": TASK.to_json(), "threads": 1, "load": {},
+        "options": dataclasses.asdict(Options(batch_size=4)), "parts": [],
     } | changes  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def test_a_student_and_its_artifacts_side_by_side(
     artifacts = [export(path, target, tmp_path / target) for target in ("onnx", "mlx")]
     stages: set[str] = set()
     results = run(
-        [path, *artifacts], TASK, data, threads=1, bench={"repeats": 1},
+        [path, *artifacts], TASK, data, threads=1, plan=Plan(repeats=1),
         progress=lambda stage, done, total: stages.add(stage.split(": ")[1]),
     )  # fmt: skip
     table = {(r.backend, r.metric): r for r in results}
@@ -85,11 +86,11 @@ def test_a_student_and_its_artifacts_side_by_side(
         assert accuracy.value == pytest.approx(100 * _hits(path, data) / 4)
         assert package in accuracy.versions
         assert ("torch" in accuracy.versions) == (backend == "torch")
-        memory = accuracy.settings["memory"]
-        assert 0 < memory["bare"] < 60
-        assert memory["bare"] < memory["load"] <= memory["serve"] <= memory["evaluate"]
+        seconds = accuracy.settings["seconds"]
+        assert 0 < seconds["compute"] < seconds["predict"]
+        assert accuracy.settings["peak_memory_mib"] > 20
         assert table[backend, "decode_speed"].value > 0
-        assert accuracy.settings["max_length"] == 128
+        assert accuracy.settings["options"]["max_length"] == 128
     assert ("torch", "agreement") not in table
     assert table["onnx", "agreement"].value == table["mlx", "agreement"].value == 100.0
     assert table["onnx", "size_on_disk"].value < table["torch", "size_on_disk"].value
@@ -130,6 +131,25 @@ def test_a_summary_task_gives_rouge_and_bleu(student_dir: Callable[..., Path], d
     names = [r.metric for r in results]
     assert names[:5] == ["rouge1", "rouge2", "rougeL", "rougeLsum", "bleu"]
     assert all(r.n == 2 and 0 <= r.value <= 100 for r in results[:5])
+    task = dataclasses.replace(task, metrics=("bleu", "perplexity"))
+    search = {"beams": 2, "min_new_tokens": 2}
+    results = run([path], task, data, speed=False, search=search, execute=in_process)
+    found = {r.metric: r for r in results}
+    assert set(found) == {"bleu", "perplexity", "size_on_disk", "size_ratio"}
+    assert found["perplexity"].value > 1
+    assert found["bleu"].settings["options"]["search"] == {
+        "max_new_tokens": 4, "min_new_tokens": 2, "beams": 2, "length_penalty": 1.0,
+    }  # fmt: skip
+
+
+def test_labels_by_greedy_generation(student_dir: Callable[..., Path], data: Path) -> None:
+    path = student_dir("qwen3", "paper")
+    results = run([path], TASK, data, speed=False, scoring="greedy", execute=in_process)
+    found = {r.metric: r for r in results}
+    assert set(found) == {"accuracy", "size_on_disk", "size_ratio"}  # no likelihoods, no ECE
+    confusion = found["accuracy"].details["confusion"]
+    assert sum(map(sum, confusion)) == 4
+    assert found["accuracy"].value == 25 * sum(confusion[i][i] for i in range(3))
 
 
 def test_an_altered_file_gives_one_sentence(tmp_path: Path) -> None:
