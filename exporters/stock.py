@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from bitdistill import manifest
+from bitdistill import manifest, packing
 from bitdistill.decoder import DecoderSpec, decoder_spec
 from bitdistill.exporters.onnx_graph import DecoderGraph
 from bitdistill.exporters.onnx_tensors import TensorFile
@@ -100,7 +100,8 @@ class StockGraph(DecoderGraph):
     def __init__(self, spec: DecoderSpec, bits: int, tensor: Any, data: TensorFile) -> None:
         self.bits = bits
         embed_bits = 32 if bits == 32 else 16
-        super().__init__(spec, min(spec.context, 8192), embed_bits, tensor, self._refuse, data)
+        context, layout = min(spec.context, 8192), packing.KERNEL_LAYOUT_VERSION
+        super().__init__(spec, context, embed_bits, layout, tensor, self._refuse, data)
 
     @staticmethod
     def _refuse(name: str) -> tuple[NDArray[np.int8], float]:
