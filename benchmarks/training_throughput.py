@@ -163,6 +163,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     record = {"shape": args.shape, "method": args.method, "batch": args.batch}
     record |= {"accumulate": args.accumulate, "lengths": args.length}
     record |= {"integer": args.integer, "recompute": args.recompute}
+    record |= {"graphs": args.graphs == "auto" and args.method != "trainer"}
     if args.method == "trainer":
         seconds, first = trainer_seconds(make_student(model, "paper"), data, args.steps), None
     else:
