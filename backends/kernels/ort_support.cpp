@@ -246,7 +246,7 @@ ort::Status *infer_output(const ort::Api *api, ort::ShapeContext *context, size_
   BD_TRY(api->ShapeInferContext_GetInputTypeShape(context, 0, &input));
   size_t rank = 0;
   BD_TRY(api->GetDimensionsCount(input, &rank));
-  if (rank < dropped || rank > kMaxRank) return nullptr;  // unknown here; checked when it runs
+  if (rank == 0 || rank > kMaxRank) return nullptr;  // unknown here; checked when it runs
   int64_t dims[kMaxRank + 1];
   const char *names[kMaxRank + 1];
   BD_TRY(api->GetDimensions(input, dims, rank));
