@@ -56,7 +56,7 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
     context = spec.context if options.context is None else options.resolve_context(spec.context)
     _check_names(student)
     sizes = _write_tensors(student, out, options.embed_bits, progress)
-    entry = quantization(spec)
+    entry = quantization(spec, options.embed_bits)
     config = student.config | {"quantization": entry, "quantization_config": entry}
     manifest.write_json(out / "config.json", config)
     _compare(student, out, options.embed_bits, progress)

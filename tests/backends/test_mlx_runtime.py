@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bitdistill import backends, checkpoint, manifest
-from bitdistill.backends import mlx_runtime
+from bitdistill.backends import mlx_linear, mlx_runtime
 from bitdistill.backends.mlx_runtime import MlxRuntime
 from bitdistill.exporters import export
 
@@ -81,8 +81,8 @@ def test_parity_without_activation_quantisation(
     student, path = artifact(family, style, None)
     tokens = sequences(3, 24)  # longer than gemma's window of 8
     reference = torch_logits(student, tokens, torch.float32)
-    for dequantize in (True, False):
-        runtime = backends.load(path, dequantize=dequantize)
+    for products in mlx_runtime.PRODUCTS:
+        runtime = backends.load(path, products=products)
         logits = np.stack(runtime.logits(tokens.tolist()))
         assert sequence_errors(logits, reference).max() < CLOSE
 
@@ -129,14 +129,12 @@ def test_parity_of_variants(artifact: Artifact, variant: str) -> None:
     assert sequence_errors(logits, reference).max() < CLOSE
 
 
-@pytest.mark.parametrize("dequantize", [True, False])
+@pytest.mark.parametrize("products", mlx_runtime.PRODUCTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decoding_equals_the_full_forward(
-    artifact: Artifact, family: str, dequantize: bool
-) -> None:
+def test_decoding_equals_the_full_forward(artifact: Artifact, family: str, products: str) -> None:
     """Token by token and in chunks, across the edge of the sliding window."""
     _, path = artifact(family, "paper", None)
-    runtime = backends.load(path, dequantize=dequantize)
+    runtime = backends.load(path, products=products)
     tokens = sequences(1, 30)[0].tolist()
     full = runtime.logits([tokens])[0]
     cache = runtime.new_cache(30)
@@ -205,27 +203,40 @@ def test_shards_are_read(
     assert np.array_equal(first, second)
 
 
-def test_half_precision(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision(artifact: Artifact) -> None:
+    """Without Metal, MLX's own products sum in half precision, and ours do not."""
     student, path = artifact("llama", "paper", None)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     with pytest.warns(UserWarning, match="without Metal, MLX sums in half precision"):
-        runtime = backends.load(path, dtype="float16")
+        backends.load(path, dtype="float16", products="mlx")
     tokens = sequences(2, 12)
     reference = torch_logits(student, tokens, torch.float32)
-    errors = sequence_errors(np.stack(runtime.logits(tokens.tolist())), reference)
-    assert errors.max() < 2**-6  # a few units in float16's last place, over two layers
+    for dtype, close in (("float16", 2**-7), ("bfloat16", 2**-4)):
+        runtime = backends.load(path, dtype=dtype, products="cpu")
+        errors = sequence_errors(np.stack(runtime.logits(tokens.tolist())), reference)
+        assert errors.max() < close  # a few units in the type's last place, over two layers
+
+
+def test_unknown_options_are_refused(artifact: Artifact) -> None:
+    path = artifact("llama", "paper", 8)[1]
     with pytest.raises(ValueError, match="dtype 'float17' is not one of MLX's; did you mean"):
         backends.load(path, dtype="float17")
+    with pytest.raises(ValueError, match="products 'gpu' is not one of MLX's; did you mean 'cpu'"):
+        backends.load(path, products="gpu")
 
 
-def test_metal_computes_in_float16_on_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metal_computes_in_the_files_type_on_packed_weights(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = artifact("llama", "paper", 8)[1]
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    chosen = mlx_runtime.precision(None, None)
-    assert (chosen.dtype, chosen.dequantize) == (mx.float16, False)
-    monkeypatch.setattr(mlx_runtime, "version", lambda _: "0.32.3")
+    model = backends.load(path).model
+    assert model.dtype == model.model.embed_tokens.weight.dtype == mx.float16
+    assert model.layers[0].mlp.up_proj.half
+    assert model.layers[0].mlp.up_proj.weight.dtype == mx.uint32
+    monkeypatch.setattr(mlx_linear, "version", lambda _: "0.32.3")
     with pytest.raises(ValueError, match=r"mlx 0\.32\.3 sums .* pip install -U 'mlx>=0\.32\.4'"):
-        mlx_runtime.precision(None, None)
-    assert mlx_runtime.precision("float32", None).dtype == mx.float32
+        backends.load(path)
+    assert backends.load(path, dtype="float32").model.dtype == mx.float32
 
 
 def copy(path: Path, out: Path) -> Path:
