@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -28,12 +27,11 @@ from bitdistill.backends.mlx_linear import (
 )
 
 
-@dataclass
 class ModelArgs:
     """`decoder` describes the model; see `architecture` in mlx_layout.py."""
 
-    model_type: str
-    decoder: dict[str, Any]
+    def __init__(self, model_type: str, decoder: dict[str, Any]) -> None:
+        self.model_type, self.decoder = model_type, decoder
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> ModelArgs:

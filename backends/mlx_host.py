@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx import nn
 from numpy.typing import NDArray
 
 from bitdistill import packing
@@ -93,13 +94,12 @@ def silu_product(gate: mx.array, up: mx.array) -> mx.array:
     return mx.array(y)
 
 
-def head_product(model: Model) -> FloatProduct:
-    """The head, or the embedding that serves as one, as an fp32 matrix; not copied if it is one."""
-    head = model.head
-    if "scales" not in head:
-        return FloatProduct(view(head.weight))
-    packed = (head.weight, head.scales, head.biases)
-    return FloatProduct(view(mx.dequantize(*packed, group_size=head.group_size, bits=head.bits)))
+def dense_table(table: nn.Module) -> Floats:
+    """An embedding or head as an fp32 matrix (V, H), a view of it where it is one already."""
+    if "scales" not in table:
+        return view(table.weight)
+    packed = (table.weight, table.scales, table.biases)
+    return view(mx.dequantize(*packed, group_size=table.group_size, bits=table.bits))
 
 
 def move_products(model: Model, threads: int) -> FloatProduct:
@@ -115,7 +115,7 @@ def move_products(model: Model, threads: int) -> FloatProduct:
             module.attend = attend
         elif isinstance(module, FeedForward) and module.combine is mlx_architecture.silu_product:
             module.combine = silu_product
-    return head_product(model)
+    return FloatProduct(dense_table(model.head))
 
 
 def move_product(linear: TernaryLinear, kernels: Kernels, pool: ThreadPoolExecutor) -> None:

@@ -22,8 +22,8 @@ from mlx import nn
 
 from bitdistill.backends.base import Floats, Integers, Runtime
 from bitdistill.backends.mlx_architecture import Model, ModelArgs
-from bitdistill.backends.mlx_host import FloatProduct, move_products
-from bitdistill.backends.mlx_layout import architecture
+from bitdistill.backends.mlx_host import FloatProduct, dense_table, move_products
+from bitdistill.backends.mlx_layout import architecture, table_paths
 from bitdistill.backends.mlx_linear import TernaryLinear
 from bitdistill.decoder import DecoderSpec
 from bitdistill.manifest import FormatError
@@ -165,6 +165,13 @@ class MlxRuntime(Runtime):
         """float32 (P, V) at rows (b, t); causal attention never looks at padding on the right."""
         hidden = self.model.hidden(mx.array(tokens_BT.astype(np.int32)))
         return self._logits(hidden[mx.array(rows[:, 0]), mx.array(rows[:, 1])])
+
+    def tables(self) -> dict[str, Floats]:
+        """Embedding and untied head, by tensor name, where fewer than 16 bits store them."""
+        modules = dict(self.model.named_modules())
+        stored = {path: modules[path] for path in table_paths(self.spec)}
+        quantized = {path: table for path, table in stored.items() if "scales" in table}
+        return {f"{path}.weight": dense_table(table).copy() for path, table in quantized.items()}
 
     def _logits(self, hidden_PH: mx.array) -> Floats:
         logits = (self._head or self.model.logits)(hidden_PH)

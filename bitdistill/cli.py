@@ -16,8 +16,10 @@ from typing import Any
 import click
 
 from bitdistill import __version__
+from bitdistill.cli_mlx import mlx
 
 FORMATS = ("table", "markdown", "csv", "json")
+DTYPES = ("float16", "bfloat16", "float32")
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
 
 
@@ -69,6 +71,9 @@ def main() -> None:
     _quiet_libraries()
 
 
+main.add_command(mlx)
+
+
 @main.command()
 @click.option("--recipe", default="tiny", show_default=True, help="A shipped name or a YAML file.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting.")
@@ -113,7 +118,12 @@ def recipes(name: str | None) -> None:
 @click.argument("student", type=click.Path(path_type=Path))
 @click.option("--target", required=True, help="onnx or mlx.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Artifact directory.")
-@click.option("--embed-bits", default=16, show_default=True, help="Embedding and head: 16 or 32.")
+@click.option(
+    "--embed-bits", default=16, show_default=True, help="Embedding and head: 32, 16; mlx: 8, 6, 4."
+)
+@click.option("--activation-bits", type=click.Choice(["8", "none"]), help="mlx  [as trained].")
+@click.option("--dtype", type=click.Choice(DTYPES), help="mlx: type of all else  [a 16-bit one].")
+@click.option("--with-model-file", is_flag=True, help="mlx: add code for --trust-remote-code.")
 @click.option("--context", type=int, help="Longest sequence [the model's, at most 8192].")
 @click.option("--parity/--no-parity", default=True, help="Compare with PyTorch.  [default: parity]")
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
@@ -122,6 +132,9 @@ def export(
     target: str,
     out: Path,
     embed_bits: int,
+    activation_bits: str | None,
+    dtype: str | None,
+    with_model_file: bool,
     context: int | None,
     parity: bool,
     force: bool,
@@ -144,11 +157,11 @@ def export(
             click.echo(f"parity with PyTorch: {verdict(parity)}", err=True)
             return parity
 
-    click.echo(
-        write(
-            student, target, out, force=force, embed_bits=embed_bits, context=context, check=check
-        )
-    )
+    options: dict[str, Any] = {"embed_bits": embed_bits, "context": context, "dtype": dtype}
+    if activation_bits is not None:
+        options["activation_bits"] = None if activation_bits == "none" else int(activation_bits)
+    options["model_file"] = with_model_file
+    click.echo(write(student, target, out, force=force, check=check, **options))
 
 
 @main.command("eval")

@@ -10,10 +10,11 @@ interrupted export leaves nothing behind.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from bitdistill import manifest
 from bitdistill.backends.registry import resolve
@@ -36,12 +37,19 @@ Progress = Callable[[str, int, int], None]  # name of a tensor, tensors done, te
 class Options:
     """What an exporter may be asked for.
 
-    `embed_bits`: bits of an element of the embedding and head, 16 or 32. `context`: the most tokens
-    a sequence may have (None: the model's own, at most 8192).
+    `embed_bits`: bits of an element of the embedding and head; a target's EMBED_BITS are those it
+    has. `context`: the most tokens a sequence may have (None: the model's own, at most 8192). A
+    target takes those of the others that its OPTIONS name: `activation_bits`, 8 or None for
+    unquantised activations, whatever the student was trained with; `dtype`, the type that other
+    values are stored and computed in (None: the target's choice); `model_file`, whether to add the
+    architecture as a Python file for loaders that trust it.
     """
 
     embed_bits: int = 16
     context: int | None = None
+    activation_bits: int | Literal["trained"] | None = "trained"
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    model_file: bool = False
 
     def resolve_context(self, model_context: int) -> int:
         """The context of the artifact; ValueError unless it is between 1 and the model's."""
@@ -65,24 +73,24 @@ def export(
     out: str | Path,
     *,
     force: bool = False,
-    embed_bits: int = 16,
-    context: int | None = None,
     progress: Progress | None = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
+    **options: Any,
 ) -> Path:
     """Export a student directory for `target` ("onnx", "mlx") to the directory `out`.
 
-    `check`, if given, is called on the complete directory before it takes its place; its result is
-    stored in the manifest as `parity`. Raises FormatError when `student` is not a complete student,
-    FileExistsError when `out` exists (with `force`: unless it is an artifact), ValueError for an
-    unknown target or option.
+    `options` are fields of `Options`. `check`, if given, is called on the complete directory before
+    it takes its place; its result is stored in the manifest as `parity`. Raises FormatError when
+    `student` is not a complete student, FileExistsError when `out` exists (with `force`: unless it
+    is an artifact), ValueError for an unknown target or option.
     """
     write: Exporter = resolve(EXPORTERS, target, "target")
+    chosen = _checked(target, sys.modules[write.__module__], options)
     files = _open(Path(student))
     out = Path(out)
     _guard(out, force)
     with manifest.new_directory(out, force=force) as partial:
-        part = write(files, partial, Options(embed_bits, context), progress or _silent)
+        part = write(files, partial, chosen, progress or _silent)
         content = _describe(files, target) | part
         _complete(files, partial, content)
         manifest.write_manifest(partial, "artifact", content)
@@ -90,6 +98,18 @@ def export(
             content["parity"] = check(partial)
             manifest.write_manifest(partial, "artifact", content)
     return out
+
+
+def _checked(target: str, exporter: Any, given: dict[str, Any]) -> Options:
+    """Options that the target has; ValueError for another, TypeError for one that nothing has."""
+    options, default = Options(**given), Options()
+    if options.embed_bits not in exporter.EMBED_BITS:
+        known = ", ".join(map(str, exporter.EMBED_BITS))
+        raise ValueError(f"{target} stores embeddings in {known} bits, not {options.embed_bits}")
+    for name in ("activation_bits", "dtype", "model_file"):
+        if getattr(options, name) != getattr(default, name) and name not in exporter.OPTIONS:
+            raise ValueError(f"{target} has no option {name}; leave it out, or choose --target mlx")
+    return options
 
 
 def _silent(name: str, done: int, total: int) -> None:
@@ -148,9 +168,13 @@ def card(content: dict[str, Any]) -> str:
     """The model card of an artifact, from its manifest."""
     runtime = {"onnx": "ONNX Runtime (CPU)", "mlx": "MLX"}.get(content["target"], content["target"])
     task = (content.get("task") or {}).get("name", "language modelling")
+    loaders = "".join(f"- {line}\n" for line in content.get("loaders", ()))
+    library = {"library_name": "mlx"} if content["target"] == "mlx" else {}
     mib = {k: v / 2**20 for k, v in content["parts"].items() if "bits" not in k}
     sizes = "\n".join(f"| {name} | {size:.2f} |" for name, size in mib.items())
-    return f"""{header(content, tags="[bitdistill, ternary]")}
+    bits = "\n".join(f"| {k} | {v:.3f} |" for k, v in content["parts"].items() if "bits" in k)
+    extra = {**library, "pipeline_tag": "text-generation", "tags": "[bitdistill, ternary]"}
+    return f"""{header(content, **extra)}
 # A 1.58-bit model for {runtime}
 
 Every linear layer of every block is ternary (-1, 0, +1, one scale a matrix), with activations at
@@ -172,13 +196,18 @@ prompt = model.tokenizer.encode("your prompt")
 print(model.tokenizer.decode(list(model.generate(prompt))))
 ```
 
+{"## Load it elsewhere" if loaders else ""}
+
+{loaders}
 ## Size
 
 | part | MiB |
 | --- | --- |
 {sizes}
 
-Weights of the blocks: {content["parts"]["body_bits_per_weight"]:.3f} bits each, scales included.
+| bits, scales included | |
+| --- | --- |
+{bits.replace("_", " ")}
 
 ## Limits
 

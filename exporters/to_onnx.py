@@ -27,6 +27,8 @@ from bitdistill.manifest import FormatError
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
+EMBED_BITS = (32, 16)
+OPTIONS = ()
 HEAD_SIZE_MULTIPLE = 16  # what GroupQueryAttention can rotate
 
 
@@ -92,8 +94,6 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
 
 def check_supported(spec: DecoderSpec, options: Options) -> None:
     """ValueError for what this target cannot represent."""
-    if options.embed_bits not in (16, 32):
-        raise ValueError(f"embed_bits must be 16 or 32 for onnx, got {options.embed_bits}")
     if spec.head_dim % HEAD_SIZE_MULTIPLE:
         raise ValueError(
             f"head size {spec.head_dim} is not a multiple of {HEAD_SIZE_MULTIPLE}, which ONNX "

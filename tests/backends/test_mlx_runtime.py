@@ -15,6 +15,7 @@ import torch
 from bitdistill import backends, checkpoint, manifest
 from bitdistill.backends import mlx_linear, mlx_runtime
 from bitdistill.backends.mlx_runtime import MlxRuntime
+from bitdistill.backends.torch_runtime import round_storage
 from bitdistill.exporters import export
 
 StudentDir = Callable[..., Path]
@@ -45,12 +46,12 @@ def sequences(count: int = 24, length: int = 5, vocabulary: int = 260) -> np.nda
     return np.random.default_rng(0).integers(0, vocabulary, (count, length))
 
 
-def torch_logits(student: Path, tokens: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Logits of the student in PyTorch, its tables rounded to float16 as in the artifact."""
+def torch_logits(pair: tuple[Path, Path], tokens: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Logits of the student in PyTorch, rounded through the types of the artifact's file."""
+    student, artifact = pair
     model = checkpoint.load(student)
+    round_storage(model, manifest.read_manifest(artifact)["storage"])
     with torch.no_grad():
-        for table in {model.get_input_embeddings(), model.get_output_embeddings()}:
-            table.weight.copy_(table.weight.half().float())
         return model.to(dtype)(torch.from_numpy(tokens)).logits.double().numpy()
 
 
@@ -59,14 +60,14 @@ def sequence_errors(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.abs(logits - reference).max(axis=(1, 2)) / np.ptp(reference)
 
 
-def check_noise_floor(student: Path, tokens: np.ndarray, logits: np.ndarray) -> None:
+def check_noise_floor(pair: tuple[Path, Path], tokens: np.ndarray, logits: np.ndarray) -> None:
     """int8 logits equal fp32 PyTorch's, but for rounding flips as common as fp32 has against fp64.
 
     A flip, legitimate in any order of summation, changes one sequence and not the others; a wrong
     formula changes all. So sequences are counted, and predictions compared.
     """
-    reference = torch_logits(student, tokens, torch.float32)
-    noise = sequence_errors(torch_logits(student, tokens, torch.float64), reference) > CLOSE
+    reference = torch_logits(pair, tokens, torch.float32)
+    noise = sequence_errors(torch_logits(pair, tokens, torch.float64), reference) > CLOSE
     flipped = sequence_errors(logits, reference) > CLOSE
     assert flipped.sum() <= noise.sum() + len(tokens) // 6
     agreement = (logits.argmax(-1) == reference.argmax(-1))[~flipped].mean()
@@ -80,7 +81,7 @@ def test_parity_without_activation_quantisation(
 ) -> None:
     student, path = artifact(family, style, None)
     tokens = sequences(3, 24)  # longer than gemma's window of 8
-    reference = torch_logits(student, tokens, torch.float32)
+    reference = torch_logits((student, path), tokens, torch.float32)
     for products in mlx_runtime.PRODUCTS:
         runtime = backends.load(path, products=products)
         logits = np.stack(runtime.logits(tokens.tolist()))
@@ -93,7 +94,7 @@ def test_parity_with_int8_activations(artifact: Artifact, family: str, style: st
     student, path = artifact(family, style, 8)
     tokens = sequences()
     logits = np.stack(backends.load(path).logits(tokens.tolist()))
-    check_noise_floor(student, tokens, logits)
+    check_noise_floor((student, path), tokens, logits)
 
 
 def test_the_noise_floor_check_can_fail(artifact: Artifact) -> None:
@@ -104,7 +105,7 @@ def test_the_noise_floor_check_can_fail(artifact: Artifact) -> None:
     tokens = sequences()
     logits = np.stack(MlxRuntime(path, content).logits(tokens.tolist()))
     with pytest.raises(AssertionError):
-        check_noise_floor(student, tokens, logits)
+        check_noise_floor((student, path), tokens, logits)
 
 
 ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 16}
@@ -125,7 +126,7 @@ def test_parity_of_variants(artifact: Artifact, variant: str) -> None:
     student, path = artifact("llama", activation_bits=None, **VARIANTS[variant])
     tokens = sequences(2, 40)
     logits = np.stack(backends.load(path).logits(tokens.tolist()))
-    reference = torch_logits(student, tokens, torch.float32)
+    reference = torch_logits((student, path), tokens, torch.float32)
     assert sequence_errors(logits, reference).max() < CLOSE
 
 
@@ -156,7 +157,7 @@ def test_int8_decoding_equals_the_full_forward(artifact: Artifact) -> None:
     for sequence in tokens.tolist():
         cache = runtime.new_cache(len(sequence))
         logits.append([runtime.step([token], cache) for token in sequence])
-    check_noise_floor(student, tokens, np.array(logits))
+    check_noise_floor((student, path), tokens, np.array(logits))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -209,7 +210,7 @@ def test_half_precision(artifact: Artifact) -> None:
     with pytest.warns(UserWarning, match="without Metal, MLX sums in half precision"):
         backends.load(path, dtype="float16", products="mlx")
     tokens = sequences(2, 12)
-    reference = torch_logits(student, tokens, torch.float32)
+    reference = torch_logits((student, path), tokens, torch.float32)
     for dtype, close in (("float16", 2**-7), ("bfloat16", 2**-4)):
         runtime = backends.load(path, dtype=dtype, products="cpu")
         errors = sequence_errors(np.stack(runtime.logits(tokens.tolist())), reference)

@@ -63,7 +63,8 @@ def test_trits_and_scales_are_the_students(
     dense = {name for name in master if f"{name.removesuffix('.weight')}.scales" not in written}
     assert dense == {n for n in written if n in master and written[n].dtype != torch.uint32}
     for name in dense:
-        stored = master[name].half() if name == mlx_layout.EMBEDDING else master[name]
+        half = torch.bfloat16 if family == "gemma3_text" else torch.float16
+        stored = master[name].to(half) if name == mlx_layout.EMBEDDING else master[name]
         assert written[name].dtype == stored.dtype, name
         assert torch.equal(written[name], stored), name
 
@@ -89,7 +90,8 @@ def test_bits_per_weight(student_dir: StudentDir, tmp_path: Path, size: str) -> 
     file = artifact / "model.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     assert file.stat().st_size == header + parts["total"]
-    assert content["storage"] == {"embedding": "float16", "norms": "float32"}
+    storage = {"embedding": "float16", "norms": "float32", "biases": "float32"}
+    assert content["storage"] == storage
     quantization = json.loads((artifact / "config.json").read_text())["quantization"]
     assert {quantization["group_size"]} == groups
 
@@ -213,13 +215,13 @@ def test_values_beyond_float16_are_refused(
     read = StudentFiles.tensor
     student = student_dir("llama")
     monkeypatch.setattr(StudentFiles, "tensor", lambda self, name: read(self, name) * 1e6)
-    with pytest.raises(ValueError, match="beyond float16's range; export with --embed-bits 32"):
+    with pytest.raises(ValueError, match="beyond float16's range; export with --dtype bfloat16"):
         export(student, "mlx", tmp_path / "artifact")
 
 
 def test_other_table_widths_are_refused(student_dir: StudentDir, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="embed_bits must be 16 or 32, got 8"):
-        export(student_dir("llama"), "mlx", tmp_path / "artifact", embed_bits=8)
+    with pytest.raises(ValueError, match="mlx stores embeddings in 32, 16, 8, 6, 4 bits, not 5"):
+        export(student_dir("llama"), "mlx", tmp_path / "artifact", embed_bits=5)
 
 
 def test_a_student_with_other_tensors_is_refused(

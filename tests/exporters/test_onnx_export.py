@@ -215,8 +215,10 @@ def test_bad_options_are_refused_before_anything_is_written(student: Path, tmp_p
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="unknown target 'onx'; did you mean 'onnx'"):
         exporters.export(student, "onx", out)
-    with pytest.raises(ValueError, match="embed_bits must be 16 or 32 for onnx, got 8"):
+    with pytest.raises(ValueError, match="onnx stores embeddings in 32, 16 bits, not 8"):
         exporters.export(student, "onnx", out, embed_bits=8)
+    with pytest.raises(ValueError, match="onnx has no option dtype; leave it out, or choose"):
+        exporters.export(student, "onnx", out, dtype="float32")
     for context in (0, 129):
         with pytest.raises(ValueError, match=f"context {context} is not between 1 and"):
             exporters.export(student, "onnx", out, context=context)
