@@ -79,9 +79,10 @@ class _Types:
 
     def __init__(self, spec: DecoderSpec, options: Options, stock: bool) -> None:
         self.spec, self.bits = spec, options.embed_bits
-        default = "bfloat16" if spec.family == "gemma3_text" else "float16"
-        self.dtype = options.dtype or default
-        self.table = "bfloat16" if self.dtype == "bfloat16" else "float16"
+        # mlx-lm sums Gemma's residuals in float16 where its embedding is float16
+        half_type = "bfloat16" if spec.family == "gemma3_text" else "float16"
+        self.dtype = options.dtype or half_type
+        self.table = half_type if self.dtype == "float32" else self.dtype
         self.norm = self.dtype if stock else "float32"
 
     @property
