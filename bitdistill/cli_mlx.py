@@ -1,26 +1,37 @@
-"""`bitdistill mlx COMMAND ...`: a thin click command over mlx_commands.py."""
+"""`bitdistill mlx PROGRAM ...`: thin click commands over mlx_commands.py."""
 
 from __future__ import annotations
 
+import functools
+
 import click
 
-from bitdistill.mlx_commands import COMMANDS
+from bitdistill.mlx_commands import COMMANDS, run
 
 
-@click.command(
-    "mlx",
-    context_settings={"ignore_unknown_options": True, "help_option_names": []},
-    options_metavar="",
-)
-@click.argument("command", type=click.Choice(COMMANDS))
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def mlx(command: str, arguments: tuple[str, ...]) -> None:
-    """Run one of mlx-lm's programs on an MLX artifact; arguments are mlx-lm's.
+@click.group()
+def mlx() -> None:
+    """Run mlx-lm's programs on MLX artifacts.
 
     \b
-      bitdistill mlx generate --model runs/tiny/mlx --prompt "..."
-      bitdistill mlx server --model runs/tiny/mlx --port 8080
-    """
-    from bitdistill.mlx_commands import run
+      bitdistill mlx generate --model DIR --prompt "..."
+      bitdistill mlx server --model DIR --port 8080
 
-    run(command, arguments)
+    Arguments are mlx-lm's own; PROGRAM --help lists them.
+    """
+
+
+def _program(name: str) -> click.Command:
+    arguments = click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)
+    return click.Command(
+        name,
+        callback=functools.partial(run, name),
+        params=[arguments],
+        short_help=f"mlx_lm.{name}",
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True},
+    )
+
+
+for _name in COMMANDS:
+    mlx.add_command(_program(_name))

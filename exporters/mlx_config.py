@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def _lacking(spec: DecoderSpec) -> str | None:
     if spec.qkv_bias or spec.output_bias:
         return "attention biases"
     if _pattern(spec) is None:
-        return "such an order of windows"
+        return "layers in this order"
     # mlx-lm multiplies the embedding by bfloat16(sqrt(hidden))
     bits = np.float32(math.sqrt(spec.hidden)).view(np.uint32)
     return None if bits & 0xFFFF == 0 else f"exact sqrt({spec.hidden}) to scale its embedding by"
@@ -142,13 +143,11 @@ def _frequencies(rotary: Any) -> tuple[Any, float]:
 
 def write_model_file(out: Path) -> None:
     """Put the architecture into the artifact as one module that imports nothing but mlx."""
-    from bitdistill import backends
-
-    folder = Path(backends.__file__).parent
+    folder = resources.files("bitdistill.backends")
     parts = [f'"""{MODEL_FILE}: written by bitdistill, for `mlx_lm --trust-remote-code`."""\n']
     parts.append("from __future__ import annotations\n")
     for name in _SOURCES:
-        lines = (folder / f"{name}.py").read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = folder.joinpath(f"{name}.py").read_text(encoding="utf-8").splitlines(keepends=True)
         for node in ast.parse("".join(lines)).body:
             module = getattr(node, "module", None) or ""
             if module == "__future__" or module.startswith("bitdistill"):

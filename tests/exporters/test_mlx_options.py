@@ -116,7 +116,7 @@ NOT_STOCK: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "windows": (
         ("gemma3_text", "none", None),
         {"layer_types": ["full_attention", "sliding_attention"]},
-        "has no such order of windows",
+        "has no layers in this order",
     ),
 }
 
