@@ -43,7 +43,7 @@ class Rotary:
     """Half-split rotation by the model's own frequencies (MLX takes periods)."""
 
     def __init__(self, frequencies: Sequence[float], scale: float) -> None:
-        self.periods = 1.0 / mx.array(frequencies, mx.float32)
+        self.periods = 1.0 / mx.array(list(frequencies), mx.float32)
         self.scale = scale
         self.size = 2 * len(frequencies)
 
@@ -75,7 +75,7 @@ class Attention(nn.Module):
             self.q_norm = Norm(spec["head_dim"], spec["norm_eps"], spec["norm_offset"])
             self.k_norm = Norm(spec["head_dim"], spec["norm_eps"], spec["norm_offset"])
         self._scale, self._head_dim = spec["attention_scale"], spec["head_dim"]
-        self.attend = attend
+        self.attend: Callable[..., mx.array] = attend  # on a CPU another: mlx_host.py
 
     def _heads(self, x_BTN: mx.array) -> mx.array:
         batch, length, _ = x_BTN.shape

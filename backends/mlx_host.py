@@ -123,9 +123,9 @@ def move_product(linear: TernaryLinear, kernels: Kernels, pool: ThreadPoolExecut
     words = np.array(linear.weight)
     trits = packing.unpack_affine(words, words.shape[1] * 16)
     if linear.quantized:
-        linear.multiply = IntegerProduct(trits, kernels, pool)
+        linear.host_product = IntegerProduct(trits, kernels, pool)
     else:
-        linear.scale = linear.scales[0, 0].astype(mx.float32).item()
-        linear.multiply = FloatProduct(trits)
+        linear.scale = float(view(linear.scales)[0, 0])
+        linear.host_product = FloatProduct(trits)
     for name in ("weight", "scales", "biases"):
         del linear[name]

@@ -21,6 +21,11 @@ BITS = 2
 GROUP_SIZES = (128, 64, 32)
 TABLE_GROUPS = (64, 32)  # finer than it need be: 8-bit embeddings then cost 8.5 bits
 BLOCK_NORMS = ("input_norm", "mlp_norm", "post_attention_norm", "post_mlp_norm")
+COPIED = (
+    *("vocabulary", "hidden", "head_dim", "tied", "activation", "activation_bits", "qk_norm"),
+    *("attention_scale", "embedding_scale", "norm_eps", "norm_offset", "added_norm_eps"),
+    *("rotary", "layers"),
+)
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -110,18 +115,8 @@ def architecture(spec: DecoderSpec) -> dict[str, Any]:
 
     `linears` gives each of LINEARS its rows, columns, group, and whether it has a bias and a norm.
     """
-    copied = (
-        "vocabulary",
-        "hidden",
-        "head_dim",
-        "tied",
-        "activation",
-        "activation_bits",
-        "qk_norm",
-    )
-    copied += ("attention_scale", "embedding_scale", "norm_eps", "norm_offset", "added_norm_eps")
     values = spec.to_json()
-    return {key: values[key] for key in (*copied, "rotary", "layers")} | {
+    return {key: values[key] for key in COPIED} | {
         "norms": {name: getattr(spec.names, name) for name in BLOCK_NORMS},
         "linears": {
             linear: {

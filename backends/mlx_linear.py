@@ -15,7 +15,7 @@ and fine-tunes a loaded model like any other; `prepare` derives what runs from w
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
@@ -47,7 +47,8 @@ def quantize_activations(x: mx.array) -> tuple[mx.array, mx.array]:
     """Per-token absmax int8: integers as fp32 (..., K), and their scale (..., 1)."""
     x = x.astype(mx.float32)
     largest = mx.stop_gradient(mx.abs(x).max(axis=-1, keepdims=True))
-    return round_to_int8(x * (127.0 / (largest + ACTIVATION_EPS))), largest / 127.0
+    q: Any = round_to_int8(x * (127.0 / (largest + ACTIVATION_EPS)))
+    return q, largest / 127.0
 
 
 @cache
@@ -104,6 +105,7 @@ class TernaryLinear(nn.QuantizedLinear):
         if linear["norm"]:
             self.norm = Norm(columns, norm_eps, wide=True)
         self.quantized = quantized
+        self.host_product: Callable[[mx.array], mx.array] | None = None  # see mlx_host.py
         self.freeze()
 
     def to_quantized(self, **stored: Any) -> TernaryLinear:
@@ -114,7 +116,8 @@ class TernaryLinear(nn.QuantizedLinear):
         """Take D out of the loaded scales, or cast those to `dtype` where they take part."""
         self.scale: float | None = None
         if self.quantized:
-            self.scale = self.scales[0, 0].astype(mx.float32).item()
+            scale: Any = self.scales[0, 0].astype(mx.float32).item()
+            self.scale = scale
         else:
             self.scales, self.biases = self.scales.astype(dtype), self.biases.astype(dtype)
         narrow = self.weight.shape[1] * 16 <= HALF_COLUMNS
@@ -127,6 +130,8 @@ class TernaryLinear(nn.QuantizedLinear):
 
     def multiply(self, x: mx.array) -> mx.array:
         """(..., K) -> (..., N) by MLX's own kernel: integers times trits, or x times D t."""
+        if self.host_product is not None:
+            return self.host_product(x)
         if not self.quantized:
             return self._matmul(x, self.scales, self.biases)
         if self.half:

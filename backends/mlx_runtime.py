@@ -151,6 +151,7 @@ class MlxRuntime(Runtime):
     def new_cache(self, capacity: int) -> KeyValueCache:
         """An empty cache for one sequence of up to `capacity` tokens."""
         self.check_capacity(capacity)
+        assert self.model.dtype is not None  # set when the weights were loaded
         return KeyValueCache(self.spec, capacity, self.model.dtype)
 
     def step(self, tokens: Sequence[int], cache: KeyValueCache) -> Floats:

@@ -30,7 +30,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
         )
     from mlx_lm import utils
 
-    utils.load_config = without_model_file(utils.load_config)
+    utils.load_config = without_model_file(utils.load_config)  # type: ignore[assignment]
     sys.argv = [f"bitdistill mlx {command}", *arguments]
     importlib.import_module(f"mlx_lm.{command}").main()
 

@@ -38,8 +38,8 @@ def half(name: str, array: NDArray[np.float32], dtype: str) -> tuple[NDArray[Any
 
 def affine(
     table_VH: NDArray[np.float32], group: int, bits: int
-) -> dict[str, NDArray[np.uint32] | NDArray[np.float32]]:
-    """MLX's affine quantisation: weight uint32 (V, H bits / 32), scales and biases (V, H / group).
+) -> tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.float32]]:
+    """MLX's affine quantisation: words (V, H bits / 32), scales and biases (V, H / group).
 
     Scales and biases are fp32, to be rounded to the type they are stored in.
     """
@@ -48,7 +48,7 @@ def affine(
         for rows in _chunks(table_VH)
     ]
     words, scales, biases = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return {"weight": words, "scales": scales, "biases": biases}
+    return words, scales, biases
 
 
 def _chunks(table: NDArray[Any]) -> list[NDArray[Any]]:

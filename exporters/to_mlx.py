@@ -106,7 +106,7 @@ class _Types:
         if self.bits >= 16:
             return {name: half(name, array, self.storage["embedding"])}
         path = name.removesuffix(".weight")
-        words, *pair = affine(array, table_group(self.spec), self.bits).values()
+        words, *pair = affine(array, table_group(self.spec), self.bits)
         scales, biases = (half(name, values, self.dtype) for values in pair)
         return {name: (words, None), f"{path}.scales": scales, f"{path}.biases": biases}
 
@@ -186,11 +186,11 @@ def _compare(student: StudentFiles, out: Path, types: _Types, progress: Progress
         array = student.tensor(name).numpy()
         path = name.removesuffix(".weight")
         if name in _TABLES and types.bits < 16:
-            stored = {part: tensors.pop(f"{path}.{part}") for part in _AFFINE}
-            _demand(holds(stored, array, table_group(types.spec), types.bits), name)
+            table = {part: tensors.pop(f"{path}.{part}") for part in _AFFINE}
+            _demand(holds(table, array, table_group(types.spec), types.bits), name)
         else:
-            value = mx.array(array).astype(tensors[name].dtype)
-            _demand(bool(mx.array_equal(tensors.pop(name), value)), name)
+            expected = mx.array(array).astype(tensors[name].dtype)
+            _demand(bool(mx.array_equal(tensors.pop(name), expected)), name)
     _demand(not tensors, ", ".join(tensors))
     progress("done", 2 * len(paths), 2 * len(paths))
 

@@ -70,10 +70,10 @@ def test_parity_with_narrow_embeddings(student_dir: StudentDir, tmp_path: Path, 
 def test_a_damaged_narrow_embedding_is_noticed(
     student_dir: StudentDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(*arguments: Any) -> dict[str, Any]:
-        parts = mlx_tables.affine(*arguments)
-        parts["weight"][-1, -1] ^= np.uint32(0x80)
-        return parts
+    def damaged(*arguments: Any) -> tuple[np.ndarray, ...]:
+        words, *pair = mlx_tables.affine(*arguments)
+        words[-1, -1] ^= np.uint32(0x80)
+        return words, *pair
 
     monkeypatch.setattr(to_mlx, "affine", damaged)
     with pytest.raises(OSError, match=r"embed_tokens\.weight was read back different"):
