@@ -28,7 +28,7 @@ def half(name: str, array: NDArray[np.float32], dtype: str) -> tuple[NDArray[Any
         bits = array.view(np.uint32)
         rounded = bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))
         return bfloat16(rounded.view(np.float32)), "BF16"
-    if dtype == "float16" and np.abs(array).max() > np.finfo(np.float16).max:
+    if dtype == "float16" and max(array.max(), -array.min()) > np.finfo(np.float16).max:
         raise ValueError(
             f"{name} has values beyond float16's range; export with --dtype bfloat16, or with "
             "--embed-bits 32 if it is the embedding"
@@ -49,6 +49,16 @@ def affine(
     ]
     words, scales, biases = (np.concatenate(part) for part in zip(*parts, strict=True))
     return words, scales, biases
+
+
+def equals(stored: mx.array, array: NDArray[np.float32]) -> bool:
+    """Whether a stored tensor is `array`, rounded by MLX to the tensor's type."""
+    return stored.shape == array.shape and all(
+        bool(
+            mx.array_equal(stored[i * _ROWS : (i + 1) * _ROWS], mx.array(rows).astype(stored.dtype))
+        )
+        for i, rows in enumerate(_chunks(array))
+    )
 
 
 def _chunks(table: NDArray[Any]) -> list[NDArray[Any]]:

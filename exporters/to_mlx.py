@@ -37,7 +37,7 @@ from bitdistill.decoder import DecoderSpec
 from bitdistill.exporters.base import Options, Progress
 from bitdistill.exporters.mlx_card import loaders
 from bitdistill.exporters.mlx_config import artifact_config, artifact_spec, write_model_file
-from bitdistill.exporters.mlx_tables import affine, half, holds
+from bitdistill.exporters.mlx_tables import affine, equals, half, holds
 from bitdistill.exporters.tensor_files import TensorWriter
 
 EMBED_BITS = (32, 16, 8, 6, 4)
@@ -189,8 +189,7 @@ def _compare(student: StudentFiles, out: Path, types: _Types, progress: Progress
             table = {part: tensors.pop(f"{path}.{part}") for part in _AFFINE}
             _demand(holds(table, array, table_group(types.spec), types.bits), name)
         else:
-            expected = mx.array(array).astype(tensors[name].dtype)
-            _demand(bool(mx.array_equal(tensors.pop(name), expected)), name)
+            _demand(equals(tensors.pop(name), array), name)
     _demand(not tensors, ", ".join(tensors))
     progress("done", 2 * len(paths), 2 * len(paths))
 
