@@ -16,10 +16,9 @@ from typing import Any
 import click
 
 from bitdistill import __version__
-from bitdistill.cli_mlx import mlx
+from bitdistill.cli_mlx import export_options, mlx, values
 
 FORMATS = ("table", "markdown", "csv", "json")
-DTYPES = ("float16", "bfloat16", "float32")
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
 
 
@@ -119,11 +118,9 @@ def recipes(name: str | None) -> None:
 @click.option("--target", required=True, help="onnx or mlx.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Artifact directory.")
 @click.option(
-    "--embed-bits", default=16, show_default=True, help="Embedding and head: 32, 16; mlx: 8, 6, 4."
+    "--embed-bits", default=16, show_default=True, help="Embedding, head; mlx: also 8, 6, 4."
 )
-@click.option("--activation-bits", type=click.Choice(["8", "none"]), help="mlx  [as trained].")
-@click.option("--dtype", type=click.Choice(DTYPES), help="mlx: type of all else  [a 16-bit one].")
-@click.option("--with-model-file", is_flag=True, help="mlx: add code for --trust-remote-code.")
+@export_options
 @click.option("--context", type=int, help="Longest sequence [the model's, at most 8192].")
 @click.option("--parity/--no-parity", default=True, help="Compare with PyTorch.  [default: parity]")
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
@@ -131,20 +128,16 @@ def export(
     student: Path,
     target: str,
     out: Path,
-    embed_bits: int,
-    activation_bits: str | None,
-    dtype: str | None,
-    with_model_file: bool,
-    context: int | None,
     parity: bool,
     force: bool,
+    **options: Any,
 ) -> None:
     """Write a student as an ONNX or MLX artifact, and compare it with PyTorch.
 
     Every trit and scale is read back and compared; whole-model parity is measured against the
     noise floor of PyTorch itself and stored in the artifact's manifest.
     """
-    from bitdistill.exporters import export as write
+    from bitdistill import exporters
 
     check: Callable[[Path], dict[str, Any]] | None = None
     if parity:
@@ -157,11 +150,9 @@ def export(
             click.echo(f"parity with PyTorch: {verdict(parity)}", err=True)
             return parity
 
-    options: dict[str, Any] = {"embed_bits": embed_bits, "context": context, "dtype": dtype}
-    if activation_bits is not None:
-        options["activation_bits"] = None if activation_bits == "none" else int(activation_bits)
-    options["model_file"] = with_model_file
-    click.echo(write(student, target, out, force=force, check=check, **options))
+    written = exporters.export(student, target, out, force=force, check=check, **values(options))
+    click.echo(f"bits per weight: {exporters.bits_per_weight(written)}", err=True)
+    click.echo(written)
 
 
 @main.command("eval")

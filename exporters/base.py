@@ -164,6 +164,14 @@ def _complete(student: StudentFiles, out: Path, content: dict[str, Any]) -> None
         (out / "README.md").write_text(card(content), encoding="utf-8")
 
 
+def bits_per_weight(artifact: Path) -> str:
+    """Bits per weight of an artifact's parts, scales included: "body 2.250, embedding 16.000"."""
+    parts = manifest.read_manifest(artifact, "artifact")["parts"]
+    ending = "_bits_per_weight"
+    bits = {k.removesuffix(ending): v for k, v in parts.items() if k.endswith(ending)}
+    return ", ".join(f"{part} {value:.3f}" for part, value in bits.items())
+
+
 def card(content: dict[str, Any]) -> str:
     """The model card of an artifact, from its manifest."""
     runtime = {"onnx": "ONNX Runtime (CPU)", "mlx": "MLX"}.get(content["target"], content["target"])

@@ -129,3 +129,19 @@ def test_server_answers_a_chat_completion(mlx_artifact: Artifact) -> None:
     expected = mlx_lm.generate(model, tokenizer, prompt="the film is", max_tokens=5)
     assert answer["usage"]["completion_tokens"] == 5
     assert answer["choices"][0]["message"]["content"].strip() == expected.strip()
+
+
+def test_export_takes_mlx_options(student_dir: Callable[..., Path], tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from bitdistill.cli import main
+
+    student, out = student_dir("llama", "none", 8), tmp_path / "out"
+    options = ["--activation-bits", "none", "--dtype", "bfloat16", "--embed-bits", "8"]
+    command = ["export", str(student), "--target", "mlx", "--out", str(out), "--no-parity"]
+    done = CliRunner().invoke(main, [*command, *options])
+    assert done.exit_code == 0, done.output
+    assert "bits per weight: body 2.600, embedding 8.500" in done.stderr
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
+    scales = mx.load(str(out / "model.safetensors"))["model.layers.0.mlp.up_proj.scales"]
+    assert scales.dtype == mx.bfloat16

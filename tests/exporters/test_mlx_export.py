@@ -92,6 +92,9 @@ def test_bits_per_weight(student_dir: StudentDir, tmp_path: Path, size: str) -> 
     assert file.stat().st_size == header + parts["total"]
     storage = {"embedding": "float16", "norms": "float32", "biases": "float32"}
     assert content["storage"] == storage
+    index = json.loads((artifact / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == parts["total"]
+    assert set(index["weight_map"].values()) == {file.name}
     quantization = json.loads((artifact / "config.json").read_text())["quantization"]
     assert {quantization["group_size"]} == groups
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bitdistill import backends, evals, manifest
-from bitdistill.exporters import export, mlx_tables, to_mlx
+from bitdistill.exporters import bits_per_weight, export, mlx_tables, to_mlx
 
 StudentDir = Callable[..., Path]
 TABLE = "model.embed_tokens"
@@ -35,6 +35,8 @@ def test_narrow_embeddings(
     content = manifest.read_manifest(path)
     assert content["storage"]["embedding"] == f"affine{bits}"
     assert content["parts"]["embedding_bits_per_weight"] == stored
+    assert bits_per_weight(path).startswith("body 2.")
+    assert f", embedding {stored:.3f}, total " in bits_per_weight(path)
     tensors = mx.load(str(path / "model.safetensors"))
     master = load_file(student / "model.safetensors")
     quantization = config_of(path)["quantization"]
