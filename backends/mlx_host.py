@@ -32,24 +32,31 @@ def view(x: mx.array) -> Floats:
     return np.array(x.astype(mx.float32), copy=False)
 
 
+class Workers:
+    """The kernels of this CPU, and `threads` threads to run them on."""
+
+    def __init__(self, threads: int) -> None:
+        self.kernels, self.pool, self.threads = Kernels(), ThreadPoolExecutor(threads), threads
+
+
 class IntegerProduct:
     """q (..., K) -> q . t (..., N), exact, by the kernels; tokens are shared among threads."""
 
-    def __init__(self, trits_NK: packing.Trits, kernels: Kernels, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, trits_NK: packing.Trits, workers: Workers) -> None:
         self.rows = len(trits_NK)
         self.packed = packing.pack_kernel(trits_NK)
-        self.kernels, self.pool = kernels, pool
+        self.workers = workers
 
     def __call__(self, x: mx.array) -> mx.array:
         q = view(x).reshape(-1, x.shape[-1]).astype(np.int8)
         y = np.empty((len(q), self.rows), np.float32)
-        step = -(-len(q) // self.pool._max_workers)
+        step = -(-len(q) // self.workers.threads)
 
         def multiply(start: int) -> None:
             part = slice(start, start + step)
-            y[part] = self.kernels.ternary_dots(q[part], self.packed, self.rows)
+            y[part] = self.workers.kernels.ternary_dots(q[part], self.packed, self.rows)
 
-        list(self.pool.map(multiply, range(0, len(q), step)))
+        list(self.workers.pool.map(multiply, range(0, len(q), step)))
         return mx.array(y.reshape(*x.shape[:-1], self.rows))
 
 
@@ -107,10 +114,10 @@ def move_products(model: Model, threads: int) -> FloatProduct:
 
     Packed weights are dropped from the model.
     """
-    kernels, pool = Kernels(), ThreadPoolExecutor(threads)
+    workers = Workers(threads)
     for module in model.modules():
         if isinstance(module, TernaryLinear):
-            move_product(module, kernels, pool)
+            move_product(module, workers)
         elif isinstance(module, Attention):
             module.attend = attend
         elif isinstance(module, FeedForward) and module.combine is mlx_architecture.silu_product:
@@ -118,12 +125,12 @@ def move_products(model: Model, threads: int) -> FloatProduct:
     return FloatProduct(dense_table(model.head))
 
 
-def move_product(linear: TernaryLinear, kernels: Kernels, pool: ThreadPoolExecutor) -> None:
+def move_product(linear: TernaryLinear, workers: Workers) -> None:
     """Unpack a linear's words, and drop them for the form that runs here."""
     words = np.array(linear.weight)
     trits = packing.unpack_affine(words, words.shape[1] * 16)
     if linear.quantized:
-        linear.host_product = IntegerProduct(trits, kernels, pool)
+        linear.host_product = IntegerProduct(trits, workers)
     else:
         linear.scale = float(view(linear.scales)[0, 0])
         linear.host_product = FloatProduct(trits)

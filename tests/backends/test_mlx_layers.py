@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,9 +9,8 @@ import torch
 
 from bitdistill import packing, quantize
 from bitdistill.backends import mlx_linear
-from bitdistill.backends.kernels.binding import Kernels
 from bitdistill.backends.mlx_architecture import Rotary
-from bitdistill.backends.mlx_host import move_product
+from bitdistill.backends.mlx_host import Workers, move_product
 from bitdistill.backends.mlx_layout import group_size
 from bitdistill.backends.mlx_linear import TernaryLinear, apply_shared, quantize_activations
 
@@ -32,7 +29,7 @@ def ternary_layer(trits: np.ndarray, scale: float, bits: int | None = 8) -> Tern
 
 def on_cpu(layer: TernaryLinear) -> TernaryLinear:
     """The same layer, its product computed by mlx_host.py from the same packed words."""
-    move_product(layer, Kernels(), ThreadPoolExecutor(2))
+    move_product(layer, Workers(2))
     return layer
 
 
