@@ -74,6 +74,10 @@ class Runtime(ABC):
         tokens_BT int64 (B, T) holds sequence b in its first lengths_B[b] places.
         """
 
+    def tables(self) -> dict[str, Floats]:
+        """Embedding and untied head, by tensor name, where fewer than 16 bits store them."""
+        return {}
+
     def check_tokens(self, tokens: Sequence[int], room: int | None = None) -> None:
         """ValueError unless there is at least one token, all are in V, and they fit `room`."""
         if len(tokens) == 0:

@@ -13,11 +13,19 @@ divides K is taken: 2.25, 2.5 or 3 bits a weight with 16-bit scales.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from bitdistill.decoder import LINEARS, DecoderSpec
 
 BITS = 2
 GROUP_SIZES = (128, 64, 32)
+TABLE_GROUPS = (64, 32)  # finer than it need be: 8-bit embeddings then cost 8.5 bits
+BLOCK_NORMS = ("input_norm", "mlp_norm", "post_attention_norm", "post_mlp_norm")
+COPIED = (
+    *("vocabulary", "hidden", "head_dim", "tied", "activation", "activation_bits", "qk_norm"),
+    *("attention_scale", "embedding_scale", "norm_eps", "norm_offset", "added_norm_eps"),
+    *("rotary", "layers"),
+)
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -50,8 +58,8 @@ def linear_shapes(spec: DecoderSpec, linear: str) -> Shapes:
 
 
 def _layer_shapes(spec: DecoderSpec, index: int) -> Shapes:
-    names, layer = spec.names, f"model.layers.{index}"
-    norms = (names.input_norm, names.mlp_norm, names.post_attention_norm, names.post_mlp_norm)
+    layer = f"model.layers.{index}"
+    norms = [getattr(spec.names, norm) for norm in BLOCK_NORMS]
     shapes: Shapes = {f"{layer}.{norm}.weight": (spec.hidden,) for norm in norms if norm}
     if spec.qk_norm:
         for norm in ("q_norm", "k_norm"):
@@ -76,7 +84,19 @@ def dense_shapes(spec: DecoderSpec) -> Shapes:
     return shapes
 
 
-def quantization(spec: DecoderSpec) -> dict[str, object]:
+def table_group(spec: DecoderSpec) -> int:
+    """Columns that share a scale in a quantised embedding or head; ValueError where none fits."""
+    return next((size for size in TABLE_GROUPS if spec.hidden % size == 0), group_size(spec.hidden))
+
+
+def table_paths(spec: DecoderSpec) -> list[str]:
+    """The modules that hold the embedding and an untied head."""
+    return [
+        name.removesuffix(".weight") for name in ((EMBEDDING,) if spec.tied else (EMBEDDING, HEAD))
+    ]
+
+
+def quantization(spec: DecoderSpec, embed_bits: int) -> dict[str, object]:
     """The `quantization` entry of config.json: the commonest group, and the paths that differ."""
     sizes = {path: group_size(spec.shape(linear)[1]) for path, linear in linears(spec)}
     common = max(GROUP_SIZES, key=list(sizes.values()).count)
@@ -84,4 +104,29 @@ def quantization(spec: DecoderSpec) -> dict[str, object]:
     for path, size in sizes.items():
         if size != common:
             entry[path] = {"group_size": size, "bits": BITS, "mode": "affine"}
+    if embed_bits < 16:
+        for path in table_paths(spec):
+            entry[path] = {"group_size": table_group(spec), "bits": embed_bits, "mode": "affine"}
     return entry
+
+
+def architecture(spec: DecoderSpec) -> dict[str, Any]:
+    """What mlx_architecture.py must know of a model, as plain JSON; see DecoderSpec for the words.
+
+    `linears` gives each of LINEARS its rows, columns, group, and whether it has a bias and a norm.
+    """
+    values = spec.to_json()
+    return {key: values[key] for key in COPIED} | {
+        "norms": {name: getattr(spec.names, name) for name in BLOCK_NORMS},
+        "linears": {
+            linear: {
+                "rows": rows,
+                "columns": columns,
+                "group": group_size(columns),
+                "bias": spec.has_bias(linear),
+                "norm": spec.has_norm(linear),
+            }
+            for linear in LINEARS
+            for rows, columns in [spec.shape(linear)]
+        },
+    }

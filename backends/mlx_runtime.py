@@ -1,64 +1,79 @@
-"""Runs MLX artifacts: on Metal with stock 2-bit kernels, elsewhere in fp32 to check them.
+"""Runs MLX artifacts: on Metal by MLX's own 2-bit kernels, elsewhere in fp32 to check them.
 
-On Apple silicon activations are float16 and weights stay at 2 bits. On other machines MLX has only
-slow 2-bit code that also sums in half precision for half inputs, so there the default is fp32 with
-the trits held as fp32 matrices (16 times the memory of the file): that path is for verifying an
-artifact and for scoring small models, not for serving.
+On Apple silicon activations have the file's 16-bit type and weights stay at 2 bits. Elsewhere the
+default is fp32, with the products computed by our own CPU kernels from the same packed words (see
+mlx_host.py): that path is for verifying an artifact and for scoring, not for serving.
 
-Needs mlx, numpy and tokenizers; neither torch nor transformers nor mlx-lm.
+Needs mlx, numpy and tokenizers; neither torch nor transformers nor mlx-lm. Nothing in the directory
+is executed: a `model_file` there is for other programs.
 """
 
 from __future__ import annotations
 
-import re
+import os
 import warnings
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
+from mlx import nn
 
 from bitdistill.backends.base import Floats, Integers, Runtime
-from bitdistill.backends.mlx_linear import Precision
-from bitdistill.backends.mlx_model import Decoder, KeyValueCache
+from bitdistill.backends.mlx_architecture import Model, ModelArgs
+from bitdistill.backends.mlx_host import FloatProduct, dense_table, move_products
+from bitdistill.backends.mlx_layout import architecture, table_paths
+from bitdistill.backends.mlx_linear import TernaryLinear
 from bitdistill.decoder import DecoderSpec
 from bitdistill.manifest import FormatError
 from bitdistill.names import suggest
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-HALF_NEEDS = (0, 32, 4)  # earlier kernels sum the affine term in half precision
+PRODUCTS = ("mlx", "cpu")
+_ODD_BITS = 0x55555555
 
 
-def precision(dtype: str | None, dequantize: bool | None) -> Precision:
-    """The precision to run in; None means what suits this machine.
+class LayerCache:
+    """Keys and values of one sequence in one layer, as mlx_architecture.py uses a cache."""
 
-    Raises ValueError for an unknown dtype, or a half-precision one on an mlx that gets it wrong.
-    """
-    metal = mx.metal.is_available()
-    dtype = dtype or ("float16" if metal else "float32")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of MLX's{suggest(dtype, DTYPES)}")
-    if dtype != "float32":
-        _check_half(metal)
-    return Precision(DTYPES[dtype], not metal if dequantize is None else dequantize)
+    def __init__(self, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+        self.offset = 0
+        self.keys, self.values = mx.zeros(shape, dtype), mx.zeros(shape, dtype)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write new keys and values behind those held; returns all of them."""
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        self.keys[:, :, start : self.offset] = keys
+        self.values[:, :, start : self.offset] = values
+        return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
+
+    def make_mask(self, length: int, return_array: bool, window_size: int | None) -> Any:
+        """What `length` queries behind those held see: at most `window_size` tokens."""
+        total = self.offset + length
+        if window_size is None or window_size >= total:
+            return None if length == 1 else "causal"
+        queries, keys = mx.arange(self.offset, total)[:, None], mx.arange(total)[None]
+        return (keys <= queries) & (keys > queries - window_size)
 
 
-def _check_half(metal: bool) -> None:
-    installed = version("mlx")
-    numbers = tuple(int(part) for part in re.findall(r"\d+", installed)[:3])
-    if numbers < HALF_NEEDS:
-        raise ValueError(
-            f"mlx {installed} sums 2-bit layers in half precision, which ruins the logits; "
-            "pip install -U 'mlx>=0.32.4', or pass dtype='float32'"
-        )
-    if not metal:
-        warnings.warn(
-            "without Metal, MLX sums in half precision when activations are 16 bits wide: expect "
-            "wrong logits, or pass dtype='float32'",
-            stacklevel=4,
-        )
+class KeyValueCache:
+    """Keys and values of one sequence: `length` tokens are held, `capacity` fit."""
+
+    def __init__(self, spec: DecoderSpec, capacity: int, dtype: mx.Dtype) -> None:
+        shape = (1, spec.kv_heads, capacity, spec.head_dim)
+        self.layers = [LayerCache(shape, dtype) for _ in spec.layers]
+        self.capacity = capacity
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.layers[0].offset
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Everything held, to be evaluated."""
+        return [array for layer in self.layers for array in (layer.keys, layer.values)]
 
 
 def read_tensors(path: Path) -> dict[str, mx.array]:
@@ -75,14 +90,26 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     return tensors
 
 
+def check_ternary(words: mx.array, scales: mx.array, biases: mx.array) -> None:
+    """ValueError unless packed tensors are those of one ternary matrix with one scale."""
+    if words.dtype != mx.uint32:
+        raise ValueError(f"packed weights are {words.dtype}, expected uint32")
+    scale = scales[0, 0].astype(mx.float32)
+    bad_codes = mx.any(words & (words >> 1) & _ODD_BITS)
+    constant = mx.all(scales == scales[0, 0]) & mx.all(biases == -scales)
+    if bad_codes.item() or not (constant & mx.isfinite(scale) & (scale >= 0)).item():
+        raise ValueError("the packed weights are not one ternary matrix with one scale")
+
+
 class MlxRuntime(Runtime):
     """An MLX artifact, loaded.
 
-    `dtype` is the type of activations ("float16" on Metal, else "float32"); `dequantize` holds the
-    trits as fp32 matrices instead of 2-bit codes (default: off on Metal, on elsewhere). MLX offers
-    no control of CPU threads, so `threads` changes nothing.
+    `dtype` is the type of activations (the file's own on Metal, else "float32"). `products` says
+    who multiplies: "mlx", its kernels on packed words, the default on Metal; or "cpu", ours, the
+    default elsewhere, on `threads` threads (None: all CPUs), of which MLX itself has no control.
 
-    Raises FormatError for tensors that are missing, misshapen or not ternary.
+    Raises FormatError for tensors that are missing, misshapen or not ternary, ValueError for an
+    option that is unknown or that this mlx gets wrong.
     """
 
     name = "mlx"
@@ -94,35 +121,85 @@ class MlxRuntime(Runtime):
         *,
         threads: int | None = None,
         dtype: str | None = None,
-        dequantize: bool | None = None,
+        products: str | None = None,
     ) -> None:
         self.path, self.manifest = path, manifest
         self.spec = DecoderSpec.from_json(manifest["decoder"])
         self.vocabulary, self.context = self.spec.vocabulary, manifest["context"]
         self.stop_tokens = list(manifest["stop_tokens"])
-        self.precision = precision(dtype, dequantize)
-        self.decoder = Decoder(self.spec)
+        metal = mx.metal.is_available()
+        products = products or ("mlx" if metal else "cpu")
+        _check("products", products, PRODUCTS)
+        if dtype is not None:
+            _check("dtype", dtype, DTYPES)
+        self.model = Model(ModelArgs("", architecture(self.spec)))
+        self.model.dtype = None if dtype is None else DTYPES[dtype]
         try:
-            self.decoder.load_weights(list(read_tensors(path).items()), strict=True)
-            self.decoder.prepare(self.precision)
+            load_weights(self.model, read_tensors(path))
         except (ValueError, RuntimeError) as error:
             raise FormatError(f"{path}: {error}") from error
+        self._head: FloatProduct | None = None
+        if products == "cpu":
+            self._head = move_products(self.model, threads or os.cpu_count() or 1)
+        elif self.model.dtype != mx.float32 and not metal:
+            warnings.warn(
+                "without Metal, MLX sums in half precision when activations are 16 bits wide: "
+                "expect wrong logits, or pass dtype='float32'",
+                stacklevel=2,
+            )
 
     def new_cache(self, capacity: int) -> KeyValueCache:
         """An empty cache for one sequence of up to `capacity` tokens."""
         self.check_capacity(capacity)
-        return KeyValueCache(self.spec, capacity, self.precision.dtype)
+        assert self.model.dtype is not None  # set when the weights were loaded
+        return KeyValueCache(self.spec, capacity, self.model.dtype)
 
     def step(self, tokens: Sequence[int], cache: KeyValueCache) -> Floats:
         """Feed tokens of one sequence; float32 (V,) logits of the last."""
         self.check_tokens(tokens, cache.capacity - cache.length)
-        hidden = self.decoder.hidden(mx.array([list(tokens)], mx.int32), cache)
-        logits = self.decoder.logits(hidden[:, -1])[0]
-        mx.eval(logits, cache.keys, cache.values)
-        return np.array(logits)
+        hidden = self.model.hidden(mx.array([list(tokens)], mx.int32), cache.layers)
+        logits = self._logits(hidden[:, -1])
+        mx.eval(cache.arrays)
+        return logits[0]
 
     def logits_at(self, tokens_BT: Integers, lengths_B: Integers, rows: Integers) -> Floats:
         """float32 (P, V) at rows (b, t); causal attention never looks at padding on the right."""
-        hidden = self.decoder.hidden(mx.array(tokens_BT.astype(np.int32)))
-        picked = hidden[mx.array(rows[:, 0]), mx.array(rows[:, 1])]
-        return np.array(self.decoder.logits(picked))
+        hidden = self.model.hidden(mx.array(tokens_BT.astype(np.int32)))
+        return self._logits(hidden[mx.array(rows[:, 0]), mx.array(rows[:, 1])])
+
+    def tables(self) -> dict[str, Floats]:
+        """Embedding and untied head, by tensor name, where fewer than 16 bits store them."""
+        modules = dict(self.model.named_modules())
+        stored = {path: modules[path] for path in table_paths(self.spec)}
+        quantized = {path: table for path, table in stored.items() if "scales" in table}
+        return {f"{path}.weight": dense_table(table).copy() for path, table in quantized.items()}
+
+    def _logits(self, hidden_PH: mx.array) -> Floats:
+        logits = (self._head or self.model.logits)(hidden_PH)
+        return np.array(logits.astype(mx.float32))
+
+
+def _check(what: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise ValueError(f"{what} {name!r} is not one of MLX's{suggest(name, known)}")
+
+
+def load_weights(model: Model, tensors: dict[str, mx.array]) -> None:
+    """Load strictly, a quantised embedding as such; ValueError names a module that is malformed."""
+    nn.quantize(model, class_predicate=lambda path, module: storage_of(tensors, path, module))
+    model.load_weights(list(tensors.items()), strict=True)
+    for path, module in model.named_modules():
+        if isinstance(module, TernaryLinear):
+            try:
+                check_ternary(module.weight, module.scales, module.biases)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}; export the student again") from None
+
+
+def storage_of(tensors: dict[str, mx.array], path: str, module: nn.Module) -> dict[str, Any] | bool:
+    """How a table is quantised in the file, by the shapes of its tensors; False if it is not."""
+    if f"{path}.scales" not in tensors or isinstance(module, TernaryLinear):
+        return False
+    columns, groups = module.weight.shape[1], tensors[f"{path}.scales"].shape[1]
+    bits = tensors[f"{path}.weight"].shape[1] * 32 // columns
+    return {"group_size": columns // groups, "bits": bits, "mode": "affine"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -57,9 +57,10 @@ class TorchRuntime(Runtime):
 
     `dtype`: "float32", "float64" or "bfloat16". `storage`: types to round through first, as in an
     artifact's manifest: {"embedding": "float16", "norms": "float32"}; "embedding" covers the head
-    and may be "int8" or "int4".
-    `threads` sets PyTorch's threads, which are the process's. ValueError for an unknown type or
-    architecture.
+    and may be "int8" or "int4", "biases" are those of the ternary linears. `tables`: float32 arrays
+    to take the place of embedding and head, by tensor name. `activation_bits`: 8 or None, instead
+    of what the student was trained with. `threads` sets PyTorch's threads, which are the
+    process's. ValueError for an unknown type or architecture.
     """
 
     name = "torch"
@@ -72,6 +73,8 @@ class TorchRuntime(Runtime):
         threads: int | None = None,
         dtype: str = "float32",
         storage: Mapping[str, str] | None = None,
+        tables: Mapping[str, Floats] | None = None,
+        activation_bits: int | Literal["trained"] | None = "trained",
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}{suggest(dtype, DTYPES)}")
@@ -83,10 +86,14 @@ class TorchRuntime(Runtime):
         self.model = _load(path, manifest)
         if storage is not None:
             round_storage(self.model, storage)
+        for name, table in (tables or {}).items():
+            self.model.get_parameter(name).data = torch.from_numpy(table)
         cast(self.model, DTYPES[dtype])
         for module in self.model.modules():
             if isinstance(module, BitLinear):
                 module.freeze()
+                if activation_bits != "trained":
+                    module.activation_bits = activation_bits
         self.vocabulary = int(self.model.config.vocab_size)
         self.context = int(self.model.config.max_position_embeddings)
         self.stop_tokens = _stop_tokens(self.model)
@@ -172,11 +179,11 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def round_storage(model: PreTrainedModel, storage: Mapping[str, str]) -> None:
-    """Round embedding and head, and every norm's weight, through the types an artifact stores.
+    """Round embedding and head, norms and biases through the types an artifact stores.
 
     A quantised head reads rounded activations, and so does this model's then.
     """
-    known = ("embedding", "norms")
+    known = ("embedding", "norms", "biases")
     for part, name in storage.items():
         if part not in known:
             raise ValueError(f"unknown storage part {part!r}{suggest(part, known)}")
@@ -190,10 +197,10 @@ def round_storage(model: PreTrainedModel, storage: Mapping[str, str]) -> None:
             continue
         if storage[part] in QUANTISED and isinstance(module, nn.Linear):
             module.register_forward_pre_hook(_round_head_input)
-        weight = module.get_parameter("weight")
-        if id(weight) not in rounded:
-            weight.data = _round(weight.data, storage[part])
-            rounded.add(id(weight))
+        value = module.get_parameter("bias" if part == "biases" else "weight")
+        if id(value) not in rounded:
+            value.data = _round(value.data, storage[part])
+            rounded.add(id(value))
 
 
 def _round(weight: torch.Tensor, name: str) -> torch.Tensor:
@@ -212,8 +219,10 @@ def _round_head_input(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[t
 
 
 def _part(module: nn.Module) -> str:
-    """Which part of an artifact a module's own weight is: embedding, norms or neither ("")."""
-    if isinstance(module, nn.Embedding | nn.Linear) and not isinstance(module, BitLinear):
+    """Which part of an artifact a module's own values are: one of three, or none ("")."""
+    if isinstance(module, BitLinear):
+        return "" if module.bias is None else "biases"
+    if isinstance(module, nn.Embedding | nn.Linear):
         return "embedding"
     return "norms" if "RMSNorm" in type(module).__name__ else ""
 

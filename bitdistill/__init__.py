@@ -15,7 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from bitdistill import autoclasses
+from bitdistill import autoclasses, mlx_models
 
 __version__ = "0.1.0"
 
@@ -38,3 +38,4 @@ def __getattr__(name: str) -> Any:
 
 
 autoclasses.watch()
+mlx_models.register()

@@ -17,6 +17,7 @@ import click
 
 from bitdistill import __version__
 from bitdistill.cli_eval import evaluate, report
+from bitdistill.cli_mlx import export_options, mlx, values
 
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
 
@@ -69,6 +70,9 @@ def main() -> None:
     _quiet_libraries()
 
 
+main.add_command(mlx)
+
+
 @main.command()
 @click.option("--recipe", default="tiny", show_default=True, help="A shipped name or a YAML file.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting.")
@@ -113,8 +117,9 @@ def recipes(name: str | None) -> None:
 @click.argument("student", type=click.Path(path_type=Path))
 @click.option("--target", required=True, help="onnx or mlx.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Artifact directory.")
-@click.option("--embed-bits", default=16, show_default=True, help="Embedding, head: 32, 16, 8, 4.")
-@click.option("--weight-bits", default=2.0, show_default=True, help="Ternary weights: 2 or 1.6.")
+@click.option("--embed-bits", default=16, show_default=True, help="32, 16, 8, 4; mlx: also 6.")
+@click.option("--weight-bits", default=2.0, show_default=True, help="2; onnx: also 1.6.")
+@export_options
 @click.option("--context", type=int, help="Longest sequence [the model's, at most 8192].")
 @click.option("--parity/--no-parity", default=True, help="Compare with PyTorch.  [default: parity]")
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
@@ -124,7 +129,7 @@ def export(student: Path, target: str, out: Path, parity: bool, **options: Any) 
     Every trit and scale is read back and compared; whole-model parity is measured against the
     noise floor of PyTorch itself and stored in the artifact's manifest.
     """
-    from bitdistill.exporters import export as write
+    from bitdistill import exporters
 
     check: Callable[[Path], dict[str, Any]] | None = None
     if parity:
@@ -137,7 +142,9 @@ def export(student: Path, target: str, out: Path, parity: bool, **options: Any) 
             click.echo(f"parity with PyTorch: {verdict(parity)}", err=True)
             return parity
 
-    click.echo(write(student, target, out, check=check, **options))
+    written = exporters.export(student, target, out, check=check, **values(options))
+    click.echo(f"bits per weight: {exporters.bits_per_weight(written)}", err=True)
+    click.echo(written)
 
 
 @main.command()

@@ -3,8 +3,9 @@
 Trits and scales are compared exactly by the exporter. Whole models are another matter: an int8
 activation that lies on a rounding boundary goes up under one order of summation and down under
 another, and everything after it differs a little. fp32 PyTorch differs from fp64 PyTorch in the
-same way. So the reference is the student in fp64, with the artifact's storage of embedding and
-norms applied, and the yardstick ("floor") is how far the student in fp32 is from it.
+same way. So the reference is the student in fp64, with the artifact's storage of embedding, norms
+and biases and its activation bits, and the yardstick ("floor") is how far the student in fp32 is
+from it.
 
 The verdict. Per position, the error is the root mean square over the vocabulary of the difference
 of logits, divided by the spread (standard deviation) of the reference's logits there.
@@ -109,18 +110,28 @@ def report(
     runtime = load(artifact, threads=threads)
     sequences = make_sequences(runtime, prompts, seed)
     found, cached = _logits(runtime, sequences), _decode(runtime, sequences)
+    options = _as_stored(content, runtime.tables())
     del runtime
     references = []
     for done, dtype in enumerate(("float32", "float64"), start=1):
         say("parity", done, 3)
-        options = {"dtype": dtype, "storage": content["storage"]}
-        references.append(_logits(load(student, threads=threads, **options), sequences))
+        reference = load(student, threads=threads, dtype=dtype, **options)
+        references.append(_logits(reference, sequences))
     figures = compare(found, cached, *references) | {"sequences": len(sequences), "seed": seed}
-    if not content["storage"]["embedding"].startswith("float"):
+    if not content["storage"]["embedding"].startswith(("float", "bfloat")):
         trained = _logits(load(student, threads=threads), sequences)
         figures["storage_cost"] = _difference(found, trained)
     say("parity", 3, 3)
     return figures
+
+
+def _as_stored(content: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
+    """Options of the PyTorch runtime that make a student compute what an artifact stores."""
+    storage = dict(content["storage"])
+    if tables:
+        del storage["embedding"]
+    bits = content["decoder"]["activation_bits"]
+    return {"storage": storage, "tables": tables, "activation_bits": bits}
 
 
 def parameters(spec: DecoderSpec) -> int:

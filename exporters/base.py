@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from bitdistill import manifest
 from bitdistill.backends.registry import resolve
@@ -29,6 +29,7 @@ EXPORTERS = {
     "mlx": "bitdistill.exporters.to_mlx:write",
 }
 DEFAULT_CONTEXT = 8192
+OPTIONAL = ("activation_bits", "dtype", "model_file")  # fields of Options that few targets have
 INHERITED = ("family", "method", "task", "base_model", "licence")
 
 Progress = Callable[[str, int, int], None]  # name of a tensor, tensors done, tensors in all
@@ -40,12 +41,19 @@ class Options:
 
     `embed_bits`: bits of an element of the embedding and head, one of the target's EMBED_BITS.
     `context`: the most tokens a sequence may have (None: the model's own, at most 8192).
-    `weight_bits`: bits of a ternary weight, one of the target's WEIGHT_BITS.
+    `weight_bits`: bits of a ternary weight, one of the target's WEIGHT_BITS. A target takes those
+    of the others that its OPTIONS name: `activation_bits`, 8 or None for unquantised activations,
+    whatever the student was trained with; `dtype`, the type that other values are stored and
+    computed in (None: the target's choice); `model_file`, whether to add the architecture as a
+    Python file for loaders that trust it.
     """
 
     embed_bits: int = 16
     context: int | None = None
     weight_bits: float = 2.0
+    activation_bits: int | Literal["trained"] | None = "trained"
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    model_file: bool = False
 
     def resolve_context(self, model_context: int) -> int:
         """The context of the artifact; ValueError unless it is between 1 and the model's."""
@@ -69,27 +77,24 @@ def export(
     out: str | Path,
     *,
     force: bool = False,
-    embed_bits: int = 16,
-    context: int | None = None,
-    weight_bits: float = 2.0,
     progress: Progress | None = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
+    **options: Any,
 ) -> Path:
     """Export a student directory for `target` ("onnx", "mlx") to the directory `out`.
 
-    `check`, if given, is called on the complete directory before it takes its place; its result is
-    stored in the manifest as `parity`. Raises FormatError when `student` is not a complete student,
-    FileExistsError when `out` exists (with `force`: unless it is an artifact), ValueError for an
-    unknown target or option.
+    `options` are fields of `Options`. `check`, if given, is called on the complete directory before
+    it takes its place; its result is stored in the manifest as `parity`. Raises FormatError when
+    `student` is not a complete student, FileExistsError when `out` exists (with `force`: unless it
+    is an artifact), ValueError for an unknown target or option.
     """
     write: Exporter = resolve(EXPORTERS, target, "target")
-    _check_bits(write, target, "embed_bits", embed_bits)
-    _check_bits(write, target, "weight_bits", weight_bits)
+    chosen = _checked(target, sys.modules[write.__module__], options)
     files = _open(Path(student))
     out = Path(out)
     _guard(out, force)
     with manifest.new_directory(out, force=force) as partial:
-        part = write(files, partial, Options(embed_bits, context, weight_bits), progress or _silent)
+        part = write(files, partial, chosen, progress or _silent)
         content = _describe(files, target) | part
         _complete(files, partial, content)
         manifest.write_manifest(partial, "artifact", content)
@@ -99,13 +104,21 @@ def export(
     return out
 
 
-def _silent(name: str, done: int, total: int) -> None:
-    """The progress callback that shows nothing."""
+def _checked(target: str, exporter: Any, given: dict[str, Any]) -> Options:
+    """Options that the target has; ValueError for another, TypeError for one that nothing has."""
+    options, default = Options(**given), Options()
+    _check_bits(target, "embed_bits", options.embed_bits, exporter.EMBED_BITS)
+    _check_bits(target, "weight_bits", options.weight_bits, exporter.WEIGHT_BITS)
+    for name in OPTIONAL:
+        if getattr(options, name) != getattr(default, name) and name not in exporter.OPTIONS:
+            raise ValueError(
+                f"{target} has no option {name}; leave it out, or choose another target"
+            )
+    return options
 
 
-def _check_bits(write: Exporter, target: str, option: str, bits: float) -> None:
-    """ValueError unless the target's module lists `bits` under the option's name."""
-    allowed: tuple[float, ...] = getattr(sys.modules[write.__module__], option.upper())
+def _check_bits(target: str, option: str, bits: float, allowed: tuple[float, ...]) -> None:
+    """ValueError unless `bits` is allowed for the option."""
     if bits not in allowed:
         nearest = min(allowed, key=lambda known: abs(known - bits))
         choices = ", ".join(f"{known:g}" for known in allowed)
@@ -113,6 +126,10 @@ def _check_bits(write: Exporter, target: str, option: str, bits: float) -> None:
             f"{option} must be one of {choices} for {target}, got {bits:g}; "
             f"did you mean {nearest:g}?"
         )
+
+
+def _silent(name: str, done: int, total: int) -> None:
+    """The progress callback that shows nothing."""
 
 
 def _open(path: Path) -> StudentFiles:
@@ -175,13 +192,25 @@ def _embedding(content: dict[str, Any]) -> str:
     )
 
 
+def bits_per_weight(artifact: Path) -> str:
+    """Bits per weight of an artifact's parts, scales included: "body 2.250, embedding 16.000"."""
+    parts = manifest.read_manifest(artifact, "artifact")["parts"]
+    ending = "_bits_per_weight"
+    bits = {k.removesuffix(ending): v for k, v in parts.items() if k.endswith(ending)}
+    return ", ".join(f"{part} {value:.3f}" for part, value in bits.items())
+
+
 def card(content: dict[str, Any]) -> str:
     """The model card of an artifact, from its manifest."""
     runtime = {"onnx": "ONNX Runtime (CPU)", "mlx": "MLX"}.get(content["target"], content["target"])
     task = (content.get("task") or {}).get("name", "language modelling")
+    loaders = "".join(f"- {line}\n" for line in content.get("loaders", ()))
+    library = {"library_name": "mlx"} if content["target"] == "mlx" else {}
     mib = {k: v / 2**20 for k, v in content["parts"].items() if "bits" not in k}
     sizes = "\n".join(f"| {name} | {size:.2f} |" for name, size in mib.items())
-    return f"""{header(content, tags="[bitdistill, ternary]")}
+    bits = "\n".join(f"| {k} | {v:.3f} |" for k, v in content["parts"].items() if "bits" in k)
+    extra = {**library, "pipeline_tag": "text-generation", "tags": "[bitdistill, ternary]"}
+    return f"""{header(content, **extra)}
 # A 1.58-bit model for {runtime}
 
 Every linear layer of every block is ternary (-1, 0, +1, one scale a matrix), with activations at
@@ -204,13 +233,18 @@ prompt = model.tokenizer.encode("your prompt")
 print(model.tokenizer.decode(list(model.generate(prompt))))
 ```
 
+{"## Load it elsewhere" if loaders else ""}
+
+{loaders}
 ## Size
 
 | part | MiB |
 | --- | --- |
 {sizes}
 
-Weights of the blocks: {content["parts"]["body_bits_per_weight"]:.3f} bits each, scales included.
+| bits, scales included | |
+| --- | --- |
+{bits.replace("_", " ")}
 
 ## Limits
 

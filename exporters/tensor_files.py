@@ -29,7 +29,7 @@ def bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 class TensorWriter:
-    """Writes model.safetensors, or shards of `shard_bytes` (SHARD_BYTES) with their index.
+    """Writes model.safetensors, or shards of `shard_bytes` (SHARD_BYTES), and their index.
 
     `names` are all tensors to come, for the size of the header. Use as a context manager: headers,
     final file names and the index are written on a clean exit.
@@ -97,12 +97,10 @@ class TensorWriter:
 
     def _finish(self) -> None:
         count = len(self._shards)
-        if count == 1:
-            self._part(0).rename(self.directory / "model.safetensors")
-            return
         where: dict[str, str] = {}
         for index, entries in enumerate(self._shards):
             file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            file = "model.safetensors" if count == 1 else file
             self._part(index).rename(self.directory / file)
             where |= dict.fromkeys(entries, file)
         total = sum(e["data_offsets"][1] for s in self._shards for e in list(s.values())[-1:])

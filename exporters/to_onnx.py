@@ -31,6 +31,7 @@ WEIGHT_BITS = tuple(packing.LAYOUTS)
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+OPTIONS: tuple[str, ...] = ()
 HEAD_SIZE_MULTIPLE = 16  # what GroupQueryAttention can rotate
 
 

@@ -72,8 +72,7 @@ def random_teacher(family: str, vocabulary: int, **overrides: Any) -> Any:
                 head_dim=32,
                 sliding_window=8,
                 query_pre_attn_scalar=32,
-                layer_types=["sliding_attention", "full_attention"],
-                **kw,
+                **({"layer_types": ["sliding_attention", "full_attention"]} | kw),
             )
         ),
     }

@@ -26,3 +26,23 @@ def onnx_pair(
         return student, made[student]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def mlx_artifact(
+    student_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
+    """`mlx_artifact(family, norm_style, bits, options={}, **config)`: (student, artifact)."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(
+        *arguments: Any, options: dict[str, Any] | None = None, **overrides: Any
+    ) -> tuple[Path, Path]:
+        key = f"{arguments}{options}{overrides}"
+        if key not in made:
+            student = student_dir(*arguments, **overrides)
+            out = tmp_path_factory.mktemp("mlx") / "artifact"
+            made[key] = (student, exporters.export(student, "mlx", out, **(options or {})))
+        return made[key]
+
+    return make

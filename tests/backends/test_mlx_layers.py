@@ -9,48 +9,106 @@ import torch
 
 from bitdistill import packing, quantize
 from bitdistill.backends import mlx_linear
+from bitdistill.backends.mlx_architecture import Rotary
+from bitdistill.backends.mlx_host import Workers, move_product
 from bitdistill.backends.mlx_layout import group_size
-from bitdistill.backends.mlx_linear import Precision, TernaryLinear, quantize_activations
-from bitdistill.backends.mlx_model import Rotary
-from bitdistill.decoder import RotarySpec
+from bitdistill.backends.mlx_linear import TernaryLinear, apply_shared, quantize_activations
 
 
-def ternary_layer(
-    trits: np.ndarray, scale: float, dequantize: bool, bits: int | None = 8
-) -> TernaryLinear:
+def ternary_layer(trits: np.ndarray, scale: float, bits: int | None = 8) -> TernaryLinear:
     rows, columns = trits.shape
-    layer = TernaryLinear((rows, columns), bias=False, norm_eps=None, activation_bits=bits)
-    scales = mx.full((rows, columns // group_size(columns)), scale)
+    group = group_size(columns)
+    linear = {"rows": rows, "columns": columns, "group": group, "bias": False, "norm": False}
+    layer = TernaryLinear(linear, 0.0, bits is not None)
+    scales = mx.full((rows, columns // group), scale)
     packed = mx.array(packing.pack_affine(trits.astype(np.int8)))
     layer.load_weights([("weight", packed), ("scales", scales), ("biases", -scales)])
-    layer.prepare(Precision(mx.float32, dequantize))
+    layer.prepare(mx.float32)
     return layer
 
 
-@pytest.mark.parametrize("dequantize", [True, False])
+def on_cpu(layer: TernaryLinear) -> TernaryLinear:
+    """The same layer, its product computed by mlx_host.py from the same packed words."""
+    move_product(layer, Workers(2))
+    return layer
+
+
+PRODUCTS = {"mlx": lambda layer: layer, "cpu": on_cpu}
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("shape", [(1, 32), (7, 96), (33, 576), (16, 2560), (4, 9728)])
-def test_integer_products_are_exact(shape: tuple[int, int], dequantize: bool) -> None:
+def test_integer_products_are_exact(shape: tuple[int, int], products: str) -> None:
     random = np.random.default_rng(shape[1])
     trits = random.integers(-1, 2, shape)
     trits[0] = 1  # the largest sum there is
     values = random.integers(-128, 128, (5, shape[1]))
     values[0], values[1] = 127, -128
-    layer = ternary_layer(trits, 0.0123, dequantize)
-    product = np.array(layer._sum(mx.array(values.astype(np.float32))))
+    layer = PRODUCTS[products](ternary_layer(trits, 0.0123))
+    product = np.array(layer.multiply(mx.array(values.astype(np.float32))))
     assert np.array_equal(product, values @ trits.T)
 
 
-@pytest.mark.parametrize("dequantize", [True, False])
-def test_layer_equals_bitlinear_bit_for_bit(dequantize: bool) -> None:
+def test_integer_products_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Metal; with sums so small that MLX's CPU code, which sums in fp16, is exact too."""
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    random = np.random.default_rng(0)
+    trits, values = random.integers(-1, 2, (24, 64)), random.integers(-8, 9, (5, 64))
+    layer = ternary_layer(trits, 0.0123)
+    layer.prepare(mx.float16)
+    assert layer.half
+    product = layer.multiply(mx.array(values.astype(np.float32)))
+    assert product.dtype == mx.float32
+    assert np.array_equal(np.array(product), values @ trits.T)
+
+
+def test_float_products_of_both_agree() -> None:
+    random = np.random.default_rng(0)
+    trits = random.integers(-1, 2, (40, 192))
+    x = mx.array(random.standard_normal((3, 5, 192)).astype(np.float32))
+    first = np.array(ternary_layer(trits, 0.0123, None)(x))
+    second = np.array(on_cpu(ternary_layer(trits, 0.0123, None))(x))
+    assert first.shape == (3, 5, 40)
+    assert np.abs(first - second).max() < 1e-6 * np.abs(first).max()
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_layer_equals_bitlinear_bit_for_bit(products: str) -> None:
     torch.manual_seed(0)
     reference = quantize.BitLinear(96, 40)
     trits, scale = quantize.ternarize(reference.weight)
-    layer = ternary_layer(trits.numpy(), float(scale), dequantize)
+    layer = PRODUCTS[products](ternary_layer(trits.numpy(), float(scale)))
     x = torch.randn(64, 96) * torch.logspace(-6, 4, 64)[:, None]
     x[0] = 0
     with torch.no_grad():
         expected = reference(x).numpy()
     assert np.array_equal(np.array(layer(mx.array(x.numpy()))), expected)
+
+
+def test_an_input_shared_by_three_linears_is_quantised_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def count(x: mx.array) -> tuple[mx.array, mx.array]:
+        calls.append(x.shape)
+        return quantize_activations(x)
+
+    random = np.random.default_rng(0)
+    layers = [ternary_layer(random.integers(-1, 2, (rows, 64)), 0.5) for rows in (8, 4, 4)]
+    x = mx.array(random.standard_normal((2, 64)).astype(np.float32))
+    expected = [np.array(layer(x)) for layer in layers]
+    monkeypatch.setattr(mlx_linear, "quantize_activations", count)
+    found = apply_shared(layers, x)
+    assert calls == [(2, 64)]
+    assert all(np.array_equal(np.array(y), z) for y, z in zip(found, expected, strict=True))
+
+
+def test_gradients_pass_straight_through_the_rounding() -> None:
+    x = mx.array([[0.3, -1.2, 2.5]])
+    up = 127.0 / (2.5 + mlx_linear.ACTIVATION_EPS)
+    gradient = mx.grad(lambda x: quantize_activations(x)[0].sum())(x)
+    assert np.allclose(np.array(gradient), up)
 
 
 def test_activations_round_half_to_even() -> None:
@@ -62,19 +120,21 @@ def test_activations_round_half_to_even() -> None:
     values, down = quantize.quantize_activations(x)
     assert values[0, :5].tolist() == [127, 0, 2, -2, 0]
     ours = quantize_activations(mx.array(x.numpy()))
-    assert np.array_equal(np.array(ours.values), values.numpy())
-    assert np.array_equal(np.array(ours.down), down.numpy())
+    assert np.array_equal(np.array(ours[0]), values.numpy())
+    assert np.array_equal(np.array(ours[1]), down.numpy())
 
 
 def test_rotary_at_far_positions() -> None:
     """As close to the exact angles as fp32 angles are: 2 units in the last place of the angle."""
     frequencies = 1e6 ** -(np.arange(16) / 16)
-    spec = RotarySpec(tuple(np.float32(frequencies).tolist()), 1.0)
+    rounded = np.float32(frequencies)
     x = np.random.default_rng(0).standard_normal((1, 1, 1, 32)).astype(np.float32)
     position = 30_000
-    angles = position * np.array(spec.frequencies, np.float64)
+    angles = position * rounded.astype(np.float64)
     first, second = x[..., :16], x[..., 16:]
     cos, sin = np.cos(angles), np.sin(angles)
     exact = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
     bound = np.tile(angles * 2**-22 + 2**-22, 2) * np.abs(x).max() * 2
-    assert (np.abs(np.array(Rotary(spec)(mx.array(x), position)) - exact) <= bound).all()
+    assert (
+        np.abs(np.array(Rotary(rounded.tolist(), 1.0)(mx.array(x), position)) - exact) <= bound
+    ).all()

@@ -11,100 +11,50 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from mlx_parity import CLOSE, check_noise_floor, sequence_errors, sequences, torch_logits
 
-from bitdistill import backends, checkpoint, manifest
-from bitdistill.backends import mlx_runtime
+from bitdistill import backends, manifest
+from bitdistill.backends import mlx_linear, mlx_runtime
 from bitdistill.backends.mlx_runtime import MlxRuntime
 from bitdistill.exporters import export
 
-StudentDir = Callable[..., Path]
 Artifact = Callable[..., tuple[Path, Path]]
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 STYLES = ("paper", "allnorm", "none")
-CLOSE = 1e-5  # of the logits' spread: fp32 in another order of summation, no rounding flip
-
-
-@pytest.fixture(scope="module")
-def artifact(student_dir: StudentDir, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """`artifact(family, norm_style, bits, **config)`: (student, exported directory), made once."""
-    made: dict[str, tuple[Path, Path]] = {}
-
-    def make(*arguments: Any, **overrides: Any) -> tuple[Path, Path]:
-        key = f"{arguments}{overrides}"
-        if key not in made:
-            student = student_dir(*arguments, **overrides)
-            out = tmp_path_factory.mktemp("mlx") / "artifact"
-            made[key] = (student, export(student, "mlx", out))
-        return made[key]
-
-    return make
-
-
-def sequences(count: int = 24, length: int = 5, vocabulary: int = 260) -> np.ndarray:
-    """Random token ids (count, length)."""
-    return np.random.default_rng(0).integers(0, vocabulary, (count, length))
-
-
-def torch_logits(student: Path, tokens: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Logits of the student in PyTorch, its tables rounded to float16 as in the artifact."""
-    model = checkpoint.load(student)
-    with torch.no_grad():
-        for table in {model.get_input_embeddings(), model.get_output_embeddings()}:
-            table.weight.copy_(table.weight.half().float())
-        return model.to(dtype)(torch.from_numpy(tokens)).logits.double().numpy()
-
-
-def sequence_errors(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Largest error of each sequence (B, T, V), relative to the spread of the reference."""
-    return np.abs(logits - reference).max(axis=(1, 2)) / np.ptp(reference)
-
-
-def check_noise_floor(student: Path, tokens: np.ndarray, logits: np.ndarray) -> None:
-    """int8 logits equal fp32 PyTorch's, but for rounding flips as common as fp32 has against fp64.
-
-    A flip, legitimate in any order of summation, changes one sequence and not the others; a wrong
-    formula changes all. So sequences are counted, and predictions compared.
-    """
-    reference = torch_logits(student, tokens, torch.float32)
-    noise = sequence_errors(torch_logits(student, tokens, torch.float64), reference) > CLOSE
-    flipped = sequence_errors(logits, reference) > CLOSE
-    assert flipped.sum() <= noise.sum() + len(tokens) // 6
-    agreement = (logits.argmax(-1) == reference.argmax(-1))[~flipped].mean()
-    assert agreement == 1.0
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parity_without_activation_quantisation(
-    artifact: Artifact, family: str, style: str
+    mlx_artifact: Artifact, family: str, style: str
 ) -> None:
-    student, path = artifact(family, style, None)
+    student, path = mlx_artifact(family, style, None)
     tokens = sequences(3, 24)  # longer than gemma's window of 8
-    reference = torch_logits(student, tokens, torch.float32)
-    for dequantize in (True, False):
-        runtime = backends.load(path, dequantize=dequantize)
+    reference = torch_logits((student, path), tokens, torch.float32)
+    for products in mlx_runtime.PRODUCTS:
+        runtime = backends.load(path, products=products)
         logits = np.stack(runtime.logits(tokens.tolist()))
         assert sequence_errors(logits, reference).max() < CLOSE
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parity_with_int8_activations(artifact: Artifact, family: str, style: str) -> None:
-    student, path = artifact(family, style, 8)
+def test_parity_with_int8_activations(mlx_artifact: Artifact, family: str, style: str) -> None:
+    student, path = mlx_artifact(family, style, 8)
     tokens = sequences()
     logits = np.stack(backends.load(path).logits(tokens.tolist()))
-    check_noise_floor(student, tokens, logits)
+    check_noise_floor((student, path), tokens, logits)
 
 
-def test_the_noise_floor_check_can_fail(artifact: Artifact) -> None:
+def test_the_noise_floor_check_can_fail(mlx_artifact: Artifact) -> None:
     """The same artifact run without its int8 activations is not within the noise floor."""
-    student, path = artifact("qwen3", "paper", 8)
+    student, path = mlx_artifact("qwen3", "paper", 8)
     content = manifest.read_manifest(path)
     content["decoder"]["activation_bits"] = None
     tokens = sequences()
     logits = np.stack(MlxRuntime(path, content).logits(tokens.tolist()))
     with pytest.raises(AssertionError):
-        check_noise_floor(student, tokens, logits)
+        check_noise_floor((student, path), tokens, logits)
 
 
 ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 16}
@@ -121,22 +71,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_parity_of_variants(artifact: Artifact, variant: str) -> None:
-    student, path = artifact("llama", activation_bits=None, **VARIANTS[variant])
+def test_parity_of_variants(mlx_artifact: Artifact, variant: str) -> None:
+    student, path = mlx_artifact("llama", activation_bits=None, **VARIANTS[variant])
     tokens = sequences(2, 40)
     logits = np.stack(backends.load(path).logits(tokens.tolist()))
-    reference = torch_logits(student, tokens, torch.float32)
+    reference = torch_logits((student, path), tokens, torch.float32)
     assert sequence_errors(logits, reference).max() < CLOSE
 
 
-@pytest.mark.parametrize("dequantize", [True, False])
+@pytest.mark.parametrize("products", mlx_runtime.PRODUCTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_equals_the_full_forward(
-    artifact: Artifact, family: str, dequantize: bool
+    mlx_artifact: Artifact, family: str, products: str
 ) -> None:
     """Token by token and in chunks, across the edge of the sliding window."""
-    _, path = artifact(family, "paper", None)
-    runtime = backends.load(path, dequantize=dequantize)
+    _, path = mlx_artifact(family, "paper", None)
+    runtime = backends.load(path, products=products)
     tokens = sequences(1, 30)[0].tolist()
     full = runtime.logits([tokens])[0]
     cache = runtime.new_cache(30)
@@ -150,20 +100,20 @@ def test_decoding_equals_the_full_forward(
         runtime.step([1], cache)
 
 
-def test_int8_decoding_equals_the_full_forward(artifact: Artifact) -> None:
-    student, path = artifact("qwen3", "paper", 8)
+def test_int8_decoding_equals_the_full_forward(mlx_artifact: Artifact) -> None:
+    student, path = mlx_artifact("qwen3", "paper", 8)
     runtime = backends.load(path)
     tokens = sequences()
     logits = []
     for sequence in tokens.tolist():
         cache = runtime.new_cache(len(sequence))
         logits.append([runtime.step([token], cache) for token in sequence])
-    check_noise_floor(student, tokens, np.array(logits))
+    check_noise_floor((student, path), tokens, np.array(logits))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_right_padded_batches_equal_single_sequences(artifact: Artifact, family: str) -> None:
-    _, path = artifact(family, "paper", None)
+def test_right_padded_batches_equal_single_sequences(mlx_artifact: Artifact, family: str) -> None:
+    _, path = mlx_artifact(family, "paper", None)
     runtime = backends.load(path)
     lengths = (20, 3, 11, 1)
     tokens = [list(sequences(1, length)[0]) for length in lengths]
@@ -173,8 +123,8 @@ def test_right_padded_batches_equal_single_sequences(artifact: Artifact, family:
         assert np.abs(logits - alone).max() < CLOSE * np.ptp(alone)
 
 
-def test_padding_is_never_looked_at(artifact: Artifact) -> None:
-    _, path = artifact("gemma3_text", "paper", 8)
+def test_padding_is_never_looked_at(mlx_artifact: Artifact) -> None:
+    _, path = mlx_artifact("gemma3_text", "paper", 8)
     runtime = backends.load(path)
     tokens, lengths, rows = sequences(2, 12), np.array([12, 4]), np.array([[1, 3], [0, 11], [1, 0]])
     other = tokens.copy()
@@ -185,8 +135,8 @@ def test_padding_is_never_looked_at(artifact: Artifact) -> None:
     assert np.array_equal(first, second)
 
 
-def test_greedy_generation_follows_the_full_forward(artifact: Artifact) -> None:
-    _, path = artifact("llama", "paper", None)
+def test_greedy_generation_follows_the_full_forward(mlx_artifact: Artifact) -> None:
+    _, path = mlx_artifact("llama", "paper", None)
     runtime = backends.load(path)
     prompt = [5, 6, 7]
     made = list(runtime.generate(prompt, max_new_tokens=6, stop=()))
@@ -195,9 +145,9 @@ def test_greedy_generation_follows_the_full_forward(artifact: Artifact) -> None:
 
 
 def test_shards_are_read(
-    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mlx_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student, whole = artifact("qwen3", "paper", 8)
+    student, whole = mlx_artifact("qwen3", "paper", 8)
     monkeypatch.setattr("bitdistill.exporters.tensor_files.SHARD_BYTES", 20_000)
     shards = export(student, "mlx", tmp_path / "shards")
     tokens = sequences(2, 6).tolist()
@@ -205,27 +155,40 @@ def test_shards_are_read(
     assert np.array_equal(first, second)
 
 
-def test_half_precision(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    student, path = artifact("llama", "paper", None)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+def test_half_precision(mlx_artifact: Artifact) -> None:
+    """Without Metal, MLX's own products sum in half precision, and ours do not."""
+    student, path = mlx_artifact("llama", "paper", None)
     with pytest.warns(UserWarning, match="without Metal, MLX sums in half precision"):
-        runtime = backends.load(path, dtype="float16")
+        backends.load(path, dtype="float16", products="mlx")
     tokens = sequences(2, 12)
-    reference = torch_logits(student, tokens, torch.float32)
-    errors = sequence_errors(np.stack(runtime.logits(tokens.tolist())), reference)
-    assert errors.max() < 2**-6  # a few units in float16's last place, over two layers
+    reference = torch_logits((student, path), tokens, torch.float32)
+    for dtype, close in (("float16", 2**-7), ("bfloat16", 2**-4)):
+        runtime = backends.load(path, dtype=dtype, products="cpu")
+        errors = sequence_errors(np.stack(runtime.logits(tokens.tolist())), reference)
+        assert errors.max() < close  # a few units in the type's last place, over two layers
+
+
+def test_unknown_options_are_refused(mlx_artifact: Artifact) -> None:
+    path = mlx_artifact("llama", "paper", 8)[1]
     with pytest.raises(ValueError, match="dtype 'float17' is not one of MLX's; did you mean"):
         backends.load(path, dtype="float17")
+    with pytest.raises(ValueError, match="products 'gpu' is not one of MLX's; did you mean 'cpu'"):
+        backends.load(path, products="gpu")
 
 
-def test_metal_computes_in_float16_on_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metal_computes_in_the_files_type_on_packed_weights(
+    mlx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = mlx_artifact("llama", "paper", 8)[1]
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    chosen = mlx_runtime.precision(None, None)
-    assert (chosen.dtype, chosen.dequantize) == (mx.float16, False)
-    monkeypatch.setattr(mlx_runtime, "version", lambda _: "0.32.3")
+    model = backends.load(path).model
+    assert model.dtype == model.model.embed_tokens.weight.dtype == mx.float16
+    assert model.layers[0].mlp.up_proj.half
+    assert model.layers[0].mlp.up_proj.weight.dtype == mx.uint32
+    monkeypatch.setattr(mlx_linear, "version", lambda _: "0.32.3")
     with pytest.raises(ValueError, match=r"mlx 0\.32\.3 sums .* pip install -U 'mlx>=0\.32\.4'"):
-        mlx_runtime.precision(None, None)
-    assert mlx_runtime.precision("float32", None).dtype == mx.float32
+        backends.load(path)
+    assert backends.load(path, dtype="float32").model.dtype == mx.float32
 
 
 def copy(path: Path, out: Path) -> Path:
@@ -235,8 +198,8 @@ def copy(path: Path, out: Path) -> Path:
     return out
 
 
-def test_altered_and_truncated_files_are_refused(artifact: Artifact, tmp_path: Path) -> None:
-    path = copy(artifact("llama", "paper", 8)[1], tmp_path / "copy")
+def test_altered_and_truncated_files_are_refused(mlx_artifact: Artifact, tmp_path: Path) -> None:
+    path = copy(mlx_artifact("llama", "paper", 8)[1], tmp_path / "copy")
     file = path / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -257,10 +220,10 @@ def test_altered_and_truncated_files_are_refused(artifact: Artifact, tmp_path: P
 
 @pytest.mark.parametrize("part", ["weight", "scales", "biases"])
 def test_weights_that_are_not_ternary_are_refused(
-    artifact: Artifact, tmp_path: Path, part: str
+    mlx_artifact: Artifact, tmp_path: Path, part: str
 ) -> None:
     """A code 3, a group of another scale, a bias that is not -D."""
-    path = copy(artifact("llama", "paper", 8)[1], tmp_path / "copy")
+    path = copy(mlx_artifact("llama", "paper", 8)[1], tmp_path / "copy")
     file = path / "model.safetensors"
     data = bytearray(file.read_bytes())
     size = int.from_bytes(data[:8], "little")
@@ -272,8 +235,8 @@ def test_weights_that_are_not_ternary_are_refused(
         backends.load(path, verify=False)
 
 
-def test_tensors_of_another_shape_are_refused(artifact: Artifact) -> None:
-    path = artifact("llama", "paper", 8)[1]
+def test_tensors_of_another_shape_are_refused(mlx_artifact: Artifact) -> None:
+    path = mlx_artifact("llama", "paper", 8)[1]
     content = manifest.read_manifest(path)
     content["decoder"]["vocabulary"] += 1
     with pytest.raises(manifest.FormatError, match=r"embed_tokens\.weight"):

@@ -16,7 +16,7 @@ import bitdistill
 from bitdistill import manifest
 from bitdistill.cli import main
 
-COMMANDS = {"train", "recipes", "report", "export", "eval", "generate", "doctor"}
+COMMANDS = {"train", "recipes", "report", "export", "eval", "generate", "mlx", "doctor"}
 HEAVY = {"torch", "transformers", "datasets", "onnx", "onnxruntime", "mlx", "numpy", "pydantic"}
 
 

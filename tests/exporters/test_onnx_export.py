@@ -217,6 +217,8 @@ def test_bad_options_are_refused_before_anything_is_written(student: Path, tmp_p
         exporters.export(student, "onx", out)
     with pytest.raises(ValueError, match="one of 32, 16, 8, 4 for onnx, got 6; did you mean 8"):
         exporters.export(student, "onnx", out, embed_bits=6)
+    with pytest.raises(ValueError, match="onnx has no option dtype; leave it out, or choose"):
+        exporters.export(student, "onnx", out, dtype="float32")
     for context in (0, 129):
         with pytest.raises(ValueError, match=f"context {context} is not between 1 and"):
             exporters.export(student, "onnx", out, context=context)

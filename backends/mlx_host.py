@@ -1,0 +1,138 @@
+"""Products on the CPU for an MLX artifact, where there is no Metal.
+
+MLX's Linux wheel has scalar 2-bit code and a reference BLAS, both many times slower than this
+machine can be. So on such a machine the products alone leave MLX; norms, activation rounding,
+rotations and scaling stay. What is multiplied is unpacked, at load, from the words that the file
+holds and MLX would read: for int8 activations into the layout of our own kernels, whose integer
+sums are as exact as MLX's and therefore equal; otherwise into an fp32 matrix for NumPy's BLAS,
+which also multiplies tables and attention scores. Tests hold both against MLX's own product.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from numpy.typing import NDArray
+
+from bitdistill import packing
+from bitdistill.backends import mlx_architecture
+from bitdistill.backends.kernels.binding import Kernels
+from bitdistill.backends.mlx_architecture import Attention, FeedForward, Model
+from bitdistill.backends.mlx_linear import TernaryLinear
+
+Floats = NDArray[np.float32]
+
+
+def view(x: mx.array) -> Floats:
+    """An evaluated fp32 array, not copied."""
+    return np.array(x.astype(mx.float32), copy=False)
+
+
+class Workers:
+    """The kernels of this CPU, and `threads` threads to run them on."""
+
+    def __init__(self, threads: int) -> None:
+        self.kernels, self.pool, self.threads = Kernels(), ThreadPoolExecutor(threads), threads
+
+
+class IntegerProduct:
+    """q (..., K) -> q . t (..., N), exact, by the kernels; tokens are shared among threads."""
+
+    def __init__(self, trits_NK: packing.Trits, workers: Workers) -> None:
+        self.rows = len(trits_NK)
+        self.packed = packing.pack_kernel(trits_NK)
+        self.workers = workers
+
+    def __call__(self, x: mx.array) -> mx.array:
+        q = view(x).reshape(-1, x.shape[-1]).astype(np.int8)
+        y = np.empty((len(q), self.rows), np.float32)
+        step = -(-len(q) // self.workers.threads)
+
+        def multiply(start: int) -> None:
+            part = slice(start, start + step)
+            y[part] = self.workers.kernels.ternary_dots(q[part], self.packed, self.rows)
+
+        list(self.workers.pool.map(multiply, range(0, len(q), step)))
+        return mx.array(y.reshape(*x.shape[:-1], self.rows))
+
+
+class FloatProduct:
+    """x (..., K) -> x . t (..., N) in fp32, by NumPy's BLAS."""
+
+    def __init__(self, matrix_NK: NDArray[Any]) -> None:
+        self.matrix_NK = np.ascontiguousarray(matrix_NK, np.float32)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = view(x).reshape(-1, x.shape[-1]) @ self.matrix_NK.T
+        return mx.array(y.reshape(*x.shape[:-1], -1))
+
+
+def attend(
+    q: mx.array, cache: Any, k: mx.array, v: mx.array, *, scale: float, mask: Any
+) -> mx.array:
+    """Scaled dot-product attention: q (B, heads, T, D), k and v (B, kv_heads, S, D)."""
+    mx.eval(q, k, v)
+    batch, _, length, size = q.shape
+    keys, values = view(k)[:, :, None], view(v)[:, :, None]
+    queries = view(q).reshape(batch, keys.shape[1], -1, length, size)
+    scores = queries @ keys.swapaxes(-1, -2)
+    scores *= np.float32(scale)
+    if mask is not None:
+        total = keys.shape[3]
+        seen = np.tri(length, total, total - length, bool) if mask == "causal" else np.array(mask)
+        scores[..., ~seen] = -np.inf
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return mx.array((scores @ values).reshape(q.shape))
+
+
+def silu_product(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up."""
+    with np.errstate(over="ignore"):  # exp(-gate) may be infinite: the quotient is then zero
+        y = np.exp(-view(gate))
+    y += 1
+    np.divide(view(gate), y, out=y)
+    y *= view(up)
+    return mx.array(y)
+
+
+def dense_table(table: nn.Module) -> Floats:
+    """An embedding or head as an fp32 matrix (V, H), a view of it where it is one already."""
+    if "scales" not in table:
+        return view(table.weight)
+    packed = (table.weight, table.scales, table.biases)
+    return view(mx.dequantize(*packed, group_size=table.group_size, bits=table.bits))
+
+
+def move_products(model: Model, threads: int) -> FloatProduct:
+    """Replace the products of a loaded model by those above; returns that of its head.
+
+    Packed weights are dropped from the model.
+    """
+    workers = Workers(threads)
+    for module in model.modules():
+        if isinstance(module, TernaryLinear):
+            move_product(module, workers)
+        elif isinstance(module, Attention):
+            module.attend = attend
+        elif isinstance(module, FeedForward) and module.combine is mlx_architecture.silu_product:
+            module.combine = silu_product
+    return FloatProduct(dense_table(model.head))
+
+
+def move_product(linear: TernaryLinear, workers: Workers) -> None:
+    """Unpack a linear's words, and drop them for the form that runs here."""
+    words = np.array(linear.weight)
+    trits = packing.unpack_affine(words, words.shape[1] * 16)
+    if linear.quantized:
+        linear.host_product = IntegerProduct(trits, workers)
+    else:
+        linear.scale = float(view(linear.scales)[0, 0])
+        linear.host_product = FloatProduct(trits)
+    for name in ("weight", "scales", "biases"):
+        del linear[name]

@@ -1,0 +1,187 @@
+"""MLX artifacts in mlx-lm: three ways to load, caches, batches, fine-tuning, conversion."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+import torch
+from mlx_lm.models import cache as caches
+from mlx_parity import CLOSE, check_noise_floor, sequence_errors, sequences, torch_logits
+
+from bitdistill import mlx_commands
+from bitdistill.backends import mlx_architecture
+
+Artifact = Callable[..., tuple[Path, Path]]
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 16}
+SCALED = {
+    "llama3": ROPE
+    | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": ROPE | {"rope_type": "yarn", "factor": 4.0},
+}
+PROMPT = [5, 6, 7, 8]
+
+
+def load(path: Path) -> tuple[Any, Any]:
+    """`mlx_lm.load`, which finds our architectures because bitdistill is imported."""
+    return mlx_lm.load(str(path))
+
+
+def logits_of(path: Path, tokens: np.ndarray) -> np.ndarray:
+    return np.array(load(path)[0](mx.array(tokens)).astype(mx.float32))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_student_is_a_stock_model(mlx_artifact: Artifact, family: str) -> None:
+    pair = mlx_artifact(family, "none", None, options={"dtype": "float32"})
+    model, _ = load(pair[1])
+    assert type(model).__module__ == f"mlx_lm.models.{family}"
+    tokens = sequences(3, 24)  # longer than gemma's window of 8
+    reference = torch_logits(pair, tokens, torch.float32)
+    assert sequence_errors(np.array(model(mx.array(tokens))), reference).max() < 10 * CLOSE
+
+
+@pytest.mark.parametrize("rope", SCALED)
+def test_a_stock_model_rotates_as_its_student(mlx_artifact: Artifact, rope: str) -> None:
+    scaled = {"rope_parameters": SCALED[rope]}
+    pair = mlx_artifact("llama", "none", None, options={"dtype": "float32"}, **scaled)
+    model, _ = load(pair[1])
+    assert type(model).__module__ == "mlx_lm.models.llama"
+    tokens = sequences(2, 40)
+    reference = torch_logits(pair, tokens, torch.float32)
+    assert sequence_errors(np.array(model(mx.array(tokens))), reference).max() < 10 * CLOSE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_with_norms_loads_because_bitdistill_is_imported(
+    mlx_artifact: Artifact, family: str
+) -> None:
+    pair = mlx_artifact(family, "paper", None)
+    assert type(load(pair[1])[0]) is mlx_architecture.Model
+    tokens = sequences(3, 24)
+    reference = torch_logits(pair, tokens, torch.float32)
+    assert sequence_errors(logits_of(pair[1], tokens), reference).max() < CLOSE
+
+
+@pytest.mark.parametrize("bits", [16, 8, 6, 4])
+def test_int8_activations_and_narrow_embeddings(mlx_artifact: Artifact, bits: int) -> None:
+    """The same logits as our own runtime, whose parity with PyTorch is tested elsewhere."""
+    pair = mlx_artifact("qwen3", "paper", 8, options={"embed_bits": bits})
+    tokens = sequences()
+    logits = logits_of(pair[1], tokens)
+    if bits == 16:
+        check_noise_floor(pair, tokens, logits)
+    model = load(pair[1])[0]
+    assert ("scales" in model.model.embed_tokens) == (bits < 16)
+
+
+PLAIN = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "bitdistill":
+            raise ImportError(f"{name} is blocked in this test")
+
+sys.meta_path.insert(0, Blocker())
+import mlx.core as mx, mlx_lm, numpy as np
+
+model, tokenizer = mlx_lm.load(sys.argv[1], trust_remote_code=True)
+np.save(sys.argv[2], np.array(model(mx.array(np.load(sys.argv[3])))))
+assert mlx_lm.generate(model, tokenizer, prompt="the film is", max_tokens=3)
+"""
+
+
+def test_the_model_file_serves_an_mlx_lm_without_bitdistill(
+    mlx_artifact: Artifact, tmp_path: Path
+) -> None:
+    _, path = mlx_artifact("gemma3_text", "paper", 8, options={"model_file": True})
+    tokens, found = tmp_path / "tokens.npy", tmp_path / "logits.npy"
+    np.save(tokens, sequences(2, 12))
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(path), str(found), str(tokens)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    with pytest.raises(ValueError, match=r"custom module \('bitdistill_model.py'\)"):
+        load(path)
+    model, _ = mlx_lm.load(str(path), model_config={"model_file": None})
+    assert np.array_equal(np.load(found), np.array(model(mx.array(sequences(2, 12)))))
+
+
+def test_without_bitdistill_the_architecture_is_refused(mlx_artifact: Artifact) -> None:
+    """A loader that would drop the norms of SubLN must fail, and say what it does not know."""
+    program = PLAIN.replace(", trust_remote_code=True", "")
+    path = mlx_artifact("qwen3", "paper", 8)[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=120
+    )
+    assert "Model type bitdistill_qwen3 not supported" in done.stderr
+
+
+@pytest.mark.parametrize("style", ["paper", "none"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_cached_decoding_equals_the_full_forward(
+    mlx_artifact: Artifact, family: str, style: str
+) -> None:
+    """With mlx-lm's caches, in chunks and token by token, across the edge of the window."""
+    model, _ = load(mlx_artifact(family, style, None, options={"dtype": "float32"})[1])
+    tokens = mx.array(sequences(1, 30))
+    full = np.array(model(tokens))[0]
+    cache = caches.make_prompt_cache(model)
+    start = 0
+    for size in (5, 1, 1, 1, 1, 7, 1, 12, 1):
+        logits = np.array(model(tokens[:, start : start + size], cache=cache))[0]
+        assert np.abs(logits - full[start : start + size]).max() < 10 * CLOSE * np.ptp(full)
+        start += size
+
+
+def test_quantised_key_value_caches(mlx_artifact: Artifact) -> None:
+    model, _ = load(mlx_artifact("llama", "paper", None, hidden_size=256)[1])  # heads of 64
+    tokens = mx.array(sequences(1, 20))
+    full = np.array(model(tokens))
+    cache = [layer.to_quantized(group_size=64, bits=8) for layer in model.make_cache()]
+    model(tokens[:, :15], cache=cache)
+    assert np.abs(
+        np.array(model(tokens[:, 15:], cache=cache)) - full[:, 15:]
+    ).max() < 0.05 * np.ptp(full)
+
+
+def test_a_prompt_cache_is_saved_and_continued(mlx_artifact: Artifact, tmp_path: Path) -> None:
+    model, tokenizer = load(mlx_artifact("llama", "paper", None)[1])
+    whole = mlx_lm.generate(model, tokenizer, prompt=PROMPT, max_tokens=6)
+    cache = caches.make_prompt_cache(model)
+    model(mx.array([PROMPT[:3]]), cache=cache)
+    caches.save_prompt_cache(str(tmp_path / "prompt.safetensors"), cache)
+    cache = caches.load_prompt_cache(str(tmp_path / "prompt.safetensors"))
+    made = mlx_lm.generate(model, tokenizer, prompt=PROMPT[3:], max_tokens=6, prompt_cache=cache)
+    assert made == whole
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_batches_of_different_lengths(mlx_artifact: Artifact, family: str) -> None:
+    model, tokenizer = load(mlx_artifact(family, "paper", None)[1])
+    prompts = [sequences(1, length)[0].tolist() for length in (3, 14, 1, 9)]
+    made = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=8).texts
+    alone = [mlx_lm.generate(model, tokenizer, prompt=p, max_tokens=8) for p in prompts]
+    assert [text.strip() for text in made] == [text.strip() for text in alone]
+
+
+def test_a_stock_model_in_half_precision_is_warned_about(mlx_artifact: Artifact) -> None:
+    from mlx_lm import utils
+
+    half = mlx_artifact("llama", "none", None)[1]
+    read = mlx_commands.without_model_file(utils.load_config)
+    with pytest.warns(UserWarning, match="computes in float16.*--dtype float32 first"):
+        read(half)
+    assert "model_file" not in read(mlx_artifact("qwen3", "paper", 8)[1])

@@ -1,0 +1,74 @@
+"""The script for Mac owners: its arguments, its table, and a whole run on this machine's CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from bitdistill import exporters
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "mac_benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("mac_benchmark", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_says_that_nobody_ran_it(script: ModuleType) -> None:
+    assert "NOT RUN BY THE MAINTAINERS" in (script.__doc__ or "")
+
+
+def test_arguments(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    options = script.parse(["runs/mlx", "--base", "models/base", "--decode", "7"])
+    assert (options.artifact, options.base) == ("runs/mlx", "models/base")
+    assert (options.prompt, options.decode, options.repeats) == (512, 7, 3)
+    with pytest.raises(SystemExit):
+        script.parse([])
+    assert "artifact" in capsys.readouterr().err
+
+
+def test_the_table(script: ModuleType) -> None:
+    row = {"prefill": 1234.56, "decode": 78.9, "memory": 10.0, "size": 2.25}
+    text = script.render({"bitdistill": row}, {"agreement": 99.5, "error": 1.2e-3}, "a machine")
+    lines = text.splitlines()
+    assert lines[2] == "| bitdistill | 1,234.6 | 78.9 | 10.0 | 2.2 |"
+    assert len({line.count("|") for line in lines[:3]}) == 1
+    assert "agrees at 99.5 % of positions, median error 1.2e-03" in text
+    assert lines[-1] == "a machine"
+
+
+@pytest.mark.slow
+def test_a_whole_run(
+    student_dir: Callable[..., Path],
+    make_teacher: Callable[..., Any],
+    tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    artifact = exporters.export(student_dir("qwen3"), "mlx", tmp_path / "artifact")
+    make_teacher("qwen3").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    command = [sys.executable, SCRIPT, artifact, "--base", tmp_path / "base", "--prompt", "16"]
+    done = subprocess.run(
+        [*map(str, command), "--decode", "4", "--repeats", "1"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line[:1] == "|"]
+    assert rows == ["Model", "---", "bitdistill", "bf16", "4-bit"]
+    assert "Parity with exact fp32: top token agrees at" in done.stdout
+    assert "mlx-lm" in done.stdout.splitlines()[-1]
