@@ -93,7 +93,7 @@ void half(const BdHalfTable *w, const float *x, int64_t tokens, float *y, int64_
   const int64_t strip = strip_rows(tokens, kHalfTokens, last - first);
   for (int64_t row = first; row < last; row += strip)
     for (int64_t token = 0; token < tokens;) {
-      const int count = head_tokens(tokens - token, kHalfTokens);
+      const int count = tile_tokens(tokens - token, kHalfTokens);
       kHalfTiles[count](w, x + token * w->columns, y + token * w->rows, row,
                         smaller(row + strip, last));
       token += count;
@@ -176,7 +176,7 @@ void int8(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int
   const int64_t strip = strip_rows(in->tokens, kTokens8, last - first);
   for (int64_t row = first; row < last; row += strip)
     for (int64_t token = 0; token < in->tokens;) {
-      const int count = head_tokens(in->tokens - token, kTokens8);
+      const int count = tile_tokens(in->tokens - token, kTokens8);
       (count == 1 ? tile8<4, 1> : tile8<3, 2>)(w, in, token, y, row, smaller(row + strip, last));
       token += count;
     }
@@ -256,7 +256,7 @@ void int4(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int
   alignas(32) int32_t dots[2 * kTokens4][BD_TABLE_ROWS];
   for (int64_t block = first; block < last; ++block)
     for (int64_t token = 0; token < in->tokens;) {
-      const int count = head_tokens(in->tokens - token, kTokens4);
+      const int count = tile_tokens(in->tokens - token, kTokens4);
       dots4(w, block, in, token, count, &dots[0][0]);
       for (int t = 0; t < count; ++t, ++token)
         write_table_rows(w, block, dots[2 * t], dots[2 * t + 1], in->down[token],

@@ -46,12 +46,6 @@ using TileDots = void (*)(const uint8_t *, const int8_t *, int64_t, int64_t, int
 constexpr TileDots kTiles[kTokens + 1] = {nullptr,      tile_dots<1>, tile_dots<2>, tile_dots<3>,
                                           tile_dots<4>, tile_dots<5>, tile_dots<6>};
 
-// Tokens of the next tile, so that tiles differ by at most one token.
-inline int tile_tokens(int64_t remaining) {
-  const int64_t tiles = (remaining + kTokens - 1) / kTokens;
-  return static_cast<int>((remaining + tiles - 1) / tiles);
-}
-
 }  // namespace
 
 namespace bitdistill {
@@ -62,7 +56,7 @@ void avx512_vnni_ternary_base3(const BdTernary *w, const BdTokens *in, float *y,
   int32_t dots[kTokens][BD_BLOCK_ROWS];
   for (int64_t block = first; block < last; ++block)
     for (int64_t token = 0; token < in->tokens;) {
-      const int count = tile_tokens(in->tokens - token);
+      const int count = tile_tokens(in->tokens - token, kTokens);
       const int8_t *q = in->q + token * in->stride;
       kTiles[count](base3_block(w, block), q, in->stride, groups, &dots[0][0]);
       for (int t = 0; t < count; ++t, ++token)

@@ -88,7 +88,7 @@ void half(const BdHalfTable *w, const float *x, int64_t tokens, float *y, int64_
   const int64_t strip = strip_rows(tokens, kTokens, last - first);
   for (int64_t row = first; row < last; row += strip)
     for (int64_t token = 0; token < tokens;) {
-      const int count = head_tokens(tokens - token, kTokens);
+      const int count = tile_tokens(tokens - token, kTokens);
       kHalfTiles[count](w, x + token * w->columns, y + token * w->rows, row,
                         smaller(row + strip, last));
       token += count;
@@ -160,7 +160,7 @@ void int8(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int
   const int64_t strip = strip_rows(in->tokens, kTokens, last - first);
   for (int64_t row = first; row < last; row += strip)
     for (int64_t token = 0; token < in->tokens;) {
-      const int count = head_tokens(in->tokens - token, kTokens);
+      const int count = tile_tokens(in->tokens - token, kTokens);
       kTiles8[count](w, in, token, y, row, smaller(row + strip, last));
       token += count;
     }
@@ -216,7 +216,7 @@ void int4(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int
   alignas(64) int32_t dots[2 * kTokens4][BD_TABLE_ROWS];
   for (int64_t block = first; block < last; ++block)
     for (int64_t token = 0; token < in->tokens;) {
-      const int count = head_tokens(in->tokens - token, kTokens4);
+      const int count = tile_tokens(in->tokens - token, kTokens4);
       kBlocks[count](table_block(w, block), table_scales(w, block), head_part(in, token, 0),
                      head_sums(in, token, 0), in, dots);
       for (int t = 0; t < count; ++t, ++token)

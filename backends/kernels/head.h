@@ -50,12 +50,6 @@ inline void write_table_rows(const BdTable *w, int64_t block, const int32_t *hig
     y[first + r] = head_value(whole_sum(high[r], low[r]), down, w->scale[first + r]);
 }
 
-// Tokens of the next tile, so that tiles differ by at most one token.
-inline int head_tokens(int64_t remaining, int most) {
-  const int64_t tiles = (remaining + most - 1) / most;
-  return static_cast<int>((remaining + tiles - 1) / tiles);
-}
-
 // Row-major tables are read as R streams, each in order, rather than R neighbouring rows: those
 // came from memory at a third of the rate. Where every token passes at once the streams are as long
 // as the range allows; else the rows of a strip stay in the cache until all tokens have passed.

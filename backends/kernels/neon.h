@@ -48,12 +48,6 @@ inline float fold(const float32x4_t (&sums)[8]) {
   return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
 
-// Tokens of the next tile, so that tiles differ by at most one token.
-inline int tile_tokens(int64_t remaining, int most) {
-  const int64_t tiles = (remaining + most - 1) / most;
-  return static_cast<int>((remaining + tiles - 1) / tiles);
-}
-
 }  // namespace
 #endif
 #endif

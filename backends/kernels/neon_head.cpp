@@ -96,7 +96,7 @@ void int8(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int
   const int64_t strip = strip_rows(in->tokens, kTokens8, last - first);
   for (int64_t row = first; row < last; row += strip)
     for (int64_t token = 0; token < in->tokens;) {
-      const int count = head_tokens(in->tokens - token, kTokens8);
+      const int count = tile_tokens(in->tokens - token, kTokens8);
       (count == 1 ? tile8<1> : tile8<2>)(w, in, token, y, row, smaller(row + strip, last));
       token += count;
     }
@@ -153,7 +153,7 @@ void int4(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int
   int32_t dots[2 * kTokens4][BD_TABLE_ROWS];
   for (int64_t block = first; block < last; ++block)
     for (int64_t token = 0; token < in->tokens;) {
-      const int count = head_tokens(in->tokens - token, kTokens4);
+      const int count = tile_tokens(in->tokens - token, kTokens4);
       (count == 1 ? block_dots<2> : block_dots<4>)(w, block, in, token, dots);
       for (int t = 0; t < count; ++t, ++token)
         write_table_rows(w, block, dots[2 * t], dots[2 * t + 1], in->down[token],
