@@ -154,6 +154,35 @@ def test_several_files_are_several_splits(make: Make, data: Path) -> None:
     assert {r.split for r in named} == {"x", "y"}
 
 
+def test_every_validation_split_of_the_hub_is_the_default(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MNLI has two: a row is loaded once for both."""
+    asked: list[Any] = []
+
+    def rows(*arguments: Any, streaming: bool) -> Any:
+        asked.append(arguments)
+        return ({"text": f"{arguments[2]} {i}", "label": i % 2} for i in range(4))
+
+    monkeypatch.setattr("bitdistill.tasks.hub_rows", rows)
+    splits = ("train", "validation_matched", "validation_mismatched")
+    task = dataclasses.replace(TASK, hub=("nyu-mll/glue", "mnli"), splits=splits)
+    jobs: list[int] = []
+
+    def keep(job: dict[str, Any], progress: Any) -> dict[str, Any]:
+        jobs.append(len(job["parts"]))
+        return execute(job, progress)
+
+    results = run([make("student")], task, speed=False, execute=keep)
+    assert asked == [("nyu-mll/glue", "mnli", split) for split in splits[1:]]
+    assert jobs == [2]
+    found = [r.split for r in results if r.metric == "accuracy"]
+    assert found == ["validation_matched", "validation_mismatched"]
+    (one,) = {r.split for r in run([make("onnx")], task, split=splits[2], speed=False,
+                                   execute=keep)}  # fmt: skip
+    assert one == "validation_mismatched"
+
+
 def test_a_variant_is_a_row_of_its_own(make: Make, data: Path) -> None:
     teacher = make("teacher", "teacher", method="fp16-sft")
     jobs: list[Any] = []
