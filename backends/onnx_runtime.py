@@ -20,6 +20,7 @@ from bitdistill.decoder import DecoderSpec
 from bitdistill.manifest import FormatError
 
 MODEL = "model.onnx"
+CUSTOM = "custom"  # the manifest's `ops` of an artifact that needs our library
 WINDOW_NEEDS = (1, 24)  # earlier versions let a token see one key more than the window
 ERRORS_ONLY = 3
 
@@ -61,7 +62,7 @@ class OnnxRuntime(Runtime):
         self.vocabulary, self.context = self.spec.vocabulary, int(manifest["context"])
         self.stop_tokens = list(manifest["stop_tokens"])
         self._check_window()
-        self.session = open_session(path / MODEL, threads)
+        self.session = open_session(path / MODEL, threads, manifest["ops"] == CUSTOM)
 
     def _check_window(self) -> None:
         installed = tuple(int(part) for part in ort.__version__.split(".")[:2])
@@ -114,14 +115,23 @@ def _inputs(
     }
 
 
-def open_session(model: Path, threads: int | None) -> ort.InferenceSession:
-    """A CPU session with the custom operators; FormatError or RuntimeError with the remedy."""
+def open_session(model: Path, threads: int | None, custom: bool = True) -> ort.InferenceSession:
+    """A CPU session, with our operators if `custom`; FormatError or RuntimeError with a remedy."""
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads must be 1 or more, got {threads}")
         options.intra_op_num_threads = threads
+    if custom:
+        _register(options)
+    try:
+        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise _explain(model, error) from error
+
+
+def _register(options: ort.SessionOptions) -> None:
     library = library_path()
     try:
         options.register_custom_ops_library(str(library))
@@ -130,10 +140,6 @@ def open_session(model: Path, threads: int | None) -> ort.InferenceSession:
             f"the custom operators in {library} cannot be loaded ({_first_line(error)}); "
             "reinstall bitdistill on this machine"
         ) from error
-    try:
-        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise _explain(model, error) from error
 
 
 def _explain(model: Path, error: Exception) -> Exception:

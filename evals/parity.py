@@ -19,7 +19,7 @@ Both hold for whole sequences at once and for tokens fed one by one through the 
 rotation, norm or scale moves every position by a large part of the spread and fails both.
 
 What storage itself costs is measured apart: `storage_cost` compares an artifact whose embedding is
-quantised with the student as it was trained.
+quantised, or which rounds activations in blocks, with the student as it was trained.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def verdict(parity: dict[str, Any]) -> str:
     cost = parity.get("storage_cost", {}).get("top_token_agreement")
     if cost is None:
         return words
-    return f"{words}; with the quantised embedding {cost:.1%} of top tokens are the student's"
+    return f"{words}; with what it rounds further, {cost:.1%} of top tokens are the student's"
 
 
 def report(
@@ -116,7 +116,8 @@ def report(
         options = {"dtype": dtype, "storage": content["storage"]}
         references.append(_logits(load(student, threads=threads, **options), sequences))
     figures = compare(found, cached, *references) | {"sequences": len(sequences), "seed": seed}
-    if not content["storage"]["embedding"].startswith("float"):
+    storage = content["storage"]
+    if "activations" in storage or not storage["embedding"].startswith("float"):
         trained = _logits(load(student, threads=threads), sequences)
         figures["storage_cost"] = _difference(found, trained)
     say("parity", 3, 3)

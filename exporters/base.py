@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from bitdistill import manifest
 from bitdistill.backends.registry import resolve
 from bitdistill.cards import header
+from bitdistill.names import suggest
 
 if TYPE_CHECKING:
     from bitdistill.checkpoint import StudentFiles
@@ -41,11 +42,13 @@ class Options:
     `embed_bits`: bits of an element of the embedding and head, one of the target's EMBED_BITS.
     `context`: the most tokens a sequence may have (None: the model's own, at most 8192).
     `weight_bits`: bits of a ternary weight, one of the target's WEIGHT_BITS.
+    `ops`: which operators the artifact uses, one of the target's OPS (None: its default).
     """
 
     embed_bits: int = 16
     context: int | None = None
     weight_bits: float = 2.0
+    ops: str | None = None
 
     def resolve_context(self, model_context: int) -> int:
         """The context of the artifact; ValueError unless it is between 1 and the model's."""
@@ -72,6 +75,7 @@ def export(
     embed_bits: int = 16,
     context: int | None = None,
     weight_bits: float = 2.0,
+    ops: str | None = None,
     progress: Progress | None = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> Path:
@@ -85,11 +89,14 @@ def export(
     write: Exporter = resolve(EXPORTERS, target, "target")
     _check_bits(write, target, "embed_bits", embed_bits)
     _check_bits(write, target, "weight_bits", weight_bits)
+    _check_ops(write, target, ops)
     files = _open(Path(student))
     out = Path(out)
     _guard(out, force)
     with manifest.new_directory(out, force=force) as partial:
-        part = write(files, partial, Options(embed_bits, context, weight_bits), progress or _silent)
+        part = write(
+            files, partial, Options(embed_bits, context, weight_bits, ops), progress or _silent
+        )
         content = _describe(files, target) | part
         _complete(files, partial, content)
         manifest.write_manifest(partial, "artifact", content)
@@ -113,6 +120,13 @@ def _check_bits(write: Exporter, target: str, option: str, bits: float) -> None:
             f"{option} must be one of {choices} for {target}, got {bits:g}; "
             f"did you mean {nearest:g}?"
         )
+
+
+def _check_ops(write: Exporter, target: str, ops: str | None) -> None:
+    known: tuple[str, ...] = getattr(sys.modules[write.__module__], "OPS", ())
+    if ops is not None and ops not in known:
+        reason = f"unknown ops {ops!r}{suggest(ops, known)}" if known else f"{target} has no ops"
+        raise ValueError(reason + ("" if known else "; leave --ops out"))
 
 
 def _open(path: Path) -> StudentFiles:
