@@ -43,12 +43,14 @@ class Options:
     `context`: the most tokens a sequence may have (None: the model's own, at most 8192).
     `weight_bits`: bits of a ternary weight, one of the target's WEIGHT_BITS.
     `ops`: which operators the artifact uses, one of the target's OPS (None: its default).
+    `with_library`: copy the custom-op library into the artifact (a target with OPS).
     """
 
     embed_bits: int = 16
     context: int | None = None
     weight_bits: float = 2.0
     ops: str | None = None
+    with_library: bool = False
 
     def resolve_context(self, model_context: int) -> int:
         """The context of the artifact; ValueError unless it is between 1 and the model's."""
@@ -76,6 +78,7 @@ def export(
     context: int | None = None,
     weight_bits: float = 2.0,
     ops: str | None = None,
+    with_library: bool = False,
     progress: Progress | None = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> Path:
@@ -89,14 +92,13 @@ def export(
     write: Exporter = resolve(EXPORTERS, target, "target")
     _check_bits(write, target, "embed_bits", embed_bits)
     _check_bits(write, target, "weight_bits", weight_bits)
-    _check_ops(write, target, ops)
+    _check_ops(write, target, ops, with_library)
+    options = Options(embed_bits, context, weight_bits, ops, with_library)
     files = _open(Path(student))
     out = Path(out)
     _guard(out, force)
     with manifest.new_directory(out, force=force) as partial:
-        part = write(
-            files, partial, Options(embed_bits, context, weight_bits, ops), progress or _silent
-        )
+        part = write(files, partial, options, progress or _silent)
         content = _describe(files, target) | part
         _complete(files, partial, content)
         manifest.write_manifest(partial, "artifact", content)
@@ -122,11 +124,13 @@ def _check_bits(write: Exporter, target: str, option: str, bits: float) -> None:
         )
 
 
-def _check_ops(write: Exporter, target: str, ops: str | None) -> None:
+def _check_ops(write: Exporter, target: str, ops: str | None, with_library: bool) -> None:
     known: tuple[str, ...] = getattr(sys.modules[write.__module__], "OPS", ())
+    if not known and (ops is not None or with_library):
+        option = "--with-library" if with_library else "--ops"
+        raise ValueError(f"{target} has no custom operators; leave {option} out")
     if ops is not None and ops not in known:
-        reason = f"unknown ops {ops!r}{suggest(ops, known)}" if known else f"{target} has no ops"
-        raise ValueError(reason + ("" if known else "; leave --ops out"))
+        raise ValueError(f"unknown ops {ops!r}{suggest(ops, known)}")
 
 
 def _open(path: Path) -> StudentFiles:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from bitdistill import packing, tables
 from bitdistill.checkpoint import StudentFiles
 from bitdistill.decoder import LINEARS, DecoderSpec
+from bitdistill.exporters import onnx_genai as genai
 from bitdistill.exporters.base import Options, Progress
 from bitdistill.exporters.onnx_graph import DecoderGraph
 from bitdistill.exporters.onnx_layout import stored_linears
@@ -80,12 +81,17 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
     reader = _Reader(student, progress)
     with TensorFile(out / DATA) as data:
         graph = DecoderGraph(spec, context, options, reader.tensor, reader.ternary, data)
-        ir.save(graph.build(), out / MODEL)
+        model = graph.build()
+        ir.save(model, out / MODEL)
     if reader.unread:
         raise FormatError(
             f"{student.path} holds tensors that its architecture has no place for "
             f"({', '.join(sorted(reader.unread)[:3])}); it was altered or another version wrote it"
         )
+    genai.write_graph(model, out)
+    genai.write_config(spec, context, student.config, student.stop_tokens, out, ops)
+    if options.with_library:
+        genai.copy_library(out)
     verify(student, out, reader, ops)
     errors = table_errors(student, out)
     return {
@@ -122,6 +128,8 @@ def check_supported(spec: DecoderSpec, options: Options) -> None:
 def _check_operators(spec: DecoderSpec, options: Options) -> None:
     if options.ops in (None, DEFAULT):
         return
+    if options.with_library:
+        raise ValueError(f"an artifact with --ops {options.ops} needs no library; leave it out")
     if options.weight_bits != 2:
         raise ValueError("stock operators have no 1.6-bit weights; export with --weight-bits 2")
     if options.ops == "integer" and spec.activation_bits is None:

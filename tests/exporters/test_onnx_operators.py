@@ -189,6 +189,7 @@ def test_a_tied_quantised_table_is_in_the_file_once(student_dir: Students, tmp_p
     [
         ({"ops": "portabel"}, "unknown ops 'portabel'; did you mean 'portable'?"),
         ({"ops": "portable", "weight_bits": 1.6}, "stock operators have no 1.6-bit weights"),
+        ({"ops": "portable", "with_library": True}, "needs no library; leave it out"),
         ({"ops": "integer", "embed_bits": 8}, "choose --embed-bits 16 or 4"),
     ],
 )
@@ -201,7 +202,7 @@ def test_what_stock_operators_cannot_do(
 
 
 def test_other_refusals(student_dir: Students, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="mlx has no ops; leave --ops out"):
+    with pytest.raises(ValueError, match="mlx has no custom operators; leave --ops out"):
         exporters.export(student_dir("llama"), "mlx", tmp_path / "out", ops="portable")
     with pytest.raises(ValueError, match="activations are not rounded; use --ops custom"):
         exporters.export(
