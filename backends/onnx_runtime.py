@@ -15,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from bitdistill.backends.base import Floats, Integers, Runtime
+from bitdistill.backends.embedding_file import NAME, EmbeddingFile
 from bitdistill.backends.kernels import library_path
 from bitdistill.decoder import DecoderSpec
 from bitdistill.manifest import FormatError
@@ -31,7 +32,9 @@ class OnnxCache:
     float32 (1, KV heads, capacity, head size) for each layer's key and value.
     """
 
-    def __init__(self, session: ort.InferenceSession, spec: DecoderSpec, capacity: int) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, spec: DecoderSpec, capacity: int, words: int
+    ) -> None:
         self.length, self.capacity = 0, capacity
         self.binding = session.io_binding()
         self.memory: list[ort.OrtValue] = []
@@ -42,13 +45,16 @@ class OnnxCache:
                 self.memory.append(value)
                 self.binding.bind_ortvalue_input(f"past_key_values.{index}.{part}", value)
                 self.binding.bind_ortvalue_output(f"present.{index}.{part}", value)
-        logits = np.zeros((1, spec.vocabulary), np.float32)
+        logits = np.zeros((1, words), np.float32)
         self.logits = ort.OrtValue.ortvalue_from_numpy(logits)
         self.binding.bind_ortvalue_output("logits", self.logits)
 
 
 class OnnxRuntime(Runtime):
     """An ONNX artifact, loaded. `threads` is the size of ONNX Runtime's pool (None: every core).
+
+    A classifier's head knows the label tokens alone (the other words' logits are minus infinity),
+    and its embedding is read from its file row by row.
 
     Raises FormatError for a model file that is damaged, RuntimeError for an installation that
     cannot run it; both say what to do.
@@ -61,6 +67,11 @@ class OnnxRuntime(Runtime):
         self.spec = DecoderSpec.from_json(manifest["decoder"])
         self.vocabulary, self.context = self.spec.vocabulary, int(manifest["context"])
         self.stop_tokens = list(manifest["stop_tokens"])
+        self.labels: list[int] | None = manifest["label_tokens"]
+        self.embedding: EmbeddingFile | None = None
+        if self.labels is not None:
+            table = (self.vocabulary, self.spec.hidden, manifest["storage"]["embedding"])
+            self.embedding = EmbeddingFile(path / NAME, *table)
         self._check_window()
         self.session = open_session(path / MODEL, threads, manifest["ops"] == CUSTOM)
 
@@ -76,43 +87,56 @@ class OnnxRuntime(Runtime):
     def new_cache(self, capacity: int) -> OnnxCache:
         """An empty cache for one sequence of up to `capacity` tokens."""
         self.check_capacity(capacity)
-        return OnnxCache(self.session, self.spec, capacity)
+        words = self.vocabulary if self.labels is None else len(self.labels)
+        return OnnxCache(self.session, self.spec, capacity, words)
 
     def step(self, tokens: Sequence[int], cache: OnnxCache) -> Floats:
         """Feed tokens of one sequence; float32 (V,) logits of the last."""
         count = len(tokens)
         self.check_tokens(tokens, cache.capacity - cache.length)
         total = cache.length + count
-        inputs = _inputs(np.array([tokens], np.int64), np.array([total]), np.array([count - 1]))
+        inputs = self._inputs(
+            np.array([tokens], np.int64), np.array([total]), np.array([count - 1])
+        )
         for name, value in inputs.items():
             cache.binding.bind_cpu_input(name, value)
         self.session.run_with_iobinding(cache.binding)
         cache.length = total
-        return np.array(cache.logits.numpy()[0])  # the buffer is written again by the next step
+        # a copy, because the buffer is written again by the next step
+        return np.array(self._all_words(cache.logits.numpy())[0])
 
     def logits_at(self, tokens_BT: Integers, lengths_B: Integers, rows: Integers) -> Floats:
         """float32 (P, V) at rows (b, t), by one forward without a cache."""
         flat = rows[:, 0] * tokens_BT.shape[1] + rows[:, 1]
-        inputs = _inputs(tokens_BT, lengths_B, flat)
+        inputs = self._inputs(tokens_BT, lengths_B, flat)
         shape = (len(tokens_BT), self.spec.kv_heads, 0, self.spec.head_dim)
         nothing = np.zeros(shape, np.float32)
         for index in range(len(self.spec.layers)):
             for part in ("key", "value"):
                 inputs[f"past_key_values.{index}.{part}"] = nothing
         logits: Floats = self.session.run(["logits"], inputs)[0]
-        return logits
+        return self._all_words(logits)
 
+    def _inputs(
+        self, tokens_BT: Integers, lengths_B: NDArray[np.integer], rows_P: NDArray[np.integer]
+    ) -> dict[str, NDArray[Any]]:
+        """The graph's inputs, the cache excepted; lengths include what the cache holds."""
+        inputs: dict[str, NDArray[Any]] = {
+            "seqlens_k": (lengths_B - 1).astype(np.int32),
+            "total_sequence_length": np.array(lengths_B.max(), np.int32),
+            "logit_rows": np.ascontiguousarray(rows_P, np.int64),
+        }
+        if self.embedding is not None:
+            return inputs | {"embeddings": self.embedding.rows(tokens_BT)}
+        return inputs | {"input_ids": np.ascontiguousarray(tokens_BT, np.int64)}
 
-def _inputs(
-    tokens_BT: Integers, lengths_B: NDArray[np.integer], rows_P: NDArray[np.integer]
-) -> dict[str, NDArray[Any]]:
-    """The graph's inputs, the cache excepted; lengths include what the cache holds."""
-    return {
-        "input_ids": np.ascontiguousarray(tokens_BT, np.int64),
-        "seqlens_k": (lengths_B - 1).astype(np.int32),
-        "total_sequence_length": np.array(lengths_B.max(), np.int32),
-        "logit_rows": np.ascontiguousarray(rows_P, np.int64),
-    }
+    def _all_words(self, logits: Floats) -> Floats:
+        """(P, labels) -> (P, V) for a classifier; (P, V) as it is."""
+        if self.labels is None:
+            return logits
+        wide = np.full((len(logits), self.vocabulary), -np.inf, np.float32)
+        wide[:, self.labels] = logits
+        return wide
 
 
 def open_session(model: Path, threads: int | None, custom: bool = True) -> ort.InferenceSession:

@@ -117,6 +117,7 @@ def recipes(name: str | None) -> None:
 @click.option("--weight-bits", default=2.0, show_default=True, help="Ternary weights: 2 or 1.6.")
 @click.option("--ops", help="ONNX operators: custom (default), portable or integer.")
 @click.option("--with-library", is_flag=True, help="Copy the custom-op library in, for GenAI.")
+@click.option("--task", help="A classifier: a head of this label task's answers alone.")
 @click.option("--context", type=int, help="Longest sequence [the model's, at most 8192].")
 @click.option("--parity/--no-parity", default=True, help="Compare with PyTorch.  [default: parity]")
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")

@@ -105,20 +105,21 @@ def report(
         reason = f"{count / 1e9:.1f}e9 parameters: an fp64 reference is made up to {LARGEST:.0e}"
         return {"passed": None, "skipped": reason}
     say = progress or (lambda stage, done, total: None)
+    labels = content.get("label_tokens")  # a classifier is compared where it has logits
     say("parity", 0, 3)
     runtime = load(artifact, threads=threads)
     sequences = make_sequences(runtime, prompts, seed)
-    found, cached = _logits(runtime, sequences), _decode(runtime, sequences)
+    found, cached = _logits(runtime, sequences, labels), _decode(runtime, sequences, labels)
     del runtime
     references = []
     for done, dtype in enumerate(("float32", "float64"), start=1):
         say("parity", done, 3)
         options = {"dtype": dtype, "storage": content["storage"]}
-        references.append(_logits(load(student, threads=threads, **options), sequences))
+        references.append(_logits(load(student, threads=threads, **options), sequences, labels))
     figures = compare(found, cached, *references) | {"sequences": len(sequences), "seed": seed}
     storage = content["storage"]
     if "activations" in storage or not storage["embedding"].startswith("float"):
-        trained = _logits(load(student, threads=threads), sequences)
+        trained = _logits(load(student, threads=threads), sequences, labels)
         figures["storage_cost"] = _difference(found, trained)
     say("parity", 3, 3)
     return figures
@@ -141,19 +142,27 @@ def make_sequences(runtime: Any, prompts: Sequence[str], seed: int) -> list[list
     return drawn + [ids for ids in encoded if ids]
 
 
-def _logits(runtime: Any, sequences: Sequence[Sequence[int]]) -> Logits:
-    """Logits (P, V) of the last KEPT positions of each sequence, from one right-padded batch."""
+def _logits(
+    runtime: Any, sequences: Sequence[Sequence[int]], labels: list[int] | None = None
+) -> Logits:
+    """Logits (P, V or labels) of each sequence's last KEPT positions, in one padded batch."""
     lengths = np.array([len(sequence) for sequence in sequences], np.int64)
     tokens = np.zeros((len(sequences), lengths.max()), np.int64)
     for row, sequence in zip(tokens, sequences, strict=True):
         row[: len(sequence)] = sequence
     kept = [range(max(0, end - KEPT), end) for end in lengths.tolist()]
     rows = np.array([(b, t) for b, positions in enumerate(kept) for t in positions], np.int64)
-    logits = runtime.logits_at(tokens, lengths, rows)
+    logits = _of_labels(runtime.logits_at(tokens, lengths, rows), labels)
     return np.split(logits, np.cumsum([len(positions) for positions in kept])[:-1])
 
 
-def _decode(runtime: Any, sequences: Sequence[Sequence[int]]) -> Logits:
+def _of_labels(logits: NDArray[np.float32], labels: list[int] | None) -> NDArray[np.float32]:
+    return logits if labels is None else logits[:, labels]
+
+
+def _decode(
+    runtime: Any, sequences: Sequence[Sequence[int]], labels: list[int] | None = None
+) -> Logits:
     """The same logits by feeding the last tokens one by one, after the others at once."""
     logits = []
     for sequence in sequences:
@@ -161,7 +170,7 @@ def _decode(runtime: Any, sequences: Sequence[Sequence[int]]) -> Logits:
         cache = runtime.new_cache(len(sequence))
         rows = [runtime.step(sequence[:first], cache)]
         rows += [runtime.step([token], cache) for token in sequence[first:]]
-        logits.append(np.stack(rows))
+        logits.append(_of_labels(np.stack(rows), labels))
     return logits
 
 

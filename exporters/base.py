@@ -44,6 +44,7 @@ class Options:
     `weight_bits`: bits of a ternary weight, one of the target's WEIGHT_BITS.
     `ops`: which operators the artifact uses, one of the target's OPS (None: its default).
     `with_library`: copy the custom-op library into the artifact (a target with OPS).
+    `task`: make a classifier for this label task: a head of its answers alone (a target with OPS).
     """
 
     embed_bits: int = 16
@@ -51,6 +52,7 @@ class Options:
     weight_bits: float = 2.0
     ops: str | None = None
     with_library: bool = False
+    task: str | None = None
 
     def resolve_context(self, model_context: int) -> int:
         """The context of the artifact; ValueError unless it is between 1 and the model's."""
@@ -79,6 +81,7 @@ def export(
     weight_bits: float = 2.0,
     ops: str | None = None,
     with_library: bool = False,
+    task: str | None = None,
     progress: Progress | None = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> Path:
@@ -92,8 +95,8 @@ def export(
     write: Exporter = resolve(EXPORTERS, target, "target")
     _check_bits(write, target, "embed_bits", embed_bits)
     _check_bits(write, target, "weight_bits", weight_bits)
-    _check_ops(write, target, ops, with_library)
-    options = Options(embed_bits, context, weight_bits, ops, with_library)
+    options = Options(embed_bits, context, weight_bits, ops, with_library, task)
+    _check_ops(write, target, options)
     files = _open(Path(student))
     out = Path(out)
     _guard(out, force)
@@ -124,13 +127,15 @@ def _check_bits(write: Exporter, target: str, option: str, bits: float) -> None:
         )
 
 
-def _check_ops(write: Exporter, target: str, ops: str | None, with_library: bool) -> None:
+def _check_ops(write: Exporter, target: str, options: Options) -> None:
+    """ValueError for an option that only targets with a choice of operators know."""
     known: tuple[str, ...] = getattr(sys.modules[write.__module__], "OPS", ())
-    if not known and (ops is not None or with_library):
-        option = "--with-library" if with_library else "--ops"
-        raise ValueError(f"{target} has no custom operators; leave {option} out")
-    if ops is not None and ops not in known:
-        raise ValueError(f"unknown ops {ops!r}{suggest(ops, known)}")
+    asked = [name for name in ("ops", "with_library", "task") if getattr(options, name)]
+    if asked and not known:
+        option = asked[0].replace("_", "-")
+        raise ValueError(f"target {target} has no option --{option}; leave it out")
+    if options.ops is not None and options.ops not in known:
+        raise ValueError(f"unknown ops {options.ops!r}{suggest(options.ops, known)}")
 
 
 def _open(path: Path) -> StudentFiles:

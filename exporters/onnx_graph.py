@@ -1,6 +1,7 @@
 """The decoder as an ONNX graph, built node by node (IR 10, opset 21); nothing is traced.
 
-Inputs   input_ids int64 (B, T)            right-padded where B > 1
+Inputs   input_ids int64 (B, T)            right-padded where B > 1; of a classifier the rows
+                                           instead, embeddings float32 (B, T, hidden)
          seqlens_k int32 (B)               length of each sequence, past included, minus 1
          total_sequence_length int32 ()    the longest of them, past included
          logit_rows int64 (P)              positions of B * T whose logits are wanted
@@ -51,12 +52,14 @@ class DecoderGraph(NodeBuilder):
         spec: DecoderSpec,
         context: int,
         options: Options,
+        label_rows: NDArray[np.float32] | None,
         tensor: ReadTensor,
         ternary: ReadTernary,
         data: TensorFile,
     ) -> None:
         super().__init__(data)
         self.spec, self.context, self.ops = spec, context, options.ops or DEFAULT
+        self.label_rows = label_rows
         self.embed_bits, self.layout = options.embed_bits, packing.LAYOUTS[options.weight_bits]
         self.tensor, self.ternary = tensor, ternary
         self.stored = stored_linears(spec)
@@ -76,9 +79,13 @@ class DecoderGraph(NodeBuilder):
     # The parts of a decoder
 
     def embedding(self) -> ir.Value:
-        """Token ids -> (B, T, hidden)."""
+        """Token ids -> (B, T, hidden); a classifier is fed the rows themselves."""
+        if self.label_rows is not None:
+            return self._scaled(self.inputs["embeddings"])
         self.table = self._table("model.embed_tokens.weight", "embedding")
-        x = onnx_tables.lookup(self, self.table, self.inputs["input_ids"])
+        return self._scaled(onnx_tables.lookup(self, self.table, self.inputs["input_ids"]))
+
+    def _scaled(self, x: ir.Value) -> ir.Value:
         if self.spec.embedding_scale != 1.0:
             scale = self.constant("embedding_scale", np.float32(self.spec.embedding_scale))
             x = self.op("Mul", [x, scale], "embed_tokens/scale")
@@ -118,6 +125,9 @@ class DecoderGraph(NodeBuilder):
         x = self.op("Reshape", [x, flat], "flatten")
         x = self.op("Gather", [x, self.inputs["logit_rows"]], "asked_rows", axis=0)
         x = self.norm(x, "model.norm", "norm")
+        if self.label_rows is not None:
+            rows = self.data.add("label_head.weight", self.label_rows, "head")
+            return self.op("Gemm", [x, rows], "label_head", output="logits", transB=1)
         table = self.table if self.spec.tied else self._table("lm_head.weight", "head")
         return onnx_tables.head(self, table, x)
 
@@ -250,8 +260,11 @@ class DecoderGraph(NodeBuilder):
     def _inputs(self) -> dict[str, ir.Value]:
         spec = self.spec
         past: list[int | str] = ["batch", spec.kv_heads, "past", spec.head_dim]
+        tokens = typed_value("input_ids", ["batch", "sequence"], ir.DataType.INT64)
+        if self.label_rows is not None:
+            tokens = typed_value("embeddings", ["batch", "sequence", spec.hidden])
         values = [
-            typed_value("input_ids", ["batch", "sequence"], ir.DataType.INT64),
+            tokens,
             typed_value("seqlens_k", ["batch"], ir.DataType.INT32),
             typed_value("total_sequence_length", [], ir.DataType.INT32),
             typed_value("logit_rows", ["rows"], ir.DataType.INT64),
@@ -265,7 +278,8 @@ class DecoderGraph(NodeBuilder):
 
     def _model(self, outputs: list[ir.Value]) -> ir.Model:
         logits = outputs[0]
-        logits.shape = ir.Shape(["rows", self.spec.vocabulary])
+        words = self.spec.vocabulary if self.label_rows is None else len(self.label_rows)
+        logits.shape = ir.Shape(["rows", words])
         logits.type = ir.TensorType(ir.DataType.FLOAT)
         domains = {node.domain for node in self.nodes}
         stored = [*self.data.values.values(), *self.constants.values()]

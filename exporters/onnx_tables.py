@@ -57,13 +57,19 @@ def store(
         if stored.group_scale is not None:
             values.append(graph.data.add(f"{name}.group_scale", stored.group_scale, part))
         return StoredTable(ops, bits, rows, columns, values)
-    if bits == 16:
-        with np.errstate(over="ignore"):
-            half = table.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise ValueError(f"{name} holds values beyond float16; export with embed_bits=32")
-        return StoredTable(ops, bits, rows, columns, [graph.data.add(name, half, part)])
-    return StoredTable(ops, bits, rows, columns, [graph.data.add(name, table, part)])
+    values = [graph.data.add(name, as_float(name, table, bits), part)]
+    return StoredTable(ops, bits, rows, columns, values)
+
+
+def as_float(name: str, table: NDArray[np.float32], bits: int) -> NDArray[Any]:
+    """A table at 16 or 32 bits; ValueError for values that do not fit float16."""
+    if bits == 32:
+        return table
+    with np.errstate(over="ignore"):
+        half = table.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError(f"{name} holds values beyond float16; export with embed_bits=32")
+    return half
 
 
 def lookup(graph: NodeBuilder, table: StoredTable, ids: ir.Value) -> ir.Value:

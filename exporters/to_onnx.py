@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from bitdistill import packing, tables
 from bitdistill.checkpoint import StudentFiles
 from bitdistill.decoder import LINEARS, DecoderSpec
+from bitdistill.exporters import onnx_classifier as classifier
 from bitdistill.exporters import onnx_genai as genai
 from bitdistill.exporters.base import Options, Progress
 from bitdistill.exporters.onnx_graph import DecoderGraph
@@ -78,9 +79,15 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
     spec, ops = student.spec, options.ops or DEFAULT
     check_supported(spec, options)
     context = options.resolve_context(spec.context)
+    labels = None if options.task is None else classifier.label_tokens(student, options.task)
     reader = _Reader(student, progress)
     with TensorFile(out / DATA) as data:
-        graph = DecoderGraph(spec, context, options, reader.tensor, reader.ternary, data)
+        rows = (
+            None
+            if labels is None
+            else classifier.write_tables(reader.tensor, spec, labels, options.embed_bits, data, out)
+        )
+        graph = DecoderGraph(spec, context, options, rows, reader.tensor, reader.ternary, data)
         model = graph.build()
         ir.save(model, out / MODEL)
     if reader.unread:
@@ -88,17 +95,19 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
             f"{student.path} holds tensors that its architecture has no place for "
             f"({', '.join(sorted(reader.unread)[:3])}); it was altered or another version wrote it"
         )
-    genai.write_graph(model, out)
-    genai.write_config(spec, context, student.config, student.stop_tokens, out, ops)
+    if labels is None:  # GenAI generates text
+        genai.write_graph(model, out)
+        genai.write_config(spec, context, student.config, student.stop_tokens, out, ops)
     if options.with_library:
         genai.copy_library(out)
     verify(student, out, reader, ops)
-    errors = table_errors(student, out)
+    errors = classifier.errors(student, out) if labels else table_errors(student, out)
     return {
         "context": context,
         "ops": ops,
         "kernel_layout": packing.LAYOUTS[options.weight_bits] if ops == DEFAULT else None,
         "scale_granularity": "matrix",
+        "label_tokens": labels,
         "storage": _storage(ops, options.embed_bits),
         "embedding_error": errors,
         "parts": _parts(spec, data, out),
@@ -107,6 +116,11 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
 
 def check_supported(spec: DecoderSpec, options: Options) -> None:
     """ValueError for what this target cannot represent."""
+    if options.task is not None and options.embed_bits in (8, 4):
+        raise ValueError(
+            "a classifier's embedding stays on disk, where fewer bits save no memory; export with "
+            "--embed-bits 16"
+        )
     if options.embed_bits in (8, 4) and spec.hidden > tables.MAX_COLUMNS:
         raise ValueError(
             f"hidden size {spec.hidden}: a quantised embedding has at most {tables.MAX_COLUMNS} "
@@ -156,7 +170,8 @@ def _parts(spec: DecoderSpec, data: TensorFile, out: Path) -> dict[str, int | fl
     names = ("body", "embedding", "head", "norms", "rotary")
     parts: dict[str, int | float] = {name: data.parts[name] for name in names}
     weights = len(spec.layers) * sum(n * k for n, k in map(spec.shape, LINEARS))
-    parts["total"] = sum((out / name).stat().st_size for name in (MODEL, DATA))
+    files = [out / name for name in (MODEL, DATA, classifier.NAME)]
+    parts["total"] = sum(file.stat().st_size for file in files if file.exists())
     parts["body_bits_per_weight"] = 8 * data.parts["body"] / weights
     table = spec.vocabulary * spec.hidden * (1 if spec.tied else 2)
     parts["embedding_bits_per_weight"] = 8 * (data.parts["embedding"] + data.parts["head"]) / table
@@ -165,9 +180,7 @@ def _parts(spec: DecoderSpec, data: TensorFile, out: Path) -> dict[str, int | fl
 
 def table_errors(student: StudentFiles, out: Path) -> dict[str, dict[str, float]]:
     """What rounding costs the embedding and an untied head, measured on the written file."""
-    names = (
-        {"embedding": EMBEDDING} if student.spec.tied else {"embedding": EMBEDDING, "head": HEAD}
-    )
+    names = {"embedding": EMBEDDING} | ({} if student.spec.tied else {"head": HEAD})
     errors = {}
     for part, name in names.items():
         table = student.tensor(name).numpy()

@@ -202,7 +202,7 @@ def test_what_stock_operators_cannot_do(
 
 
 def test_other_refusals(student_dir: Students, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="mlx has no custom operators; leave --ops out"):
+    with pytest.raises(ValueError, match="target mlx has no option --ops; leave it out"):
         exporters.export(student_dir("llama"), "mlx", tmp_path / "out", ops="portable")
     with pytest.raises(ValueError, match="activations are not rounded; use --ops custom"):
         exporters.export(
