@@ -61,6 +61,7 @@ class OnnxRuntime(Runtime):
     """
 
     name = "onnx"
+    prefill_chunk = 64  # as fast as 256 on a 0.6B model, with 20 MB less of workspace
 
     def __init__(self, path: Path, manifest: dict[str, Any], *, threads: int | None = None) -> None:
         self.path, self.manifest = path, manifest

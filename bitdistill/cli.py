@@ -128,6 +128,7 @@ def export(student: Path, target: str, out: Path, parity: bool, **options: Any) 
     noise floor of PyTorch itself and stored in the artifact's manifest.
     """
     from bitdistill.exporters import export as write
+    from bitdistill.progress import step_bar
 
     check: Callable[[Path], dict[str, Any]] | None = None
     if parity:
@@ -140,7 +141,7 @@ def export(student: Path, target: str, out: Path, parity: bool, **options: Any) 
             click.echo(f"parity with PyTorch: {verdict(parity)}", err=True)
             return parity
 
-    click.echo(write(student, target, out, check=check, **options))
+    click.echo(write(student, target, out, check=check, progress=step_bar(), **options))
 
 
 @main.command("eval")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.progress import (
 )
 
 LINES_WITHOUT_TERMINAL = 5
+BAR_WIDTH = 30
 
 
 class Reporter:
@@ -82,3 +84,17 @@ class Meter:
         if not self.reporter.console.is_terminal and step // self._every > self._spoken:
             self._spoken = step // self._every
             self.reporter.say(f"{self.name}: step {step}/{self.total}  {text}")
+
+
+def step_bar() -> Callable[[str, int, int], None]:
+    """A callback (name, done, total) that rewrites a bar on a terminal and is silent elsewhere."""
+    terminal = sys.stderr.isatty()
+
+    def show(name: str, done: int, total: int) -> None:
+        if terminal:
+            bar = "#" * (BAR_WIDTH * done // total)
+            end = "\n" if done == total else ""
+            sys.stderr.write(f"\r\033[K[{bar:{BAR_WIDTH}}] {done}/{total} {name}{end}")
+            sys.stderr.flush()
+
+    return show

@@ -89,8 +89,9 @@ def report(
     """Compare an artifact with its student: figures as plain JSON, and `passed`.
 
     Fed are random tokens drawn with `seed`, and the ends of the first PROMPTS of `prompts`.
-    `passed` is None, with a reason under `skipped`, for a model of more than 1e9 parameters. Raises
-    FormatError where the artifact was made from other weights.
+    A model of more than 1e9 parameters is compared layer by layer (parity_layers.py); where that
+    cannot be done, `passed` is None, with a reason under `skipped`. Raises FormatError where the
+    artifact was made from other weights.
     """
     from bitdistill.backends import load
 
@@ -101,10 +102,9 @@ def report(
             f"{artifact} was not exported from the weights in {student}; export it again"
         )
     count = parameters(DecoderSpec.from_json(content["decoder"]))
-    if count > LARGEST:
-        reason = f"{count / 1e9:.1f}e9 parameters: an fp64 reference is made up to {LARGEST:.0e}"
-        return {"passed": None, "skipped": reason}
     say = progress or (lambda stage, done, total: None)
+    if count > LARGEST:
+        return _large(student, artifact, content, seed, threads, say)
     labels = content.get("label_tokens")  # a classifier is compared where it has logits
     say("parity", 0, 3)
     runtime = load(artifact, threads=threads)
@@ -120,9 +120,29 @@ def report(
     storage = content["storage"]
     if "activations" in storage or not storage["embedding"].startswith("float"):
         trained = _logits(load(student, threads=threads), sequences, labels)
-        figures["storage_cost"] = _difference(found, trained)
+        figures["storage_cost"] = difference(found, trained)
     say("parity", 3, 3)
     return figures
+
+
+def _large(
+    student: Path,
+    artifact: Path,
+    content: dict[str, Any],
+    seed: int,
+    threads: int | None,
+    say: Progress,
+) -> dict[str, Any]:
+    """Layer by layer where that can be done: ONNX, text generation."""
+    if content["target"] != "onnx" or content["label_tokens"] is not None:
+        reason = f"more than {LARGEST:.0e} parameters: compared layer by layer for ONNX alone"
+        return {"passed": None, "skipped": reason}
+    from bitdistill.evals import parity_layers
+
+    words = content["decoder"]["vocabulary"]
+    count = min(parity_layers.TOKENS, content["context"])
+    tokens = np.random.default_rng(seed).integers(0, words, count).tolist()
+    return parity_layers.report(student, artifact, tokens, threads, say)
 
 
 def parameters(spec: DecoderSpec) -> int:
@@ -179,20 +199,20 @@ def compare(found: Logits, cached: Logits, fp32: Logits, fp64: Logits) -> dict[s
 
     Each argument holds one (P, V) array per sequence, of the same positions.
     """
-    floor, whole, steps = (_difference(logits, fp64) for logits in (fp32, found, cached))
-    failures = _failures("whole sequences", whole, floor)
-    failures += _failures("cached decoding", steps, floor)
+    floor, whole, steps = (difference(logits, fp64) for logits in (fp32, found, cached))
+    failures = judge("whole sequences", whole, floor)
+    failures += judge("cached decoding", steps, floor)
     return {
         "passed": not failures,
         "failures": failures,
         "floor": floor,
         "artifact": whole,
         "cached": steps,
-        "artifact_against_fp32": _difference(found, fp32),
+        "artifact_against_fp32": difference(found, fp32),
     }
 
 
-def _difference(logits: Logits, reference: Logits) -> dict[str, Any]:
+def difference(logits: Logits, reference: Logits) -> dict[str, Any]:
     """Errors relative to the spread of the reference, and the share of equal top tokens."""
     errors, largest, same, positions = [], 0.0, 0, sum(map(len, logits))
     for found_PV, expected_PV in zip(logits, reference, strict=True):
@@ -208,7 +228,7 @@ def _difference(logits: Logits, reference: Logits) -> dict[str, Any]:
     return shares | {name: float(value) for name, value in quantiles} | {"largest": largest}
 
 
-def _failures(what: str, found: dict[str, Any], floor: dict[str, Any]) -> list[str]:
+def judge(what: str, found: dict[str, Any], floor: dict[str, Any]) -> list[str]:
     """Sentences for each rule that is broken."""
     if not floor["finite"] or not found["finite"]:
         return [f"{what}: the logits are not finite"]

@@ -65,10 +65,12 @@ def as_float(name: str, table: NDArray[np.float32], bits: int) -> NDArray[Any]:
     """A table at 16 or 32 bits; ValueError for values that do not fit float16."""
     if bits == 32:
         return table
-    with np.errstate(over="ignore"):
-        half = table.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise ValueError(f"{name} holds values beyond float16; export with embed_bits=32")
+    half = np.empty(table.shape, np.float16)
+    for start in range(0, len(table), CHUNK):  # a table may be the largest tensor: no copy but this
+        with np.errstate(over="ignore"):
+            half[start : start + CHUNK] = table[start : start + CHUNK]
+        if not np.isfinite(half[start : start + CHUNK]).all():
+            raise ValueError(f"{name} holds values beyond float16; export with embed_bits=32")
     return half
 
 
