@@ -17,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitdistill import packing, tables
+from bitdistill.backends.embedding_file import NAME as EMBEDDING_FILE
 from bitdistill.checkpoint import StudentFiles
 from bitdistill.decoder import LINEARS, DecoderSpec
 from bitdistill.exporters import onnx_classifier as classifier
@@ -170,7 +171,7 @@ def _parts(spec: DecoderSpec, data: TensorFile, out: Path) -> dict[str, int | fl
     names = ("body", "embedding", "head", "norms", "rotary")
     parts: dict[str, int | float] = {name: data.parts[name] for name in names}
     weights = len(spec.layers) * sum(n * k for n, k in map(spec.shape, LINEARS))
-    files = [out / name for name in (MODEL, DATA, classifier.NAME)]
+    files = [out / name for name in (MODEL, DATA, EMBEDDING_FILE)]
     parts["total"] = sum(file.stat().st_size for file in files if file.exists())
     parts["body_bits_per_weight"] = 8 * data.parts["body"] / weights
     table = spec.vocabulary * spec.hidden * (1 if spec.tied else 2)
