@@ -33,8 +33,10 @@ def label_tokens(student: StudentFiles, name: str) -> list[int]:
     for a task without labels, and for answers that are not one token each, all different.
     """
     content = student.manifest.get("task")
-    own = content is not None and content["name"] == name
-    task = Task.from_json(content) if own else get_task(name)
+    if content is not None and content["name"] == name:
+        task = Task.from_json(content)
+    else:
+        task = get_task(name)
     tokenizer = Tokenizer(student.path)
     answers = [tokenizer.encode(label, special=False) for label in task.labels]
     tokens = [answer[0] for answer in answers if len(answer) == 1]
