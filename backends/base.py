@@ -29,7 +29,6 @@ Integers = NDArray[np.int64]
 Request = tuple[Sequence[int], Sequence[int]]
 Forward = tuple[tuple[int, ...], int]  # the tokens fed, the first position whose logits are needed
 
-PREFILL_CHUNK = 256
 MAX_LOGITS = 1 << 26  # elements of logits asked for at once: 256 MiB
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,8 @@ class Cache(Protocol):
 class Runtime(ABC):
     """A loaded model. `context` is the most tokens a sequence may have, `vocabulary` is V.
 
-    A subclass sets the attributes below in `__init__(path, manifest, *, threads=None, ...)`.
+    `prefill_chunk` is how many tokens of a prompt are fed at once. A subclass sets the attributes
+    below in `__init__(path, manifest, *, threads=None, ...)`.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Runtime(ABC):
     vocabulary: int
     context: int
     stop_tokens: list[int]
+    prefill_chunk = 256
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -233,8 +234,8 @@ class Runtime(ABC):
 
     def prefill(self, prompt: Sequence[int], cache: Any) -> Floats:
         """Feed a prompt in chunks, which bounds memory; float32 (V,) logits of its last token."""
-        for start in range(0, len(prompt), PREFILL_CHUNK):
-            logits = self.step(prompt[start : start + PREFILL_CHUNK], cache)
+        for start in range(0, len(prompt), self.prefill_chunk):
+            logits = self.step(prompt[start : start + self.prefill_chunk], cache)
         return logits
 
 

@@ -20,12 +20,17 @@ from bitdistill import checkpoint, tables
 from bitdistill.backends.base import Floats, Integers, Runtime
 from bitdistill.decoder import family_of
 from bitdistill.names import suggest
-from bitdistill.quantize import BitLinear, RMSNorm
+from bitdistill.packing import stock_block
+from bitdistill.quantize import BitLinear, RMSNorm, bit_linears
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 STORAGE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 QUANTISED = {"int8": 8, "int4": 4}  # embedding and head: bitdistill/tables.py
-HEAD_LEVELS = 63 * 128  # of the activations that a quantised head reads
+BLOCKS = "int8 blocks"  # rounding as ONNX Runtime's MatMulNBits does
+ACTIVATIONS = ("int8", BLOCKS)
+HEAD_ACTIVATIONS = ("int14", BLOCKS, "float32")  # of a quantised head
+HEAD_LEVELS = 63 * 128
+BLOCK_LEVELS = 127.0
 SMALLEST = 2.0**-100
 
 
@@ -57,10 +62,11 @@ class TorchRuntime(Runtime):
 
     `dtype`: "float32", "float64" or "bfloat16". `storage`: types to round through first, as in an
     artifact's manifest: {"embedding": "float16", "norms": "float32"}; "embedding" covers the head
-    and may be "int8" or "int4", "biases" are those of the ternary linears. `tables`: float32 arrays
-    to take the place of embedding and head, by tensor name. `activation_bits`: 8 or None, instead
-    of what the student was trained with. `threads` sets PyTorch's threads, which are the
-    process's. ValueError for an unknown type or architecture.
+    and may be "int8" or "int4", "biases" are those of the ternary linears; "activations" and
+    "head_activations" (of a quantised head) say how an artifact rounds them where that is not as in
+    training. `tables`: float32 arrays to take the place of embedding and head, by tensor name.
+    `activation_bits`: 8 or None, instead of what the student was trained with. `threads` sets
+    PyTorch's threads, which are the process's. ValueError for an unknown type or architecture.
     """
 
     name = "torch"
@@ -84,16 +90,16 @@ class TorchRuntime(Runtime):
             torch.set_num_threads(threads)
         self.path, self.manifest = path, manifest
         self.model = _load(path, manifest)
-        if storage is not None:
+        for layer in bit_linears(self.model):
+            if activation_bits != "trained":
+                layer.activation_bits = activation_bits
+        if storage is not None:  # an artifact may round activations its own way
             round_storage(self.model, storage)
         for name, table in (tables or {}).items():
             self.model.get_parameter(name).data = torch.from_numpy(table)
         cast(self.model, DTYPES[dtype])
-        for module in self.model.modules():
-            if isinstance(module, BitLinear):
-                module.freeze()
-                if activation_bits != "trained":
-                    module.activation_bits = activation_bits
+        for layer in bit_linears(self.model):
+            layer.freeze()
         self.vocabulary = int(self.model.config.vocab_size)
         self.context = int(self.model.config.max_position_embeddings)
         self.stop_tokens = _stop_tokens(self.model)
@@ -179,28 +185,77 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def round_storage(model: PreTrainedModel, storage: Mapping[str, str]) -> None:
-    """Round embedding and head, norms and biases through the types an artifact stores.
+    """Round what an artifact rounds: embedding, head, norms, biases, and activations its way.
 
     A quantised head reads rounded activations, and so does this model's then.
     """
-    known = ("embedding", "norms", "biases")
-    for part, name in storage.items():
-        if part not in known:
-            raise ValueError(f"unknown storage part {part!r}{suggest(part, known)}")
-        types = STORAGE | (QUANTISED if part == "embedding" else {})
-        if name not in types:
-            raise ValueError(f"unknown storage type {name!r}{suggest(name, types)}")
+    _check_storage(storage)
     rounded: set[int] = set()  # a tied table is one parameter of two modules
     for module in model.modules():
         part = _part(module)
+        if isinstance(module, BitLinear) and storage.get("activations") == BLOCKS:
+            _round_by_block(module)
         if part not in storage:
             continue
         if storage[part] in QUANTISED and isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(_round_head_input)
+            _round_head(module, storage[part], storage.get("head_activations", "int14"))
         value = module.get_parameter("bias" if part == "biases" else "weight")
         if id(value) not in rounded:
             value.data = _round(value.data, storage[part])
             rounded.add(id(value))
+
+
+def _check_storage(storage: Mapping[str, str]) -> None:
+    types = {
+        "embedding": tuple(STORAGE | QUANTISED),
+        "norms": tuple(STORAGE),
+        "biases": tuple(STORAGE),
+        "activations": ACTIVATIONS,
+        "head_activations": HEAD_ACTIVATIONS,
+    }
+    for part, name in storage.items():
+        if part not in types:
+            raise ValueError(f"unknown storage part {part!r}{suggest(part, types)}")
+        if name not in types[part]:
+            raise ValueError(f"unknown storage type {name!r}{suggest(name, types[part])}")
+
+
+class _BlockRounding(nn.Module):
+    """What a BitLinear's norm gives, in 8 bits with a scale for each block of columns."""
+
+    def __init__(self, norm: nn.Module | None, block: int) -> None:
+        super().__init__()
+        self.block = block
+        self.inner = norm if norm is not None else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return round_blocks(self.inner(x), self.block)
+
+
+def _round_by_block(module: BitLinear) -> None:
+    if module.activation_bits is not None:
+        module.activation_bits = None
+        block = stock_block(module.in_features)
+        module.norm = _BlockRounding(module.norm, block)  # type: ignore[assignment]
+
+
+def round_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """x (..., K) rounded to 8 bits with a scale for each `block` columns."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    columns = wide.shape[-1]
+    padded = torch.nn.functional.pad(wide, (0, -columns % block)).unflatten(-1, (-1, block))
+    step = padded.abs().amax(-1, keepdim=True) / BLOCK_LEVELS
+    up = torch.where(step > 0, 1.0 / step, 0.0)
+    rounded = torch.round(padded * up) * step
+    return rounded.flatten(-2)[..., :columns].to(x.dtype)
+
+
+def _round_head(head: nn.Linear, table: str, activations: str) -> None:
+    if activations == "int14":
+        head.register_forward_pre_hook(_round_head_input)
+    if activations == BLOCKS:
+        block = tables.BLOCK_COLUMNS if table == "int4" else stock_block(head.in_features)
+        head.register_forward_pre_hook(lambda _, inputs: (round_blocks(inputs[0], block),))
 
 
 def _round(weight: torch.Tensor, name: str) -> torch.Tensor:

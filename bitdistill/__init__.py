@@ -6,6 +6,7 @@
     bitdistill.exporters.export(...)     student directory -> ONNX or MLX artifact
     bitdistill.backends.load(directory)  an artifact, to score and generate with
     bitdistill.evals.run(...)            a table of results
+    bitdistill.onnx_library_path()       the custom operators, for onnxruntime in any language
 
 Importing this package loads neither torch nor a runtime; each name is imported when it is used.
 """
@@ -20,18 +21,29 @@ from bitdistill import autoclasses, mlx_models
 __version__ = "0.1.0"
 
 _LAZY = {
-    "train": "bitdistill.recipe",
-    "load": "bitdistill.checkpoint",
-    "load_config": "bitdistill.config",
+    "train": "bitdistill.recipe:train",
+    "load": "bitdistill.checkpoint:load",
+    "load_config": "bitdistill.config:load_config",
+    "onnx_library_path": "bitdistill.backends.kernels:library_path",
 }
 _SUBPACKAGES = ("backends", "evals", "exporters")
 
-__all__ = ["__version__", "backends", "evals", "exporters", "load", "load_config", "train"]
+__all__ = [
+    "__version__",
+    "backends",
+    "evals",
+    "exporters",
+    "load",
+    "load_config",
+    "onnx_library_path",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        module, attribute = _LAZY[name].split(":")
+        return getattr(import_module(module), attribute)
     if name in _SUBPACKAGES:
         return import_module(f"bitdistill.{name}")
     raise AttributeError(f"module 'bitdistill' has no attribute {name!r}")

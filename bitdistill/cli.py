@@ -119,6 +119,9 @@ def recipes(name: str | None) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Artifact directory.")
 @click.option("--embed-bits", default=16, show_default=True, help="32, 16, 8, 4; mlx: also 6.")
 @click.option("--weight-bits", default=2.0, show_default=True, help="2; onnx: also 1.6.")
+@click.option("--ops", help="onnx: custom (default), portable or integer.")
+@click.option("--with-library", is_flag=True, help="onnx: copy the operators in, for GenAI.")
+@click.option("--task", help="onnx: a classifier, whose head has this label task's answers alone.")
 @export_options
 @click.option("--context", type=int, help="Longest sequence [the model's, at most 8192].")
 @click.option("--parity/--no-parity", default=True, help="Compare with PyTorch.  [default: parity]")
@@ -130,6 +133,7 @@ def export(student: Path, target: str, out: Path, parity: bool, **options: Any) 
     noise floor of PyTorch itself and stored in the artifact's manifest.
     """
     from bitdistill import exporters
+    from bitdistill.progress import step_bar
 
     check: Callable[[Path], dict[str, Any]] | None = None
     if parity:
@@ -142,7 +146,8 @@ def export(student: Path, target: str, out: Path, parity: bool, **options: Any) 
             click.echo(f"parity with PyTorch: {verdict(parity)}", err=True)
             return parity
 
-    written = exporters.export(student, target, out, check=check, **values(options))
+    options = values(options) | {"progress": step_bar(), "check": check}
+    written = exporters.export(student, target, out, **options)
     click.echo(f"bits per weight: {exporters.bits_per_weight(written)}", err=True)
     click.echo(written)
 

@@ -1,6 +1,6 @@
 """Trits <-> bytes: the storage specification that every exporter and kernel obeys (NumPy only).
 
-Four layouts of one ternary matrix W = D * t, t in {-1, 0, +1}, shape (N, K) = (out, in):
+Five layouts of one ternary matrix W = D * t, t in {-1, 0, +1}, shape (N, K) = (out, in):
 
 canonical   uint8 (N, ceil(K/4)). Row-major; byte j of a row holds the codes t+1 of k = 4j .. 4j+3,
             the first in the lowest two bits. Padding codes are 1 (the trit 0). For exchange.
@@ -13,6 +13,8 @@ kernel v2   uint8 (ceil(N/32), ceil(K/20), 32, 4). The same with five trits a by
             ceil(x 256/243) of x = c_0 81 + c_1 27 + c_2 9 + c_3 3 + c_4. Times 3 the byte carries
             the first code beyond its 8 bits, and keeps the others. For storage: a CPU spends more
             on decoding it than the smaller file saves.
+stock       uint8 (N, blocks, block/4): ONNX Runtime's 2-bit `MatMulNBits` layout, codes t+2 least
+            significant first, in blocks of 128, 64 or 32 columns. Padding codes are 2 (the trit 0).
 affine      uint32 (N, K/16): MLX's 2-bit affine `QuantizedLinear` layout, codes t+1 least
             significant first; w = scale * code + bias with scale = D and bias = -D is exact.
 """
@@ -30,6 +32,7 @@ BLOCK_COLUMNS = 16
 BASE3_COLUMNS = 20
 POWERS = np.array([81, 27, 9, 3, 1], np.uint16)
 SHIFTS = np.array([0, 2, 4, 6], np.uint8)
+STOCK_BLOCKS = (128, 64, 32)  # other blocks take a slow path in ONNX Runtime
 
 Trits = NDArray[np.int8]
 Bytes = NDArray[np.uint8]
@@ -145,6 +148,28 @@ def unpack_layout(packed: Bytes, rows: int, columns: int, layout: int) -> Trits:
     if layout == BASE3_LAYOUT_VERSION:
         return unpack_base3(packed, rows, columns)
     raise ValueError(f"kernel layout {layout} is not known; export the model again")
+
+
+def stock_block(columns: int) -> int:
+    """Columns of a MatMulNBits block: the most that divide K, for fewest scales; 32 if none do."""
+    return next((block for block in STOCK_BLOCKS if columns % block == 0), STOCK_BLOCKS[-1])
+
+
+def pack_stock(trits_NK: Trits) -> Bytes:
+    """int8 (N, K) -> uint8 (N, ceil(K/block), block/4), codes t+2 for MatMulNBits."""
+    rows, columns = trits_NK.shape
+    block = stock_block(columns)
+    codes = _pad(_codes(trits_NK), 1, block) + np.uint8(1)
+    quads = codes.reshape(rows, -1, block // 4, 4)
+    return np.bitwise_or.reduce(quads << SHIFTS, axis=-1)
+
+
+def unpack_stock(packed: Bytes, rows: int, columns: int) -> Trits:
+    """uint8 (N, ceil(K/block), block/4) -> int8 (N, K); ValueError on a wrong size or a code 0."""
+    block = stock_block(columns)
+    _check_packed(packed, (rows, -(-columns // block), block // 4), np.uint8)
+    codes = ((packed[..., None] >> SHIFTS) & np.uint8(3)).reshape(rows, -1)[:, :columns]
+    return _trits(codes - np.uint8(1))  # a code 0 becomes 255 and is refused
 
 
 def pack_affine(trits_NK: Trits) -> NDArray[np.uint32]:

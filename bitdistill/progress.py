@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from rich.progress import (
 
 LINES_WITHOUT_TERMINAL = 5
 WAIT_WORTH_SAYING = 0.05  # share of the time
+BAR_WIDTH = 30
 
 
 class Reporter:
@@ -114,3 +116,17 @@ class Meter:
         if not self.reporter.console.is_terminal and step // self._every > self._spoken:
             self._spoken = step // self._every
             self.reporter.say(f"{self.name}: step {step}/{self.total}  {text}")
+
+
+def step_bar() -> Callable[[str, int, int], None]:
+    """A callback (name, done, total) that rewrites a bar on a terminal and is silent elsewhere."""
+    terminal = sys.stderr.isatty()
+
+    def show(name: str, done: int, total: int) -> None:
+        if terminal:
+            bar = "#" * (BAR_WIDTH * done // total)
+            end = "\n" if done == total else ""
+            sys.stderr.write(f"\r\033[K[{bar:{BAR_WIDTH}}] {done}/{total} {name}{end}")
+            sys.stderr.flush()
+
+    return show

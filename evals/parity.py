@@ -20,7 +20,7 @@ Both hold for whole sequences at once and for tokens fed one by one through the 
 rotation, norm or scale moves every position by a large part of the spread and fails both.
 
 What storage itself costs is measured apart: `storage_cost` compares an artifact whose embedding is
-quantised with the student as it was trained.
+quantised, or which rounds activations in blocks, with the student as it was trained.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def verdict(parity: dict[str, Any]) -> str:
     cost = parity.get("storage_cost", {}).get("top_token_agreement")
     if cost is None:
         return words
-    return f"{words}; with the quantised embedding {cost:.1%} of top tokens are the student's"
+    return f"{words}; with what it rounds further, {cost:.1%} of top tokens are the student's"
 
 
 def report(
@@ -90,8 +90,9 @@ def report(
     """Compare an artifact with its student: figures as plain JSON, and `passed`.
 
     Fed are random tokens drawn with `seed`, and the ends of the first PROMPTS of `prompts`.
-    `passed` is None, with a reason under `skipped`, for a model of more than 1e9 parameters. Raises
-    FormatError where the artifact was made from other weights.
+    A model of more than 1e9 parameters is compared layer by layer (parity_layers.py); where that
+    cannot be done, `passed` is None, with a reason under `skipped`. Raises FormatError where the
+    artifact was made from other weights.
     """
     from bitdistill.backends import load
 
@@ -102,25 +103,26 @@ def report(
             f"{artifact} was not exported from the weights in {student}; export it again"
         )
     count = parameters(DecoderSpec.from_json(content["decoder"]))
-    if count > LARGEST:
-        reason = f"{count / 1e9:.1f}e9 parameters: an fp64 reference is made up to {LARGEST:.0e}"
-        return {"passed": None, "skipped": reason}
     say = progress or (lambda stage, done, total: None)
+    if count > LARGEST:
+        return _large(student, artifact, content, seed, threads, say)
+    labels = content.get("label_tokens")  # a classifier is compared where it has logits
     say("parity", 0, 3)
     runtime = load(artifact, threads=threads)
     sequences = make_sequences(runtime, prompts, seed)
-    found, cached = _logits(runtime, sequences), _decode(runtime, sequences)
+    found, cached = _logits(runtime, sequences, labels), _decode(runtime, sequences, labels)
     options = _as_stored(content, runtime.tables())
     del runtime
     references = []
     for done, dtype in enumerate(("float32", "float64"), start=1):
         say("parity", done, 3)
         reference = load(student, threads=threads, dtype=dtype, **options)
-        references.append(_logits(reference, sequences))
+        references.append(_logits(reference, sequences, labels))
     figures = compare(found, cached, *references) | {"sequences": len(sequences), "seed": seed}
-    if not content["storage"]["embedding"].startswith(("float", "bfloat")):
-        trained = _logits(load(student, threads=threads), sequences)
-        figures["storage_cost"] = _difference(found, trained)
+    storage = content["storage"]
+    if "activations" in storage or not storage["embedding"].startswith(("float", "bfloat")):
+        trained = _logits(load(student, threads=threads), sequences, labels)
+        figures["storage_cost"] = difference(found, trained)
     say("parity", 3, 3)
     return figures
 
@@ -132,6 +134,26 @@ def _as_stored(content: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any
         del storage["embedding"]
     bits = content["decoder"]["activation_bits"]
     return {"storage": storage, "tables": tables, "activation_bits": bits}
+
+
+def _large(
+    student: Path,
+    artifact: Path,
+    content: dict[str, Any],
+    seed: int,
+    threads: int | None,
+    say: Progress,
+) -> dict[str, Any]:
+    """Layer by layer where that can be done: ONNX, text generation."""
+    if content["target"] != "onnx" or content["label_tokens"] is not None:
+        reason = f"more than {LARGEST:.0e} parameters: compared layer by layer for ONNX alone"
+        return {"passed": None, "skipped": reason}
+    from bitdistill.evals import parity_layers
+
+    words = content["decoder"]["vocabulary"]
+    count = min(parity_layers.TOKENS, content["context"])
+    tokens = np.random.default_rng(seed).integers(0, words, count).tolist()
+    return parity_layers.report(student, artifact, tokens, threads, say)
 
 
 def parameters(spec: DecoderSpec) -> int:
@@ -151,19 +173,27 @@ def make_sequences(runtime: Any, prompts: Sequence[str], seed: int) -> list[list
     return drawn + [ids for ids in encoded if ids]
 
 
-def _logits(runtime: Any, sequences: Sequence[Sequence[int]]) -> Logits:
-    """Logits (P, V) of the last KEPT positions of each sequence, from one right-padded batch."""
+def _logits(
+    runtime: Any, sequences: Sequence[Sequence[int]], labels: list[int] | None = None
+) -> Logits:
+    """Logits (P, V or labels) of each sequence's last KEPT positions, in one padded batch."""
     lengths = np.array([len(sequence) for sequence in sequences], np.int64)
     tokens = np.zeros((len(sequences), lengths.max()), np.int64)
     for row, sequence in zip(tokens, sequences, strict=True):
         row[: len(sequence)] = sequence
     kept = [range(max(0, end - KEPT), end) for end in lengths.tolist()]
     rows = np.array([(b, t) for b, positions in enumerate(kept) for t in positions], np.int64)
-    logits = runtime.logits_at(tokens, lengths, rows)
+    logits = _of_labels(runtime.logits_at(tokens, lengths, rows), labels)
     return np.split(logits, np.cumsum([len(positions) for positions in kept])[:-1])
 
 
-def _decode(runtime: Any, sequences: Sequence[Sequence[int]]) -> Logits:
+def _of_labels(logits: NDArray[np.float32], labels: list[int] | None) -> NDArray[np.float32]:
+    return logits if labels is None else logits[:, labels]
+
+
+def _decode(
+    runtime: Any, sequences: Sequence[Sequence[int]], labels: list[int] | None = None
+) -> Logits:
     """The same logits by feeding the last tokens one by one, after the others at once."""
     logits = []
     for sequence in sequences:
@@ -171,7 +201,7 @@ def _decode(runtime: Any, sequences: Sequence[Sequence[int]]) -> Logits:
         cache = runtime.new_cache(len(sequence))
         rows = [runtime.step(sequence[:first], cache)]
         rows += [runtime.step([token], cache) for token in sequence[first:]]
-        logits.append(np.stack(rows))
+        logits.append(_of_labels(np.stack(rows), labels))
     return logits
 
 
@@ -180,20 +210,20 @@ def compare(found: Logits, cached: Logits, fp32: Logits, fp64: Logits) -> dict[s
 
     Each argument holds one (P, V) array per sequence, of the same positions.
     """
-    floor, whole, steps = (_difference(logits, fp64) for logits in (fp32, found, cached))
-    failures = _failures("whole sequences", whole, floor)
-    failures += _failures("cached decoding", steps, floor)
+    floor, whole, steps = (difference(logits, fp64) for logits in (fp32, found, cached))
+    failures = judge("whole sequences", whole, floor)
+    failures += judge("cached decoding", steps, floor)
     return {
         "passed": not failures,
         "failures": failures,
         "floor": floor,
         "artifact": whole,
         "cached": steps,
-        "artifact_against_fp32": _difference(found, fp32),
+        "artifact_against_fp32": difference(found, fp32),
     }
 
 
-def _difference(logits: Logits, reference: Logits) -> dict[str, Any]:
+def difference(logits: Logits, reference: Logits) -> dict[str, Any]:
     """Errors relative to the spread of the reference, and the share of equal top tokens."""
     errors, largest, same, positions = [], 0.0, 0, sum(map(len, logits))
     for found_PV, expected_PV in zip(logits, reference, strict=True):
@@ -209,7 +239,7 @@ def _difference(logits: Logits, reference: Logits) -> dict[str, Any]:
     return shares | {name: float(value) for name, value in quantiles} | {"largest": largest}
 
 
-def _failures(what: str, found: dict[str, Any], floor: dict[str, Any]) -> list[str]:
+def judge(what: str, found: dict[str, Any], floor: dict[str, Any]) -> list[str]:
     """Sentences for each rule that is broken."""
     if not floor["finite"] or not found["finite"]:
         return [f"{what}: the logits are not finite"]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from bitdistill import manifest
 from bitdistill.backends.registry import resolve
 from bitdistill.cards import header
+from bitdistill.names import suggest
 
 if TYPE_CHECKING:
     from bitdistill.checkpoint import StudentFiles
@@ -29,7 +30,8 @@ EXPORTERS = {
     "mlx": "bitdistill.exporters.to_mlx:write",
 }
 DEFAULT_CONTEXT = 8192
-OPTIONAL = ("activation_bits", "dtype", "model_file")  # fields of Options that few targets have
+# fields of Options that few targets have
+OPTIONAL = ("activation_bits", "dtype", "model_file", "ops", "with_library", "task")
 INHERITED = ("family", "method", "task", "base_model", "licence")
 
 Progress = Callable[[str, int, int], None]  # name of a tensor, tensors done, tensors in all
@@ -45,7 +47,9 @@ class Options:
     of the others that its OPTIONS name: `activation_bits`, 8 or None for unquantised activations,
     whatever the student was trained with; `dtype`, the type that other values are stored and
     computed in (None: the target's choice); `model_file`, whether to add the architecture as a
-    Python file for loaders that trust it.
+    Python file for loaders that trust it; `ops`, which operators the artifact uses, one of the
+    target's OPS (None: its default); `with_library`, whether to copy the custom operators' library
+    in; `task`, to make a classifier for this label task: a head of its answers alone.
     """
 
     embed_bits: int = 16
@@ -54,6 +58,9 @@ class Options:
     activation_bits: int | Literal["trained"] | None = "trained"
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     model_file: bool = False
+    ops: str | None = None
+    with_library: bool = False
+    task: str | None = None
 
     def resolve_context(self, model_context: int) -> int:
         """The context of the artifact; ValueError unless it is between 1 and the model's."""
@@ -114,6 +121,8 @@ def _checked(target: str, exporter: Any, given: dict[str, Any]) -> Options:
             raise ValueError(
                 f"{target} has no option {name}; leave it out, or choose another target"
             )
+    if options.ops is not None and options.ops not in exporter.OPS:
+        raise ValueError(f"unknown ops {options.ops!r}{suggest(options.ops, exporter.OPS)}")
     return options
 
 

@@ -1,14 +1,16 @@
 """The decoder as an ONNX graph, built node by node (IR 10, opset 21); nothing is traced.
 
-Inputs   input_ids int64 (B, T)            right-padded where B > 1
+Inputs   input_ids int64 (B, T)            right-padded where B > 1; of a classifier the rows
+                                           instead, embeddings float32 (B, T, hidden)
          seqlens_k int32 (B)               length of each sequence, past included, minus 1
          total_sequence_length int32 ()    the longest of them, past included
          logit_rows int64 (P)              positions of B * T whose logits are wanted
          past_key_values.{i}.key/.value    float32 (B, KV heads, S, head size)
 Outputs  logits float32 (P, V), present.{i}.key/.value; a present may share its past's buffer.
 
-Every ternary matrix is one `bitdistill.TernaryLinear`; its RMSNorm prologue is the linear's own
-norm, or the block's where nothing else reads that. Matrices that read the same input are stacked
+Every ternary matrix is one `bitdistill.TernaryLinear`, or the stock operators that onnx_linears.py
+puts in its place; its RMSNorm prologue is the linear's own norm, or the block's where nothing else
+reads that. Matrices that read the same input are stacked
 (`qkv_proj`, `gate_up_proj`), with one scale for each `scale_rows` rows. Attention, with rotation
 and cache, is ONNX Runtime's `com.microsoft.GroupQueryAttention`. The norms that remain are a
 model-local function, one node in Netron and one fused kernel in ONNX Runtime.
@@ -26,7 +28,9 @@ from numpy.typing import NDArray
 from bitdistill import packing
 from bitdistill.decoder import DecoderSpec
 from bitdistill.exporters import onnx_tables
+from bitdistill.exporters.base import Options
 from bitdistill.exporters.onnx_layout import FUSED, rotary_tables, scale_rows, stored_linears
+from bitdistill.exporters.onnx_linears import DEFAULT, OPERATORS, Stacked
 from bitdistill.exporters.onnx_nodes import (
     IR_VERSION,
     OPSETS,
@@ -47,14 +51,16 @@ class DecoderGraph(NodeBuilder):
         self,
         spec: DecoderSpec,
         context: int,
-        embed_bits: int,
-        layout: int,
+        options: Options,
+        label_rows: NDArray[np.float32] | None,
         tensor: ReadTensor,
         ternary: ReadTernary,
         data: TensorFile,
     ) -> None:
         super().__init__(data)
-        self.spec, self.context, self.embed_bits, self.layout = spec, context, embed_bits, layout
+        self.spec, self.context, self.ops = spec, context, options.ops or DEFAULT
+        self.label_rows = label_rows
+        self.embed_bits, self.layout = options.embed_bits, packing.LAYOUTS[options.weight_bits]
         self.tensor, self.ternary = tensor, ternary
         self.stored = stored_linears(spec)
         self.outputs: list[ir.Value] = []
@@ -73,9 +79,13 @@ class DecoderGraph(NodeBuilder):
     # The parts of a decoder
 
     def embedding(self) -> ir.Value:
-        """Token ids -> (B, T, hidden)."""
+        """Token ids -> (B, T, hidden); a classifier is fed the rows themselves."""
+        if self.label_rows is not None:
+            return self._scaled(self.inputs["embeddings"])
         self.table = self._table("model.embed_tokens.weight", "embedding")
-        x = onnx_tables.lookup(self, self.table, self.inputs["input_ids"])
+        return self._scaled(onnx_tables.lookup(self, self.table, self.inputs["input_ids"]))
+
+    def _scaled(self, x: ir.Value) -> ir.Value:
         if self.spec.embedding_scale != 1.0:
             scale = self.constant("embedding_scale", np.float32(self.spec.embedding_scale))
             x = self.op("Mul", [x, scale], "embed_tokens/scale")
@@ -115,6 +125,9 @@ class DecoderGraph(NodeBuilder):
         x = self.op("Reshape", [x, flat], "flatten")
         x = self.op("Gather", [x, self.inputs["logit_rows"]], "asked_rows", axis=0)
         x = self.norm(x, "model.norm", "norm")
+        if self.label_rows is not None:
+            rows = self.data.add("label_head.weight", self.label_rows, "head")
+            return self.op("Gemm", [x, rows], "label_head", output="logits", transB=1)
         table = self.table if self.spec.tied else self._table("lm_head.weight", "head")
         return onnx_tables.head(self, table, x)
 
@@ -131,24 +144,24 @@ class DecoderGraph(NodeBuilder):
     def linear(self, name: str, x: ir.Value, index: int, block_norm: str | None = None) -> ir.Value:
         """One stored ternary matrix, with the norm on its input if it has one."""
         spec, prefix = self.spec, f"model.layers.{index}"
-        parts = self.stored[name]
-        weights, scales = self._ternary_weights(f"{prefix}.{name}", prefix, parts)
-        norm, epsilon = self._prologue(f"{prefix}.{name}", parts[0], block_norm)
-        inputs = [x, weights, scales, norm, self._bias(f"{prefix}.{name}", prefix, parts)]
-        while inputs[-1] is None:
-            inputs.pop()
-        return self.op(
-            "TernaryLinear",
-            inputs,
-            f"layers.{index}.{name}",
-            "bitdistill",
-            N=sum(spec.shape(part)[0] for part in parts),
-            K=spec.shape(parts[0])[1],
-            scale_rows=scale_rows(spec, parts),
-            layout=self.layout,
+        parts, path = self.stored[name], f"model.layers.{index}.{name}"
+        read = [self.ternary(f"{prefix}.{part}") for part in parts]
+        shared = scale_rows(spec, parts)
+        scales = [np.full(len(trits) // shared, scale, np.float32) for trits, scale in read]
+        norm, epsilon = self._prologue(path, parts[0], block_norm)
+        matrix = Stacked(
+            path=path,
+            node=f"layers.{index}.{name}",
+            trits=np.concatenate([trits for trits, _ in read]),
+            scales=np.concatenate(scales),
+            scale_rows=shared,
+            norm=norm,
             epsilon=epsilon,
-            activation_bits=spec.activation_bits or 0,
+            bias=self._bias(prefix, parts),
+            activation_bits=spec.activation_bits,
+            layout=self.layout,
         )
+        return OPERATORS[self.ops].multiply(self, matrix, x)
 
     def _prologue(
         self, name: str, part: str, block_norm: str | None
@@ -161,24 +174,10 @@ class DecoderGraph(NodeBuilder):
         weight = self.tensor(f"{name}.norm.weight")
         return self.data.add(f"{name}.norm.weight", weight, "norms"), self.spec.added_norm_eps
 
-    def _bias(self, name: str, prefix: str, parts: Sequence[str]) -> ir.Value | None:
+    def _bias(self, prefix: str, parts: Sequence[str]) -> NDArray[np.float32] | None:
         if not self.spec.has_bias(parts[0]):
             return None
-        biases = [self.tensor(f"{prefix}.{part}.bias") for part in parts]
-        return self.data.add(f"{name}.bias", np.concatenate(biases), "body")
-
-    def _ternary_weights(
-        self, name: str, prefix: str, parts: Sequence[str]
-    ) -> tuple[ir.Value, ir.Value]:
-        """The packed trits of stacked linears and a scale for every `scale_rows` of their rows."""
-        read = [self.ternary(f"{prefix}.{part}") for part in parts]
-        shared = scale_rows(self.spec, parts)
-        scales = [np.full(len(trits) // shared, scale, np.float32) for trits, scale in read]
-        packed = packing.pack_layout(np.concatenate([trits for trits, _ in read]), self.layout)
-        return (
-            self.data.add(f"{name}.weight", packed, "body"),
-            self.data.add(f"{name}.scale", np.concatenate(scales), "body"),
-        )
+        return np.concatenate([self.tensor(f"{prefix}.{part}.bias") for part in parts])
 
     def _split_qkv(self, projected: list[ir.Value], block: str) -> list[ir.Value]:
         if len(projected) == 3:
@@ -249,7 +248,7 @@ class DecoderGraph(NodeBuilder):
 
     def _table(self, name: str, part: str) -> onnx_tables.StoredTable:
         """The embedding or head (V, hidden)."""
-        return onnx_tables.store(self, name, self.tensor(name), part, self.embed_bits)
+        return onnx_tables.store(self, name, self.tensor(name), part, self.embed_bits, self.ops)
 
     def _rotary(self, index: int) -> tuple[ir.Value, ir.Value]:
         cos, sin = rotary_tables(self.spec.rotary[index], self.context)
@@ -261,8 +260,11 @@ class DecoderGraph(NodeBuilder):
     def _inputs(self) -> dict[str, ir.Value]:
         spec = self.spec
         past: list[int | str] = ["batch", spec.kv_heads, "past", spec.head_dim]
+        tokens = typed_value("input_ids", ["batch", "sequence"], ir.DataType.INT64)
+        if self.label_rows is not None:
+            tokens = typed_value("embeddings", ["batch", "sequence", spec.hidden])
         values = [
-            typed_value("input_ids", ["batch", "sequence"], ir.DataType.INT64),
+            tokens,
             typed_value("seqlens_k", ["batch"], ir.DataType.INT32),
             typed_value("total_sequence_length", [], ir.DataType.INT32),
             typed_value("logit_rows", ["rows"], ir.DataType.INT64),
@@ -276,14 +278,17 @@ class DecoderGraph(NodeBuilder):
 
     def _model(self, outputs: list[ir.Value]) -> ir.Model:
         logits = outputs[0]
-        logits.shape = ir.Shape(["rows", self.spec.vocabulary])
+        words = self.spec.vocabulary if self.label_rows is None else len(self.label_rows)
+        logits.shape = ir.Shape(["rows", words])
         logits.type = ir.TensorType(ir.DataType.FLOAT)
+        domains = {node.domain for node in self.nodes}
+        stored = [*self.data.values.values(), *self.constants.values()]
         graph = ir.Graph(
             list(self.inputs.values()),
             outputs,
             nodes=self.nodes,
-            initializers=[*self.data.values.values(), *self.constants.values()],
-            opset_imports=OPSETS,
+            initializers=[value for value in stored if value.uses()],
+            opset_imports={d: v for d, v in OPSETS.items() if d in ("", *domains)},
             name=f"{self.spec.family}_decoder",
         )
         model = ir.Model(graph, ir_version=IR_VERSION, functions=[rms_norm_function()])

@@ -42,20 +42,32 @@ class TensorFile:
 
     def add(self, name: str, array: NDArray[Any], part: str) -> ir.Value:
         """Append an array and return the initializer that refers to it."""
-        if name in self.values:
-            raise ValueError(f"tensor {name!r} is stored twice")
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         alignment = PAGE if array.nbytes >= PAGE else CACHE_LINE
         self._stream.write(bytes(-self._stream.tell() % alignment))
         offset = self._stream.tell()
         self._stream.write(array.data)
         self.parts[part] += array.nbytes
+        return self._value(
+            name, offset, array.nbytes, ir.DataType.from_numpy(array.dtype), array.shape
+        )
+
+    def alias(self, name: str, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+        """An initializer of another shape that refers to the bytes of one stored before."""
+        stored = value.const_value
+        return self._value(name, stored.offset, stored.length, stored.dtype, shape)
+
+    def _value(
+        self, name: str, offset: int, length: int, dtype: ir.DataType, shape: tuple[int, ...]
+    ) -> ir.Value:
+        if name in self.values:
+            raise ValueError(f"tensor {name!r} is stored twice")
         tensor = ir.ExternalTensor(
             self.path.name,
             offset,
-            array.nbytes,
-            ir.DataType.from_numpy(array.dtype),
-            shape=ir.Shape(array.shape),
+            length,
+            dtype,
+            shape=ir.Shape(shape),
             name=name,
             base_dir=self.path.parent,
         )

@@ -16,8 +16,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from bitdistill import manifest, packing
+from bitdistill import manifest
 from bitdistill.decoder import DecoderSpec, decoder_spec
+from bitdistill.exporters.base import Options
 from bitdistill.exporters.onnx_graph import DecoderGraph
 from bitdistill.exporters.onnx_tensors import TensorFile
 from bitdistill.names import suggest
@@ -50,6 +51,8 @@ def export_stock(teacher: str | Path, kind: str, out: str | Path) -> Path:
         inherited = {key: content.get(key) for key in ("family", "method", "task", "base_model")}
         described = inherited | {
             "target": "onnx",
+            "ops": "portable",
+            "label_tokens": None,
             "precision": kind,
             "teacher": manifest.fingerprint(content["files"]),
             "decoder": spec.to_json(),
@@ -99,9 +102,9 @@ class StockGraph(DecoderGraph):
 
     def __init__(self, spec: DecoderSpec, bits: int, tensor: Any, data: TensorFile) -> None:
         self.bits = bits
-        embed_bits = 32 if bits == 32 else 16
-        context, layout = min(spec.context, 8192), packing.KERNEL_LAYOUT_VERSION
-        super().__init__(spec, context, embed_bits, layout, tensor, self._refuse, data)
+        options = Options(embed_bits=32 if bits == 32 else 16, ops="portable")
+        context = options.resolve_context(spec.context)
+        super().__init__(spec, context, options, None, tensor, self._refuse, data)
 
     @staticmethod
     def _refuse(name: str) -> tuple[NDArray[np.int8], float]:
@@ -114,8 +117,11 @@ class StockGraph(DecoderGraph):
             x = self.norm(x, block_norm, f"{prefix.removeprefix('model.')}.{name}.norm")
         weights = np.concatenate([self.tensor(f"{prefix}.{part}.weight") for part in parts])
         y = self.matrix(f"{prefix}.{name}", x, weights, self.bits, "body")
-        bias = self._bias(f"{prefix}.{name}", prefix, parts)
-        return y if bias is None else self.op("Add", [y, bias], f"{prefix}.{name}.biased")
+        bias = self._bias(prefix, parts)
+        if bias is None:
+            return y
+        stored = self.data.add(f"{prefix}.{name}.bias", bias, "body")
+        return self.op("Add", [y, stored], f"{prefix}.{name}.biased")
 
     def matrix(
         self,

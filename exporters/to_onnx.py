@@ -17,21 +17,26 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitdistill import packing, tables
+from bitdistill.backends.embedding_file import NAME as EMBEDDING_FILE
 from bitdistill.checkpoint import StudentFiles
 from bitdistill.decoder import LINEARS, DecoderSpec
+from bitdistill.exporters import onnx_classifier as classifier
+from bitdistill.exporters import onnx_genai as genai
 from bitdistill.exporters.base import Options, Progress
 from bitdistill.exporters.onnx_graph import DecoderGraph
 from bitdistill.exporters.onnx_layout import stored_linears
+from bitdistill.exporters.onnx_linears import DEFAULT, OPERATORS
 from bitdistill.exporters.onnx_tables import STORAGE, compare, read_table
 from bitdistill.exporters.onnx_tensors import TensorFile
 from bitdistill.manifest import FormatError
 
 EMBED_BITS = (32, 16, 8, 4)
 WEIGHT_BITS = tuple(packing.LAYOUTS)
+OPS = tuple(OPERATORS)
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-OPTIONS: tuple[str, ...] = ()
+OPTIONS = ("ops", "with_library", "task")
 HEAD_SIZE_MULTIPLE = 16  # what GroupQueryAttention can rotate
 
 
@@ -73,27 +78,39 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
     student holds tensors of another architecture, RuntimeError when what was written is not what
     the student says (a broken disk or a bug; the directory is discarded).
     """
-    spec = student.spec
+    spec, ops = student.spec, options.ops or DEFAULT
     check_supported(spec, options)
     context = options.resolve_context(spec.context)
-    reader, layout = _Reader(student, progress), packing.LAYOUTS[options.weight_bits]
+    labels = None if options.task is None else classifier.label_tokens(student, options.task)
+    reader = _Reader(student, progress)
     with TensorFile(out / DATA) as data:
-        graph = DecoderGraph(
-            spec, context, options.embed_bits, layout, reader.tensor, reader.ternary, data
+        rows = (
+            None
+            if labels is None
+            else classifier.write_tables(reader.tensor, spec, labels, options.embed_bits, data, out)
         )
-        ir.save(graph.build(), out / MODEL)
+        graph = DecoderGraph(spec, context, options, rows, reader.tensor, reader.ternary, data)
+        model = graph.build()
+        ir.save(model, out / MODEL)
     if reader.unread:
         raise FormatError(
             f"{student.path} holds tensors that its architecture has no place for "
             f"({', '.join(sorted(reader.unread)[:3])}); it was altered or another version wrote it"
         )
-    verify(student, out, reader)
-    errors = table_errors(student, out)
+    if labels is None:  # GenAI generates text
+        genai.write_graph(model, out)
+        genai.write_config(spec, context, student.config, student.stop_tokens, out, ops)
+    if options.with_library:
+        genai.copy_library(out)
+    verify(student, out, reader, ops)
+    errors = classifier.errors(student, out) if labels else table_errors(student, out)
     return {
         "context": context,
-        "kernel_layout": layout,
+        "ops": ops,
+        "kernel_layout": packing.LAYOUTS[options.weight_bits] if ops == DEFAULT else None,
         "scale_granularity": "matrix",
-        "storage": {"embedding": STORAGE[options.embed_bits], "norms": "float32"},
+        "label_tokens": labels,
+        "storage": _storage(ops, options.embed_bits),
         "embedding_error": errors,
         "parts": _parts(spec, data, out),
     }
@@ -101,11 +118,17 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
 
 def check_supported(spec: DecoderSpec, options: Options) -> None:
     """ValueError for what this target cannot represent."""
+    if options.task is not None and options.embed_bits in (8, 4):
+        raise ValueError(
+            "a classifier's embedding stays on disk, where fewer bits save no memory; export with "
+            "--embed-bits 16"
+        )
     if options.embed_bits in (8, 4) and spec.hidden > tables.MAX_COLUMNS:
         raise ValueError(
             f"hidden size {spec.hidden}: a quantised embedding has at most {tables.MAX_COLUMNS} "
             "columns; export with --embed-bits 16"
         )
+    _check_operators(spec, options)
     if options.weight_bits != 2 and spec.activation_bits is None:
         raise ValueError(
             "the kernels read 1.6-bit weights with 8-bit activations alone, and this student's are "
@@ -118,12 +141,39 @@ def check_supported(spec: DecoderSpec, options: Options) -> None:
         )
 
 
+def _check_operators(spec: DecoderSpec, options: Options) -> None:
+    if options.ops in (None, DEFAULT):
+        return
+    if options.with_library:
+        raise ValueError(f"an artifact with --ops {options.ops} needs no library; leave it out")
+    if options.weight_bits != 2:
+        raise ValueError("stock operators have no 1.6-bit weights; export with --weight-bits 2")
+    if options.ops == "integer" and spec.activation_bits is None:
+        raise ValueError("this student's activations are not rounded; use --ops custom or portable")
+    if options.ops == "integer" and options.embed_bits == 8:
+        raise ValueError(
+            "onnxruntime's own operators multiply with an 8-bit head exactly only by way of a "
+            "float copy, which takes 0.6 s a token for 150,000 words; choose --embed-bits 16 or 4"
+        )
+
+
+def _storage(ops: str, embed_bits: int) -> dict[str, str]:
+    """What is rounded, so that PyTorch can be given the same roundings for comparison."""
+    storage = {"embedding": STORAGE[embed_bits], "norms": "float32"}
+    if ops == "portable":
+        storage["activations"] = "int8 blocks"
+    if ops != DEFAULT and embed_bits in (8, 4):
+        storage["head_activations"] = "int8 blocks" if ops == "portable" else "float32"
+    return storage
+
+
 def _parts(spec: DecoderSpec, data: TensorFile, out: Path) -> dict[str, int | float]:
     """Bytes of each part; bits per ternary weight include scales, biases and padding."""
     names = ("body", "embedding", "head", "norms", "rotary")
     parts: dict[str, int | float] = {name: data.parts[name] for name in names}
     weights = len(spec.layers) * sum(n * k for n, k in map(spec.shape, LINEARS))
-    parts["total"] = sum((out / name).stat().st_size for name in (MODEL, DATA))
+    files = [out / name for name in (MODEL, DATA, EMBEDDING_FILE)]
+    parts["total"] = sum(file.stat().st_size for file in files if file.exists())
     parts["body_bits_per_weight"] = 8 * data.parts["body"] / weights
     table = spec.vocabulary * spec.hidden * (1 if spec.tied else 2)
     parts["embedding_bits_per_weight"] = 8 * (data.parts["embedding"] + data.parts["head"]) / table
@@ -132,9 +182,7 @@ def _parts(spec: DecoderSpec, data: TensorFile, out: Path) -> dict[str, int | fl
 
 def table_errors(student: StudentFiles, out: Path) -> dict[str, dict[str, float]]:
     """What rounding costs the embedding and an untied head, measured on the written file."""
-    names = (
-        {"embedding": EMBEDDING} if student.spec.tied else {"embedding": EMBEDDING, "head": HEAD}
-    )
+    names = {"embedding": EMBEDDING} | ({} if student.spec.tied else {"head": HEAD})
     errors = {}
     for part, name in names.items():
         table = student.tensor(name).numpy()
@@ -142,61 +190,39 @@ def table_errors(student: StudentFiles, out: Path) -> dict[str, dict[str, float]
     return errors
 
 
-def read_linears(out: Path, spec: DecoderSpec) -> Iterator[tuple[str, NDArray[np.int8], float]]:
+def read_linears(
+    out: Path, spec: DecoderSpec, ops: str = DEFAULT
+) -> Iterator[tuple[str, NDArray[np.int8], float]]:
     """(name, trits (N, K), scale) of every linear, recovered from an artifact's model file.
 
     Raises FormatError when packed bytes, scales or the nodes that use them are not well-formed.
     """
     graph = ir.load(out / MODEL).graph
-    nodes = {node.inputs[1].name: node for node in graph if node.op_type == "TernaryLinear"}
     for index in range(len(spec.layers)):
         prefix = f"model.layers.{index}"
         for stored, parts in stored_linears(spec).items():
-            node = nodes.get(f"{prefix}.{stored}.weight")
-            if node is None:
-                raise FormatError(f"{out / MODEL} has no matrix {prefix}.{stored}; export it again")
-            yield from _unstack(node, prefix, parts, spec)
+            rows = [spec.shape(part)[0] for part in parts]
+            columns = spec.shape(parts[0])[1]
+            read = OPERATORS[ops].read(graph, f"{prefix}.{stored}", sum(rows), columns)
+            ends = np.cumsum(rows)[:-1]
+            pieces = (np.split(array, ends) for array in read)
+            for part, trits, scales in zip(parts, *pieces, strict=True):
+                yield f"{prefix}.{part}", trits, _one_scale(f"{prefix}.{part}", scales)
 
 
-def _unstack(
-    node: ir.Node, prefix: str, parts: tuple[str, ...], spec: DecoderSpec
-) -> Iterator[tuple[str, NDArray[np.int8], float]]:
-    """The linears that are stacked in one node's matrix."""
-    packed = node.inputs[1].const_value.numpy()
-    sizes = (node.attributes[name].as_int() for name in ("N", "K", "layout"))
-    trits = packing.unpack_layout(packed, *sizes)
-    scales = _row_scales(node, prefix)
-    start = 0
-    for part in parts:
-        stop = start + spec.shape(part)[0]
-        scale = np.unique(scales[start:stop])
-        if len(scale) != 1 or not np.isfinite(scale[0]):
-            raise FormatError(
-                f"the rows of {prefix}.{part} have the scales {scale[:3].tolist()}, not one finite "
-                "scale; export it again"
-            )
-        yield f"{prefix}.{part}", trits[start:stop], float(scale[0])
-        start = stop
-
-
-def _row_scales(node: ir.Node, prefix: str) -> NDArray[np.float32]:
-    """The scale of every row, (N,), from those stored, one for every `scale_rows` rows."""
-    rows, scales = node.attributes["N"].as_int(), node.inputs[2].const_value.numpy()
-    if "scale_rows" not in node.attributes:
-        raise FormatError(f"{prefix} was written by an older version; export it again")
-    shared = node.attributes["scale_rows"].as_int()
-    if shared < 1 or scales.shape != (rows / shared,):
+def _one_scale(linear: str, scales: NDArray[np.float32]) -> float:
+    scale = np.unique(scales)
+    if len(scale) != 1 or not np.isfinite(scale[0]):
         raise FormatError(
-            f"{node.name} has {scales.size} scales of {shared} rows each for its {rows} rows; "
-            "export it again"
+            f"the rows of {linear} have the scales {scale[:3].tolist()}, not one finite "
+            "scale; export it again"
         )
-    repeated: NDArray[np.float32] = np.repeat(scales, shared)
-    return repeated
+    return float(scale[0])
 
 
-def verify(student: StudentFiles, out: Path, reader: _Reader) -> None:
+def verify(student: StudentFiles, out: Path, reader: _Reader, ops: str) -> None:
     """RuntimeError unless the written files hold every trit and scale of the student."""
-    for name, trits, scale in read_linears(out, student.spec):
+    for name, trits, scale in read_linears(out, student.spec, ops):
         expected, expected_scale = student.ternary(name)
         if scale != expected_scale or not np.array_equal(trits, expected):
             raise RuntimeError(

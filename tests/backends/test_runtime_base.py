@@ -120,7 +120,7 @@ def greedy(runtime: SumRuntime, prompt: list[int], count: int) -> list[int]:
 
 
 def test_generate_is_greedy_and_chunks_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "PREFILL_CHUNK", 3)
+    monkeypatch.setattr(base.Runtime, "prefill_chunk", 3)
     runtime = SumRuntime()
     prompt = [1, 2, 4, 5, 6, 7, 8]
     tokens = list(runtime.generate(prompt, max_new_tokens=4, stop=()))

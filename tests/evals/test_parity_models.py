@@ -12,7 +12,7 @@ import pytest
 
 from bitdistill import backends, manifest
 from bitdistill.decoder import DecoderSpec
-from bitdistill.evals import parity
+from bitdistill.evals import parity, parity_layers
 from bitdistill.exporters.base import export
 
 PROMPTS = ["the film is not good", "very dull and bright and we liked it"]
@@ -77,15 +77,52 @@ def test_an_artifact_of_other_weights_is_refused(
         parity.report(student_dir("llama", "none"), out)
 
 
-def test_a_large_model_is_skipped_with_a_reason(
+@pytest.mark.parametrize(("family", "ops"), [("gemma3_text", "custom"), ("qwen3", "portable")])
+def test_a_large_model_is_compared_layer_by_layer(
+    student_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    family: str, ops: str,
+) -> None:  # fmt: skip
+    student = student_dir(family, "paper")
+    out = export(student, "onnx", tmp_path / "out", ops=ops)
+    before = sorted(path.name for path in out.iterdir())
+    monkeypatch.setattr(parity, "LARGEST", 1000)
+    report = parity.report(student, out)
+    assert report["failures"] == []
+    assert report["passed"] is True
+    assert len(report["by_layer"]) == 2
+    assert report["artifact"]["positions"] == 2 * 48
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_a_layer_that_is_a_little_wrong_fails(
     student_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = student_dir("qwen3", "paper")
     out = export(student, "onnx", tmp_path / "out")
     monkeypatch.setattr(parity, "LARGEST", 1000)
+    exact = parity_layers._one_layer
+
+    def wrong(files: Any, index: int) -> Any:
+        model = exact(files, index)
+        if index == 1:
+            model.model.layers[0].self_attn.q_norm.weight.data *= 0.95
+        return model
+
+    monkeypatch.setattr(parity_layers, "_one_layer", wrong)
+    report = parity.report(student, out)
+    assert report["passed"] is False
+    assert report["by_layer"][1] > 100 * report["by_layer"][0]
+
+
+def test_a_large_model_is_skipped_where_layers_cannot_be_compared(
+    student_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = student_dir("qwen3", "paper")
+    out = export(student, "mlx", tmp_path / "out")
+    monkeypatch.setattr(parity, "LARGEST", 1000)
     report = parity.report(student, out)
     assert report["passed"] is None
-    assert "parameters: an fp64 reference is made up to 1e+03" in report["skipped"]
+    assert "more than 1e+03 parameters: compared layer by layer for ONNX" in report["skipped"]
 
 
 def test_parameters_are_those_of_pytorch(student_dir: Callable[..., Path]) -> None:

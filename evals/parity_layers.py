@@ -1,0 +1,136 @@
+"""Parity of a model too large for a reference of its own: one layer at a time.
+
+The ONNX artifact runs once, with the output of every layer asked for. Then each layer of the
+student, alone in memory, is given what the artifact gave its own, in fp32 and in fp64, and the
+three outputs are compared. The yardstick is that of parity.py: fp64 is the reference, fp32 the
+floor. A layer reads at most two orders of rounding, so no error can hide behind those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from bitdistill import checkpoint, manifest
+from bitdistill.backends import onnx_runtime
+from bitdistill.backends.torch_runtime import cast, round_storage
+from bitdistill.decoder import DecoderSpec, config_class, family_of
+from bitdistill.quantize import BitLinear
+from bitdistill.student import model_class
+
+TOKENS = 48
+Progress = Callable[[str, int, int], None]
+Hidden = NDArray[np.float32]
+
+
+def layer_outputs(artifact: Path, tokens: list[int], threads: int | None) -> list[Hidden]:
+    """What enters the first layer of an ONNX artifact and leaves each, float32 (T, hidden)."""
+    content = manifest.read_manifest(artifact, "artifact")
+    spec = DecoderSpec.from_json(content["decoder"])
+    proto = onnx.load(artifact / onnx_runtime.MODEL, load_external_data=False)
+    first = next(n.input[0] for n in proto.graph.node if n.name == "layers.0.attention_residual")
+    names = [first, *(f"layers.{i}.mlp_residual" for i in range(len(spec.layers)))]
+    kind = onnx.TensorProto.FLOAT
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, kind, None) for n in names)
+    probe = artifact / "parity.onnx.partial"  # beside the weights that it refers to
+    probe.write_bytes(proto.SerializeToString())
+    try:
+        session = onnx_runtime.open_session(probe, threads, content["ops"] == onnx_runtime.CUSTOM)
+        return _run(session, names, tokens, spec)
+    finally:
+        probe.unlink()
+
+
+def _run(
+    session: ort.InferenceSession, names: list[str], tokens: list[int], spec: DecoderSpec
+) -> list[Hidden]:
+    nothing = np.zeros((1, spec.kv_heads, 0, spec.head_dim), np.float32)
+    inputs = {value.name: nothing for value in session.get_inputs() if "past" in value.name}
+    inputs["input_ids"] = np.array([tokens], np.int64)
+    inputs["seqlens_k"] = np.array([len(tokens) - 1], np.int32)
+    inputs["total_sequence_length"] = np.array(len(tokens), np.int32)
+    inputs["logit_rows"] = np.array([len(tokens) - 1], np.int64)
+    return [output[0] for output in session.run(names, inputs)]
+
+
+def reference_outputs(
+    student: Path, inputs: list[Hidden], storage: dict[str, str]
+) -> Iterator[tuple[Hidden, NDArray[Any]]]:
+    """Each layer of the student on what the artifact's was given: its output in fp32 and fp64."""
+    files = checkpoint.open_student(student)
+    for index, given in enumerate(inputs):
+        outputs = []
+        for dtype in (torch.float32, torch.float64):
+            model = _one_layer(files, index)
+            round_storage(model, {k: v for k, v in storage.items() if k != "embedding"})
+            cast(model, dtype)
+            for module in model.modules():
+                if isinstance(module, BitLinear):
+                    module.freeze()
+            with torch.inference_mode():
+                hidden = torch.from_numpy(given)[None].to(dtype)
+                outputs.append(model.model(inputs_embeds=hidden, use_cache=False)[0][0].numpy())
+        yield outputs[0], outputs[1]
+
+
+def _one_layer(files: checkpoint.StudentFiles, index: int) -> Any:
+    """A student of one layer, with the weights of layer `index`; no norm follows it."""
+    family = family_of(files.config["model_type"])
+    config = config_class(family).from_pretrained(files.path)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index]]
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
+    model = model_class(family)(config).eval()
+    model.model.norm = torch.nn.Identity()
+    prefix = f"model.layers.{index}."
+    with torch.no_grad():
+        for name, parameter in model.model.layers[0].named_parameters():
+            parameter.copy_(files.tensor(prefix + name))
+    return model
+
+
+def report(
+    student: Path, artifact: Path, tokens: list[int], threads: int | None, progress: Progress
+) -> dict[str, Any]:
+    """`passed`, `failures` and the errors of every layer, relative to the spread of what it adds.
+
+    Positions of all layers are judged together, as parity.py judges those of a model. Besides, no
+    layer's median may exceed twice the floor's 95th percentile: one early flip moves the positions
+    after it, but by no more than flips do.
+    """
+    from bitdistill.evals.parity import NEGLIGIBLE, TWICE, difference, judge
+
+    content = manifest.read_manifest(artifact, "artifact")
+    hidden = layer_outputs(artifact, tokens[:TOKENS], threads)
+    found, floor, exact = [], [], []
+    references = reference_outputs(student, hidden[:-1], content["storage"])
+    for index, (fp32, fp64) in enumerate(references):
+        progress("parity of layers", index, len(hidden) - 1)
+        given = hidden[index]
+        found.append(hidden[index + 1] - given)
+        floor.append(fp32 - given)
+        exact.append(fp64 - given)
+    progress("parity of layers", len(hidden) - 1, len(hidden) - 1)
+    figures, yardstick = difference(found, exact), difference(floor, exact)
+    failures = judge("layers", figures, yardstick)
+    medians = [difference([a], [b])["median"] for a, b in zip(found, exact, strict=True)]
+    allowed = max(TWICE * yardstick["percentile_95"], NEGLIGIBLE)
+    failures += [
+        f"layer {index}: median error {median:.2e}, allowed {allowed:.2e}"
+        for index, median in enumerate(medians)
+        if median > allowed
+    ]
+    return {
+        "passed": not failures,
+        "failures": failures,
+        "by_layer": medians,
+        "floor": yardstick,
+        "artifact": figures,
+    }

@@ -1,0 +1,75 @@
+"""A classifier: a head of a task's label tokens alone, and an embedding that stays on disk.
+
+Of the whole vocabulary a label task asks for two or three logits, and of the embedding for the rows
+of its prompt. So the table is a file of its own that the runtime reads rows from
+(backends/embedding_file.py), the graph is fed those rows, and the head is a matrix (labels, hidden)
+of the values that the table would have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitdistill.backends.embedding_file import DTYPES, NAME
+from bitdistill.backends.tokenizer import Tokenizer
+from bitdistill.checkpoint import StudentFiles
+from bitdistill.decoder import DecoderSpec
+from bitdistill.exporters.onnx_tables import STORAGE, as_float, compare
+from bitdistill.exporters.onnx_tensors import TensorFile
+from bitdistill.tasks import Task, get_task
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def label_tokens(student: StudentFiles, name: str) -> list[int]:
+    """The token of every answer of a label task, in the order of its labels.
+
+    The student's own task is meant where the name is its, else a built-in one. Raises ValueError
+    for a task without labels, and for answers that are not one token each, all different.
+    """
+    content = student.manifest.get("task")
+    if content is not None and content["name"] == name:
+        task = Task.from_json(content)
+    else:
+        task = get_task(name)
+    tokenizer = Tokenizer(student.path)
+    answers = [tokenizer.encode(label, special=False) for label in task.labels]
+    tokens = [answer[0] for answer in answers if len(answer) == 1]
+    if not tokens or len(set(tokens)) < len(answers):
+        raise ValueError(
+            f"task {name!r} has the answers {list(task.labels)}, in tokens {answers}: a head of "
+            "label tokens needs answers of one token each, all different; export without --task"
+        )
+    return tokens
+
+
+def write_tables(
+    tensor: Callable[[str], NDArray[np.float32]],
+    spec: DecoderSpec,
+    labels: Sequence[int],
+    bits: int,
+    data: TensorFile,
+    out: Path,
+) -> NDArray[np.float32]:
+    """Write the embedding's file; returns the rounded rows of the label tokens (labels, hidden)."""
+    table = as_float(EMBEDDING, tensor(EMBEDDING), bits)
+    table = table.astype(DTYPES[STORAGE[bits]], copy=False)
+    with (out / NAME).open("wb") as stream:
+        stream.write(np.ascontiguousarray(table).data)
+    data.parts["embedding"] += table.nbytes
+    head = table if spec.tied else as_float(HEAD, tensor(HEAD), bits)
+    return head[list(labels)].astype(np.float32)
+
+
+def errors(student: StudentFiles, out: Path) -> dict[str, dict[str, float]]:
+    """What rounding costs the embedding, measured on the written file."""
+    table = student.tensor(EMBEDDING).numpy()
+    size = (out / NAME).stat().st_size // table.size
+    dtype = next(dtype for dtype in DTYPES.values() if dtype.itemsize == size)
+    stored: NDArray[Any] = np.memmap(out / NAME, dtype, "r", shape=table.shape)
+    return {"embedding": compare(stored, table)}

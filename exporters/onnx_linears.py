@@ -1,0 +1,245 @@
+"""A ternary matrix in an ONNX graph: how it is stored, multiplied and read back.
+
+One row of OPERATORS for each `--ops`:
+
+custom    `bitdistill.TernaryLinear`: 2 or 1.6 bits a weight, norm and rounding inside the node.
+portable  MatMulNBits, 2 bits and a scale for each block of columns. Trits are the codes 1, 2, 3
+          around the operator's own zero point 2, so weights are exact; it rounds activations to
+          8 bits in every block of columns, which is finer than the token's one scale in training.
+integer   MatMulInteger, a byte a weight. The token's rounding is written out in nodes, so the
+          product is the exact one. Activations are uint8 around 128: the signed form is slow.
+
+The last two need no library of ours, wherever ONNX Runtime's own CPU operators are built in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bitdistill import packing
+from bitdistill.exporters.onnx_nodes import NodeBuilder
+from bitdistill.manifest import FormatError
+
+DEFAULT = "custom"
+ACTIVATION_EPS = 1e-5  # of quantize.py
+LEVELS = 127.0
+ZERO = 128.0
+BY_BLOCK, UNROUNDED = 4, 1  # accuracy levels of MatMulNBits: int8 by block, fp32
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Linears that read the same input, stacked along N into one matrix.
+
+    `path` names its tensors (`model.layers.0.mlp.gate_up_proj`), `node` its node. `scales` holds
+    one scale for every `scale_rows` rows. `norm` is the weight of the RMSNorm on the input.
+    """
+
+    path: str
+    node: str
+    trits: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    scale_rows: int
+    norm: ir.Value | None
+    epsilon: float
+    bias: NDArray[np.float32] | None
+    activation_bits: int | None
+    layout: int
+
+    @property
+    def row_scales(self) -> NDArray[np.float32]:
+        """The scale of every row, (N,)."""
+        repeated: NDArray[np.float32] = np.repeat(self.scales, self.scale_rows)
+        return repeated
+
+
+Multiply = Callable[[NodeBuilder, Stacked, ir.Value], ir.Value]
+ReadBack = Callable[[ir.Graph, str, int, int], tuple[NDArray[np.int8], NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class Operators:
+    """`multiply` adds a matrix to a graph; `read` gives back its trits (N, K) and row scales."""
+
+    multiply: Multiply
+    read: ReadBack
+
+
+def _bias(graph: NodeBuilder, matrix: Stacked) -> ir.Value | None:
+    if matrix.bias is None:
+        return None
+    return graph.data.add(f"{matrix.path}.bias", matrix.bias, "body")
+
+
+def _normed(graph: NodeBuilder, matrix: Stacked, x: ir.Value) -> ir.Value:
+    if matrix.norm is None:
+        return x
+    inputs, name = [x, matrix.norm], f"{matrix.node}.norm"
+    return graph.op("RMSNorm", inputs, name, "bitdistill.functions", epsilon=matrix.epsilon)
+
+
+# custom
+
+
+def _custom(graph: NodeBuilder, matrix: Stacked, x: ir.Value) -> ir.Value:
+    packed = packing.pack_layout(matrix.trits, matrix.layout)
+    rows, columns = matrix.trits.shape
+    inputs = [
+        x,
+        graph.data.add(f"{matrix.path}.weight", packed, "body"),
+        graph.data.add(f"{matrix.path}.scale", matrix.scales, "body"),
+        matrix.norm,
+        _bias(graph, matrix),
+    ]
+    while inputs[-1] is None:
+        inputs.pop()
+    return graph.op(
+        "TernaryLinear",
+        inputs,
+        matrix.node,
+        "bitdistill",
+        N=rows,
+        K=columns,
+        scale_rows=matrix.scale_rows,
+        layout=matrix.layout,
+        epsilon=matrix.epsilon,
+        activation_bits=matrix.activation_bits or 0,
+    )
+
+
+def _read_custom(
+    graph: ir.Graph, path: str, rows: int, columns: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    node = next((n for n in graph if _reads(n, f"{path}.weight")), None)
+    if node is None:
+        raise FormatError(f"the model has no matrix {path}; export it again")
+    sizes = (node.attributes[name].as_int() for name in ("N", "K", "layout"))
+    trits = packing.unpack_layout(node.inputs[1].const_value.numpy(), *sizes)
+    return trits, _stored_scales(node, path)
+
+
+def _reads(node: ir.Node, name: str) -> bool:
+    return node.op_type == "TernaryLinear" and node.inputs[1].name == name
+
+
+def _stored_scales(node: ir.Node, path: str) -> NDArray[np.float32]:
+    rows, scales = node.attributes["N"].as_int(), node.inputs[2].const_value.numpy()
+    if "scale_rows" not in node.attributes:
+        raise FormatError(f"{path} was written by an older version; export it again")
+    shared = node.attributes["scale_rows"].as_int()
+    if shared < 1 or scales.shape != (rows / shared,):
+        raise FormatError(
+            f"{node.name} has {scales.size} scales of {shared} rows each for its {rows} rows; "
+            "export it again"
+        )
+    repeated: NDArray[np.float32] = np.repeat(scales, shared)
+    return repeated
+
+
+# portable
+
+
+def _portable(graph: NodeBuilder, matrix: Stacked, x: ir.Value) -> ir.Value:
+    rows, columns = matrix.trits.shape
+    block = packing.stock_block(columns)
+    scales = np.repeat(matrix.row_scales[:, None], -(-columns // block), axis=1)
+    inputs = [
+        _normed(graph, matrix, x),
+        graph.data.add(f"{matrix.path}.weight", packing.pack_stock(matrix.trits), "body"),
+        graph.data.add(f"{matrix.path}.scale", scales, "body"),
+    ]
+    if matrix.bias is not None:
+        inputs += [None, None, _bias(graph, matrix)]  # zero points and group indices are absent
+    return graph.op(
+        "MatMulNBits",
+        inputs,
+        matrix.node,
+        "com.microsoft",
+        N=rows,
+        K=columns,
+        bits=2,
+        block_size=block,
+        accuracy_level=BY_BLOCK if matrix.activation_bits else UNROUNDED,
+    )
+
+
+def _read_portable(
+    graph: ir.Graph, path: str, rows: int, columns: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    trits = packing.unpack_stock(_array(graph, f"{path}.weight"), rows, columns)
+    scales = _array(graph, f"{path}.scale")
+    if (scales != scales[:, :1]).any():
+        raise FormatError(f"the blocks of a row of {path} have different scales; export it again")
+    return trits, np.ascontiguousarray(scales[:, 0])
+
+
+# integer
+
+
+def _integer(graph: NodeBuilder, matrix: Stacked, x: ir.Value) -> ir.Value:
+    quantised, largest = _quantise(graph, _normed(graph, matrix, x), matrix.node)
+    weight = graph.data.add(f"{matrix.path}.weight", np.ascontiguousarray(matrix.trits.T), "body")
+    scales = matrix.scales if len(matrix.scales) == 1 else matrix.row_scales
+    scale = graph.data.add(f"{matrix.path}.scale", scales, "body")
+    zero = graph.constant("zero_point", np.uint8(ZERO))
+    sums = graph.op("MatMulInteger", [quantised, weight, zero], f"{matrix.node}.sums")
+    sums = graph.op("Cast", [sums], f"{matrix.node}.float", to=ir.DataType.FLOAT.value)
+    # A Div last: where it is a Mul, ONNX Runtime fuses all this and takes one scale for all tokens.
+    factor = graph.op("Mul", [largest, scale], f"{matrix.node}.max_scale")
+    factor = graph.op("Div", [factor, _levels(graph)], f"{matrix.node}.factor")
+    bias = _bias(graph, matrix)
+    if bias is None:
+        return graph.op("Mul", [sums, factor], matrix.node)
+    y = graph.op("Mul", [sums, factor], f"{matrix.node}.product")
+    return graph.op("Add", [y, bias], matrix.node)
+
+
+def _quantise(graph: NodeBuilder, x: ir.Value, node: str) -> tuple[ir.Value, ir.Value]:
+    """x (..., K) -> uint8 round(127 x / (max |x| + e)) + 128, and max |x| (..., 1)."""
+
+    def op(kind: str, inputs: list[ir.Value], name: str, **attributes: Any) -> ir.Value:
+        return graph.op(kind, inputs, f"{node}.{name}", **attributes)
+
+    epsilon = graph.constant("activation_epsilon", np.float32(ACTIVATION_EPS))
+    axes = graph.constant("last_axis", np.array([-1], np.int64))
+    largest = op("ReduceMax", [op("Abs", [x], "abs"), axes], "max", keepdims=1)
+    up = op("Div", [_levels(graph), op("Add", [largest, epsilon], "max_epsilon")], "up")
+    rounded = op("Round", [op("Mul", [x, up], "scaled")], "rounded")
+    shifted = op("Add", [rounded, graph.constant("zero", np.float32(ZERO))], "shifted")
+    quantised = op("Cast", [shifted], "uint8", to=ir.DataType.UINT8.value)
+    return quantised, largest
+
+
+def _levels(graph: NodeBuilder) -> ir.Value:
+    return graph.constant("levels", np.float32(LEVELS))
+
+
+def _read_integer(
+    graph: ir.Graph, path: str, rows: int, columns: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    trits = _array(graph, f"{path}.weight").T
+    if trits.shape != (rows, columns) or trits.dtype != np.int8 or abs(trits).max() > 1:
+        raise FormatError(f"{path} is not a ternary {rows} x {columns} matrix; export it again")
+    scales = _array(graph, f"{path}.scale")
+    return trits, np.ascontiguousarray(np.broadcast_to(scales, rows))
+
+
+def _array(graph: ir.Graph, name: str) -> NDArray[Any]:
+    value = graph.initializers.get(name)
+    if value is None or value.const_value is None:
+        raise FormatError(f"the model has no tensor {name}; export it again")
+    array: NDArray[Any] = value.const_value.numpy()
+    return array
+
+
+OPERATORS = {
+    "custom": Operators(_custom, _read_custom),
+    "portable": Operators(_portable, _read_portable),
+    "integer": Operators(_integer, _read_integer),
+}
