@@ -96,8 +96,8 @@ class OnnxRuntime(Runtime):
     def __init__(self, path: Path, manifest: dict[str, Any], *, threads: int | None = None) -> None:
         if absent := {"ops", "label_tokens"} - manifest.keys():
             raise FormatError(
-                f"{path} does not say its {' and '.join(sorted(absent))}: another version wrote it; "
-                "export the student again"
+                f"{path} does not say its {' and '.join(sorted(absent))}: another version wrote "
+                "it; export the student again"
             )
         self.path, self.manifest = path, manifest
         self.spec = DecoderSpec.from_json(manifest["decoder"])
