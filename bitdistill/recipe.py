@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bitdistill import __version__, checkpoint, manifest, training_state
+from bitdistill import checkpoint, manifest, training_state
 from bitdistill.cards import model_card
 from bitdistill.config import dump_config
 from bitdistill.data import Batches, Shard, TaskBatches, check_sources, corpus_batches, task_rows
@@ -36,22 +35,12 @@ from bitdistill.objective import make_objective
 from bitdistill.prefetch import prefetched
 from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Training
+from bitdistill.stages import Stage, describe
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
-from bitdistill.teacher import licence_of, load_model, name_of
+from bitdistill.teacher import load_model
 from bitdistill.training import Fit
 
 LoadedModel = tuple[PreTrainedModel, Tokenizer]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What distinguishes a stage: where it is written and what configuration it depends on."""
-
-    directory: str
-    kind: str  # of the manifest: teacher or student
-    method: str
-    depends: tuple[str, ...]  # sections of the configuration
-    parent: str | None
 
 
 class Recipe:
@@ -67,7 +56,6 @@ class Recipe:
         self.world = World.from_environment()
         log = out / "log.jsonl" if self.world.main else None
         self.reporter = Reporter(log, quiet or not self.world.main)
-        self.task = config.task.resolve()
 
     def run(self) -> Path:
         """All stages, on however many devices; returns the student directory."""
@@ -267,7 +255,12 @@ class Recipe:
         (model, tokenizer), metrics = work(stage)
         if stage.kind == "student":
             metrics |= quantization_statistics(model)
-        content = self._content(stage, model, mark, metrics)
+        made = {
+            "fingerprint": mark,
+            "inputs": self.inputs.of(stage.depends),
+            "metrics": metrics,
+        }
+        content = describe(stage, self.config, model, made)
         card = model_card(content)
         with self.world.phase():
             if self.world.main:
@@ -282,31 +275,6 @@ class Recipe:
             parent = manifest.read_manifest(self.out / stage.parent)["fingerprint"]
         own = {key: values[key] for key in stage.depends}
         return manifest.fingerprint([own, self.inputs.of(stage.depends), parent])
-
-    def _content(
-        self, stage: Stage, model: PreTrainedModel, mark: str, metrics: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The manifest of a stage."""
-        student = getattr(model.config, "bitdistill", {})
-        return {
-            "stage": stage.directory,
-            "method": stage.method,
-            "base_model": name_of(self.config.model),
-            "family": model.config.model_type.removeprefix("bitdistill_"),
-            "licence": licence_of(self.config.model),
-            "norm_style": student.get("norm_style"),
-            "activation_bits": student.get("activation_bits"),
-            "task": None if stage.directory == "base" else self.task.to_json(),
-            "validation": self.config.task.validation,
-            "columns": self.config.task.columns,
-            "recipe": self.config.name,
-            "seed": self.config.seed,
-            "fingerprint": mark,
-            "inputs": self.inputs.of(stage.depends),
-            "parent": stage.parent,
-            "metrics": metrics,
-            "created_by": f"bitdistill {__version__}",
-        }
 
 
 def train(
