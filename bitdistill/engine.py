@@ -69,14 +69,14 @@ class Engine:
             else:
                 group["lr"] = rate
         if self._graphs is None or len(window) > 1:
-            self._run([self._moved(batch) for batch in window])
+            self._run([self.hardware.move(batch) for batch in window])
             return
         key = self._key(window[0])
         captured = self._graphs.get(key)
         if captured is None and len(self._graphs) < MAX_GRAPHS:
-            captured = self._graphs[key] = _Captured(self._moved(window[0]))
+            captured = self._graphs[key] = _Captured(self.hardware.move(window[0]))
         if captured is None:
-            self._run([self._moved(window[0])])
+            self._run([self.hardware.move(window[0])])
         else:
             self._replay(captured, window[0])
 
@@ -89,9 +89,6 @@ class Engine:
         """What a graph holds fixed: the shapes, and the weight decay."""
         shapes = tuple((name, tuple(value.shape)) for name, value in batch.items())
         return shapes, tuple(group["weight_decay"] for group in self.optimizer.param_groups)
-
-    def _moved(self, batch: Batch) -> Batch:
-        return {name: self.hardware.move(value) for name, value in batch.items()}
 
     def _replay(self, captured: _Captured, batch: Batch) -> None:
         for name, value in batch.items():
@@ -114,7 +111,8 @@ class Engine:
     def _run(self, window: list[Batch]) -> None:
         """The step itself: a fixed sequence of kernels for the shapes of the batches."""
         sharded = self.world.size > 1
-        if len(window) > 1 and not sharded:  # a shard cannot be rounded without the others
+        cached = len(window) > 1 and not sharded  # a shard cannot be rounded without the others
+        if cached:
             cache_weights(self.objective.student, self.hardware.dtype)
         for index, batch in enumerate(window):
             if sharded:
@@ -123,7 +121,8 @@ class Engine:
                 loss, terms = self.objective(batch)
             loss.backward()
             self._add(terms)
-        forget_weights(self.objective.student)
+        if cached:
+            forget_weights(self.objective.student)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
         self._add({"gradient_norm": whole(norm)})
         self.optimizer.step()

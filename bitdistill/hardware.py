@@ -55,8 +55,8 @@ class Hardware:
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
-    def move(self, value: Tensor) -> Tensor:
-        """A tensor on the device; from page-locked memory the copy does not wait."""
-        if self.cuda and not value.is_cuda:
-            value = value.pin_memory()
-        return value.to(self.device, non_blocking=True)
+    def move(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch on the device; from page-locked memory the copies do not wait."""
+        if self.cuda:
+            batch = {key: value.pin_memory() for key, value in batch.items()}
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}

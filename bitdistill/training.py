@@ -83,8 +83,7 @@ class Fit:
     def fit_relation_weight(self) -> None:
         """Where a target ratio is asked for, find the relations' weight on the first window."""
         if self.objective.relations.target_ratio is not None:
-            window = self.batches.window(0)
-            window = [{k: self.hardware.move(v) for k, v in batch.items()} for batch in window]
+            window = [self.hardware.move(batch) for batch in self.batches.window(0)]
             with self.hardware.autocast():
                 self.objective.fit_relation_weight(window, self.world.sum)
 
