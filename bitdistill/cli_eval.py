@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bitdistill.cli_options import with_options
+
 if TYPE_CHECKING:
     from bitdistill.evals import Result, Variant
 
@@ -30,17 +32,6 @@ show_options = [
         "--store", type=FILE, default=STORE, show_default=True, help="What was measured is kept."
     ),
 ]
-
-
-def with_options(options: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
-    """A decorator that adds several options."""
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
 
 
 @click.command("eval")

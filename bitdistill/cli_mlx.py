@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import click
 
+from bitdistill.cli_options import with_options
 from bitdistill.mlx_commands import COMMANDS, run
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -21,13 +21,7 @@ EXPORT_OPTIONS = (
         help="mlx: add code for --trust-remote-code.",
     ),
 )
-
-
-def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give `export` the options that only MLX has."""
-    for option in reversed(EXPORT_OPTIONS):
-        command = option(command)
-    return command
+export_options = with_options(EXPORT_OPTIONS)  # those that only MLX has
 
 
 def values(options: dict[str, Any]) -> dict[str, Any]:
