@@ -52,10 +52,10 @@ def test_logits_of_selected_rows(runtime: Make, backend: str) -> None:
     second = model.step_rows([8, 9, 10], model.select_rows(rows, [0, 1, 2]))
     fed = [[*PROMPTS[2], 5, 8], [*PROMPTS[0], 6, 9], [*PROMPTS[2], 7, 10]]
     whole = [model.logits([tokens])[0] for tokens in fed]
-    assert np.allclose(logits[2], whole[0][len(PROMPTS[2]) - 1], atol=1e-3)
+    assert np.allclose(logits[2], whole[0][len(PROMPTS[2]) - 1], rtol=0, atol=1e-5)
     for row, expected in enumerate(whole):
-        assert np.allclose(first[row], expected[-2], atol=1e-3)
-        assert np.allclose(second[row], expected[-1], atol=1e-3)
+        assert np.allclose(first[row], expected[-2], rtol=0, atol=1e-5)
+        assert np.allclose(second[row], expected[-1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
