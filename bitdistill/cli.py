@@ -78,13 +78,19 @@ main.add_command(mlx)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [runs/NAME].")
 @click.option("--resume", is_flag=True, help="Continue an interrupted stage.")
+@click.option("--until", default="student", show_default=True, help="The last stage to run.")
 @click.option("--dry-run", is_flag=True, help="Check everything and run one step; write nothing.")
 def train(
-    recipe: str, settings: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool
+    recipe: str,
+    settings: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    until: str,
+    dry_run: bool,
 ) -> None:
     """Run a recipe's stages: teacher, baselines, refine, pre-train, distil.
 
-    Complete stages are skipped. Prints the student directory. `bitdistill recipes` lists the
+    Complete stages are skipped. Prints the last stage's directory. `bitdistill recipes` lists the
     recipes, and `--dry-run` prints every setting.
     """
     from bitdistill.config import load_config
@@ -97,7 +103,7 @@ def train(
         return
     from bitdistill.recipe import train as run
 
-    click.echo(run(config, out, resume=resume))
+    click.echo(run(config, out, resume=resume, until=until))
 
 
 @main.command()

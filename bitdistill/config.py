@@ -6,7 +6,9 @@ there is one, the key that was probably meant.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,15 @@ class ConfigError(ValueError):
 
 def recipe_names() -> list[str]:
     """The recipes that ship with the package."""
-    folder = resources.files("bitdistill") / "recipes"
-    return sorted(
-        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
-    )
+    return sorted(_recipes_in(resources.files("bitdistill") / "recipes"))
+
+
+def _recipes_in(folder: Traversable, prefix: str = "") -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _recipes_in(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(".yaml"):
+            yield prefix + entry.name.removesuffix(".yaml")
 
 
 def _read_yaml(text: str, where: str) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class Steps:
 
 
 def corpus_steps(
-    config: Config, tokenizer: Tokenizer, rows: range, total: int, length: int
+    config: Config, tokenizer: Tokenizer, rows: range, total: int, length: int, seed: int
 ) -> Steps:
     """Sequences for some rows of a global batch of `total`, from the corpus of a configuration.
 
@@ -154,7 +154,7 @@ def corpus_steps(
     job = {
         "corpus": config.corpus.model_dump(mode="json"),
         "task": config.task.model_dump(mode="json"),
-        "seed": config.seed,
+        "seed": seed,
         "tokenizer": backend.to_str(),
         "end": tokenizer.eos_token_id,
         "rows": list(rows),

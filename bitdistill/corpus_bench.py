@@ -15,7 +15,10 @@ from contextlib import closing
 from typing import Any
 
 from bitdistill.config import load_config
-from bitdistill.data import PackedBatches, corpus_batches
+from bitdistill.data import PackedBatches
+from bitdistill.distributed import World
+from bitdistill.feeds import corpus_batches
+from bitdistill.schema import Training
 
 
 def measure(batches: PackedBatches, again: PackedBatches, steps: int) -> dict[str, Any]:
@@ -53,10 +56,8 @@ def main() -> None:
     for workers in options.workers:
         settings = [f"corpus.sources={json.dumps(options.sources)}", f"machine.workers={workers}"]
         config = load_config("tiny", settings)
-        batches, again = (
-            corpus_batches(config, tokenizer, options.length, options.batch_size, 1)
-            for _ in range(2)
-        )
+        size = Training(steps=1, batch_size=options.batch_size, max_length=options.length)
+        batches, again = (corpus_batches(config, size, tokenizer, World()) for _ in range(2))
         found = measure(batches, again, options.steps)
         print(json.dumps({"workers": workers} | found), flush=True)
 

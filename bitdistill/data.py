@@ -3,7 +3,8 @@
 A source of batches gives the window of micro-batches of an optimizer step, in an order that depends
 only on the seed and on its position, and its position can be saved and restored. Several devices
 share a window: which sequences it holds depends on its size, not on how many devices there are.
-Padding is on the right; `labels` are the input ids where a token is learnt and -100 elsewhere.
+Padding is on the right; `labels` are the input ids where a token is learnt, -101 where only the
+teacher says what it should be, and -100 elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bitdistill.corpus import Steps, corpus_steps
+from bitdistill.corpus import Steps
 from bitdistill.schema import Config, TaskData
 from bitdistill.sequences import Sequences
 from bitdistill.sources import is_local, local_files
@@ -26,6 +27,7 @@ from bitdistill.tasks import Example, Task, load_examples, shorten
 
 Batch = dict[str, Tensor]
 IGNORED = -100
+UNLABELLED = -101  # an answer that only the teacher gives
 GROUP_BATCHES = 32  # examples are sorted by length within this many batches
 
 
@@ -65,10 +67,11 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example as token ids; the last `answer` of them are learnt."""
+    """One example as token ids; the last `answer` of them are learnt, from labels or teacher."""
 
     ids: list[int]
     answer: int
+    labelled: bool = True
 
 
 def encode_example(example: Example, task: Task, tokenizer: Tokenizer, max_length: int) -> Encoded:
@@ -98,8 +101,18 @@ def collate(rows: list[Encoded], pad: int, multiple: int) -> Batch:
         end = len(row.ids)
         ids[index, :end] = torch.tensor(row.ids)
         mask[index, :end] = 1
-        labels[index, end - row.answer : end] = torch.tensor(row.ids[end - row.answer :])
+        answer = torch.tensor(row.ids[end - row.answer :])
+        labels[index, end - row.answer : end] = answer if row.labelled else UNLABELLED
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Fresh(Protocol):
+    """Examples that are made anew for each epoch, a function of its number alone."""
+
+    count: int
+
+    def rows(self, epoch: int) -> list[Encoded]:
+        """The `count` examples of an epoch."""
 
 
 class TaskBatches:
@@ -114,10 +127,13 @@ class TaskBatches:
         seed: int = 0,
         multiple: int = 8,
         shard: Shard = ALONE,
+        fresh: Fresh | None = None,
     ) -> None:
         if not rows:
             raise ValueError("no training examples; check the data file and limit_train")
+        self._labelled, self._fresh = rows, fresh
         self.rows, self.pad, self.multiple = rows, pad, multiple
+        self.count = len(rows) + (0 if fresh is None else fresh.count)
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
         self.shard = shard
         self._epoch, self._order = -1, [[0]]
@@ -128,7 +144,7 @@ class TaskBatches:
         return self.accumulate * self.shard.world
 
     def steps_per_epoch(self) -> int:
-        return -(-len(self.rows) // (self.batch_size * self._window_batches))
+        return -(-self.count // (self.batch_size * self._window_batches))
 
     def _batches(self, epoch: int) -> list[list[int]]:
         """All micro-batches of an epoch, in order; a short last one is filled from the start.
@@ -138,7 +154,9 @@ class TaskBatches:
         """
         if epoch != self._epoch:
             shuffle = random.Random(f"{self.seed}-{epoch}")
-            order = list(range(len(self.rows)))
+            if self._fresh is not None:
+                self.rows = self._labelled + self._fresh.rows(epoch)
+            order = list(range(self.count))
             shuffle.shuffle(order)
             size, together = self.batch_size, self._window_batches
             needed = self.steps_per_epoch() * together * size
@@ -240,26 +258,10 @@ def check_sources(config: Config) -> None:
             local_files(source)
 
 
-def task_rows(
-    data: TaskData, tokenizer: Tokenizer, max_length: int, seed: int = 0
-) -> list[Encoded]:
-    """The training examples of a task, encoded; `limit_train` takes a seeded random part."""
+def task_examples(data: TaskData, seed: int = 0) -> list[Example]:
+    """The training examples of a task; `limit_train` takes a seeded random part."""
     task = data.resolve()
     examples = load_examples(task, data.train, task.splits[0], columns=data.columns)
     if data.limit_train is not None and data.limit_train < len(examples):
         examples = random.Random(seed).sample(examples, data.limit_train)
-    return [encode_example(example, task, tokenizer, max_length) for example in examples]
-
-
-def corpus_batches(
-    config: Config,
-    tokenizer: Tokenizer,
-    length: int,
-    batch_size: int,
-    accumulate: int,
-    shard: Shard = ALONE,
-) -> PackedBatches:
-    """Packed pre-training batches of this device's rows, from every source of `config.corpus`."""
-    rows = batch_size * accumulate
-    steps = corpus_steps(config, tokenizer, shard.part(rows), shard.world * rows, length)
-    return PackedBatches(steps, batch_size, accumulate, config.corpus.document_mask)
+    return examples

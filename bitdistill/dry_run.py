@@ -18,7 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from bitdistill.config import dump_config
-from bitdistill.data import TaskBatches, check_sources, task_rows
+from bitdistill.data import TaskBatches, check_sources
+from bitdistill.distributed import World
+from bitdistill.feeds import candidates, task_batches
 from bitdistill.hardware import TrainingError
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
@@ -84,14 +86,18 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _one_step(
-    config: Config, student: PreTrainedModel, base: PreTrainedModel, batches: TaskBatches
+    config: Config,
+    student: PreTrainedModel,
+    base: PreTrainedModel,
+    batches: TaskBatches,
+    among: list[int] | None,
 ) -> tuple[float, int, dict[str, float], int]:
     """Seconds, tokens, terms and peak bytes of one distillation step, the base model as teacher."""
     settings: Distillation = config.distill
     with TemporaryDirectory() as folder:
         fit = Fit(
             "dry-run",
-            make_objective(student, base if settings.needs_teacher else None, settings),
+            make_objective(student, base if settings.needs_teacher else None, settings, among),
             batches,
             settings,
             config.machine,
@@ -135,14 +141,14 @@ def dry_run(config: Config) -> str:
     base, tokenizer = load_model(config.model, config.seed)
     _check_texts(config)
     settings = config.distill
-    rows = task_rows(config.task, tokenizer, settings.max_length, config.seed)
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-text token; set eos_token in its config")
-    pad = tokenizer.pad_token_id or 0
-    batches = TaskBatches(rows, pad, settings.batch_size, settings.accumulate, config.seed)
+    batches = task_batches(config, settings, tokenizer, World())
+    rows = batches.rows
     student = make_student(base, config.student.norm_style, config.student.activation_bits)
     ternary, total = _parameters(student)
-    seconds, tokens, terms, peak = _one_step(config, student, base, batches)
+    among = candidates(settings, config.task.resolve(), tokenizer)
+    seconds, tokens, terms, peak = _one_step(config, student, base, batches, among)
     lines = [
         dump_config(config),
         f"packages: {', '.join(packages)}: found",

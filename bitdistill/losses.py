@@ -43,17 +43,19 @@ def chunk_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted cross-entropy and KL(teacher || student) summed over rows, and d/d logits (C, V).
 
+    Rows of IGNORED count nothing, rows of UNLABELLED (any other negative target) in the KL alone.
     Closed forms: d CE = softmax(z) - onehot; d KL = (softmax(z / tau) - softmax(t / tau)) / tau,
     times tau^2 if asked for. fp32 inside; the gradient comes back in the logits' dtype. Elementwise
     and row reductions only, so that a compiler fuses it into a few passes over the logits.
     """
     z_CV = wide(student_CV)
-    counted_C = targets_C != IGNORED
+    learnt_C, counted_C = targets_C >= 0, targets_C != IGNORED
     target_C1 = targets_C.clamp_min(0).unsqueeze(-1)
     log_p_CV = F.log_softmax(z_CV, -1)
-    ce = -(log_p_CV.gather(-1, target_C1).squeeze(-1) * counted_C).sum() * ce_weight
+    ce = -(log_p_CV.gather(-1, target_C1).squeeze(-1) * learnt_C).sum() * ce_weight
     onehot_CV = torch.arange(z_CV.shape[-1], device=z_CV.device) == target_C1
     gradient_CV = (log_p_CV.exp() - onehot_CV.to(z_CV.dtype)) * ce_weight
+    gradient_CV = gradient_CV * learnt_C.unsqueeze(-1)
     kl = torch.zeros_like(ce)
     if teacher_CV is not None:
         tau, factor = options.temperature, options.temperature**2 if options.tau_squared else 1.0
@@ -62,8 +64,8 @@ def chunk_terms(
         t_CV = log_t_CV.exp()
         rows_C = (t_CV * (log_t_CV - log_s_CV)).sum(-1)
         kl = (rows_C * counted_C).sum() * (kl_weight * factor)
-        gradient_CV = gradient_CV + (log_s_CV.exp() - t_CV) * (kl_weight * (factor / tau))
-    gradient_CV = gradient_CV * counted_C.unsqueeze(-1)
+        d_kl_CV = (log_s_CV.exp() - t_CV) * (kl_weight * (factor / tau))
+        gradient_CV = gradient_CV + d_kl_CV * counted_C.unsqueeze(-1)
     return ce, kl, gradient_CV.to(student_CV.dtype)
 
 
@@ -140,7 +142,7 @@ def head_terms(
     teacher_weight_VD: Tensor | None = None,
     terms: Callable[..., tuple[Tensor, Tensor, Tensor]] = chunk_terms,
 ) -> HeadTerms:
-    """Weighted cross-entropy and logits KL of rows of hidden states; rows of IGNORED count nothing.
+    """Weighted cross-entropy and logits KL of rows of hidden states, counted as in `chunk_terms`.
 
     `ce_weight`, `kl_weight`: 0-d tensors, the terms' weights over their counts. `terms` is
     `chunk_terms` or its compiled form. Memory is one chunk's (CHUNK_ELEMENTS), whatever P is.

@@ -1,28 +1,24 @@
 """What a stage minimises: the terms of losses.py, weighted, for one micro-batch.
 
-The counts that normalise the terms are taken over the whole optimizer step (`count_window`), and
-every micro-batch contributes sums: the gradient is the same however the step is cut into batches.
-
-`prepare` does on the CPU all that depends on the data (which positions are learnt, the counts), so
-that the objective itself is a fixed sequence of kernels for each shape: it can be compiled, and
-captured as a CUDA graph.
+It reads what prepare.py made of the batch, and nothing in it depends on the data.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bitdistill.alignment import Alignment, alignment_sum
 from bitdistill.capture import ATTENTION, Capture, related_layers
-from bitdistill.data import IGNORED, Batch
-from bitdistill.losses import chunk_terms, head_terms, relation_sum
-from bitdistill.schema import Distillation, LogitsLoss, RelationLoss, Training
+from bitdistill.data import Batch
+from bitdistill.losses import HeadTerms, chunk_terms, head_terms, relation_sum
+from bitdistill.prepare import Counts, count_window, prepare
+from bitdistill.schema import Distillation, Training
 from bitdistill.student import layers_of
 
 
@@ -38,85 +34,45 @@ def recompute_activations(model: PreTrainedModel, on: bool) -> None:
     getattr(model, f"{prefix}_checkpointing_enable")(options)
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What the terms of one optimizer step are divided by."""
-
-    answers: float
-    related: float
-
-
-def count_window(window: list[Batch], relations: RelationLoss) -> Counts:
-    """Learnt tokens, and tokens that take part in the relations, over a window of micro-batches."""
-    answers = sum(int((b["labels"][:, 1:] != IGNORED).sum()) for b in window)
-    if relations.mask:
-        related = sum(int(b["attention_mask"].sum()) for b in window)
-    else:
-        related = sum(b["attention_mask"].numel() for b in window)
-    return Counts(max(answers, 1), max(related, 1))
-
-
-def _rounded(count: int) -> int:
-    """`count`, rounded up by less than a quarter, so that few different sizes occur."""
-    step = 1 << max(0, count.bit_length() - 3)
-    return max(1, -(-count // step) * step)
-
-
-def prepare(batch: Batch, counts: Counts) -> Batch:
-    """What the objective reads of a micro-batch, on the batch's device.
-
-    rows_P: flat positions b * T + t whose next token is learnt; targets_P: that token; both filled
-    up to a round number with targets that do not count. scales: 1 / answers, 1 / related.
-    document_mask (B, 1, T, T), where `documents` (B, T) says which tokens belong together.
-    """
-    labels_BT = batch["labels"]
-    next_BT = torch.full_like(labels_BT, IGNORED)
-    next_BT[:, :-1] = labels_BT[:, 1:]
-    learnt = (next_BT.flatten() != IGNORED).nonzero().squeeze(-1)
-    size = _rounded(len(learnt))
-    rows_P = labels_BT.new_zeros(size)
-    targets_P = labels_BT.new_full((size,), IGNORED)
-    rows_P[: len(learnt)] = learnt
-    targets_P[: len(learnt)] = next_BT.flatten()[learnt]
-    scales = torch.tensor([1 / counts.answers, 1 / counts.related])
-    prepared = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    prepared |= {"rows": rows_P, "targets": targets_P, "scales": scales.to(labels_BT.device)}
-    if "documents" in batch:
-        prepared |= {"documents": batch["documents"], "position_ids": batch["position_ids"]}
-    return prepared
-
-
 def document_mask(documents_BT: Tensor) -> Tensor:
     """Boolean (B, 1, T, T): a token sees itself and earlier tokens of its own document."""
     same = documents_BT.unsqueeze(-1) == documents_BT.unsqueeze(-2)
     return same.tril().unsqueeze(1)
 
 
+def as_candidates(targets_P: Tensor, candidates_C: Tensor) -> Tensor:
+    """Token ids as places among the candidates; what does not count stays as it is."""
+    place_P = (targets_P.unsqueeze(-1) == candidates_C).int().argmax(-1)
+    return torch.where(targets_P >= 0, place_P, targets_P)
+
+
 class Objective(nn.Module):
     """Computes the loss of a prepared micro-batch, and its weighted terms for the log.
 
     Only the student is a submodule: the teacher's parameters are never trained, saved or sharded
-    with it.
+    with it. `candidates` are the token ids that answers compete among; none: the vocabulary.
     """
+
+    candidates: Tensor | None
 
     def __init__(
         self,
         student: PreTrainedModel,
         teacher: PreTrainedModel | None,
-        ce: float = 1.0,
-        logits: LogitsLoss | None = None,
-        relations: RelationLoss | None = None,
+        settings: Distillation,
+        candidates: list[int] | None = None,
     ) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.settings = student, settings
         self._teacher = (teacher,)  # a tuple hides it from the module tree
-        self.ce = ce
-        self.logits = LogitsLoss() if logits is None else logits
-        self.relations = RelationLoss() if relations is None else relations
+        self.relations = settings.relations
         self.relation_weight = self.relations.weight
         self.chunk_terms: Callable[..., Any] = chunk_terms
         self.relation_sum: Callable[..., Tensor] = relation_sum
+        chosen = None if candidates is None else torch.tensor(candidates)
+        self.register_buffer("candidates", chosen, persistent=False)
         self._captures: tuple[Capture, Capture] | None = None
+        self._alignment: Alignment | None = None
         for model in filter(None, (student, teacher)):
             model.set_attn_implementation(ATTENTION)
         if teacher is not None and self.relations.active:
@@ -125,6 +81,8 @@ class Objective(nn.Module):
                 Capture(student, mine, self.relations),
                 Capture(teacher, theirs, self.relations),
             )
+        if teacher is not None and settings.alignment.weight > 0:
+            self._alignment = Alignment(student, teacher)
 
     @property
     def teacher(self) -> PreTrainedModel | None:
@@ -136,8 +94,9 @@ class Objective(nn.Module):
             model.set_attn_implementation("sdpa")
             for layer in layers_of(model):
                 vars(layer).pop("forward", None)  # the compiled one
-        for capture in self._captures or ():
-            capture.release()
+        for collector in (*(self._captures or ()), self._alignment):
+            if collector is not None:
+                collector.release()
 
     def compile(self, **options: Any) -> None:
         """Regional compilation: each decoder layer alone, and the losses.
@@ -157,9 +116,11 @@ class Objective(nn.Module):
                 layer.forward = torch.compile(layer.forward, **options)
         self.chunk_terms = torch.compile(chunk_terms, **options)
         self.relation_sum = torch.compile(relation_sum, **options)
+        if self._alignment is not None:
+            self._alignment.distance = torch.compile(alignment_sum, **options)
 
     def _hidden(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """Hidden states (P, D) of the learnt rows."""
+        """Hidden states (B * T, D)."""
         mask = document_mask(batch["documents"]) if "documents" in batch else None
         output = model.model(
             input_ids=batch["input_ids"],
@@ -167,39 +128,84 @@ class Objective(nn.Module):
             position_ids=batch.get("position_ids"),
             use_cache=False,
         )
-        return output.last_hidden_state.flatten(0, 1)[batch["rows"]]
+        return output.last_hidden_state.flatten(0, 1)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a prepared batch, and its terms (without gradient): ce, logits, relations."""
-        teacher_hidden = teacher_weight = None
-        for capture in self._captures or ():
-            capture.clear()
+        """Loss of a prepared batch, and its terms (without gradient), by name."""
+        for collector in (*(self._captures or ()), self._alignment):
+            if collector is not None:
+                collector.clear()
+        theirs = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_hidden = self._hidden(self.teacher, batch)
-            if self.logits.weight > 0:
-                teacher_weight = self.teacher.lm_head.weight
-        per_answer, per_related = batch["scales"]
-        head = head_terms(
-            self._hidden(self.student, batch),
-            self.student.lm_head.weight,
-            batch["targets"],
-            self.logits,
-            self.ce * per_answer,
-            self.logits.weight * per_answer,
-            teacher_hidden,
-            teacher_weight,
+                theirs = self._hidden(self.teacher, batch)
+        mine = self._hidden(self.student, batch)
+        per: Counts[Tensor] = Counts(*batch["scales"])
+        answers = self._answers(mine, theirs, batch, per)
+        loss, terms = answers.loss, {"ce": answers.ce}
+        logits = self.settings.logits
+        if theirs is not None and logits.weight > 0:
+            terms["logits"] = answers.kl
+        if theirs is not None and logits.prompt_weight > 0:
+            weights = torch.zeros_like(per.prompt), logits.prompt_weight * per.prompt
+            prompt = self._head(mine, theirs, batch["prompt_targets"].flatten(), weights, None)
+            loss, terms["prompt"] = loss + prompt.loss, prompt.kl
+        for name, term in self._states_terms(batch, per).items():
+            loss, terms[name] = loss + term, term.detach()
+        return loss, terms
+
+    def _answers(
+        self, mine: Tensor, theirs: Tensor | None, batch: Batch, per: Counts[Tensor]
+    ) -> HeadTerms:
+        """Cross-entropy and KL where something is to be answered."""
+        kl_weight = self.settings.logits.weight
+        rows_P, targets_P = batch["rows"], batch["targets"]
+        if self.candidates is not None:
+            targets_P = as_candidates(targets_P, self.candidates)
+        teacher = theirs[rows_P] if theirs is not None and kl_weight > 0 else None
+        weights = self.settings.ce * per.answers, kl_weight * per.compared
+        return self._head(mine[rows_P], teacher, targets_P, weights, self.candidates)
+
+    def _head(
+        self,
+        mine: Tensor,
+        theirs: Tensor | None,
+        targets: Tensor,
+        weights: tuple[Tensor, Tensor],
+        candidates: Tensor | None,
+    ) -> HeadTerms:
+        """The terms of rows of hidden states, over the vocabulary or over some of its tokens."""
+
+        def table(model: PreTrainedModel) -> Tensor:
+            weight_VD = model.lm_head.weight
+            return weight_VD if candidates is None else weight_VD[candidates]
+
+        their_table = None
+        if theirs is not None and self.teacher is not None:
+            their_table = table(self.teacher)
+        return head_terms(
+            mine,
+            table(self.student),
+            targets,
+            self.settings.logits,
+            *weights,
+            theirs,
+            their_table,
             self.chunk_terms,
         )
-        loss, terms = head.loss, {"ce": head.ce}
-        if teacher_weight is not None:
-            terms["logits"] = head.kl
+
+    def _states_terms(self, batch: Batch, per: Counts[Tensor]) -> dict[str, Tensor]:
+        """The weighted terms that compare states inside the models."""
+        terms: dict[str, Tensor] = {}
+        mask_BT = batch["attention_mask"]
         if self._captures is not None:
             mine, theirs = (capture.take() for capture in self._captures)
-            relation = self.relation_sum(mine, theirs, batch["attention_mask"], self.relations)
-            relation = self.relation_weight * per_related * relation
-            loss, terms["relations"] = loss + relation, relation.detach()
-        return loss, terms
+            relation = self.relation_sum(mine, theirs, mask_BT, self.relations)
+            terms["relations"] = self.relation_weight * per.related * relation
+        if self._alignment is not None:
+            weight = self.settings.alignment.weight
+            terms["alignment"] = weight * per.real * self._alignment.sum(mask_BT)
+        return terms
 
     @torch.no_grad()
     def fit_relation_weight(
@@ -225,10 +231,13 @@ class Objective(nn.Module):
 
 
 def make_objective(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, settings: Training
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    settings: Training,
+    candidates: list[int] | None = None,
 ) -> Objective:
     """The objective of a stage: plain cross-entropy, or distillation as its settings say."""
     if not isinstance(settings, Distillation):
-        return Objective(student, None)
+        return Objective(student, None, Distillation(steps=1), candidates)
     used = teacher if settings.needs_teacher else None
-    return Objective(student, used, settings.ce, settings.logits, settings.relations)
+    return Objective(student, used, settings, candidates)

@@ -15,27 +15,29 @@ never overwritten.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill import checkpoint, manifest, training_state
 from bitdistill.cards import model_card
 from bitdistill.config import dump_config
-from bitdistill.data import Batches, Shard, TaskBatches, check_sources, corpus_batches, task_rows
+from bitdistill.data import Batch, Batches, check_sources
 from bitdistill.distributed import World, collect
+from bitdistill.feeds import candidates, corpus_batches, seed_of, task_batches
 from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.inputs import Inputs
 from bitdistill.objective import make_objective
 from bitdistill.prefetch import prefetched
 from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Training
-from bitdistill.stages import Stage, describe
+from bitdistill.stages import LAST, Stage, describe, fingerprint, plan_stages
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
 from bitdistill.teacher import load_model
 from bitdistill.training import Fit
@@ -47,144 +49,137 @@ class Recipe:
     """One run: resolved configuration, output directory, and the stages in order."""
 
     def __init__(
-        self, config: Config, out: Path, *, resume: bool = False, quiet: bool = False
+        self,
+        config: Config,
+        out: Path,
+        *,
+        resume: bool = False,
+        quiet: bool = False,
+        until: str = LAST,
     ) -> None:
-        self.config, self.out, self.resume = config, out, resume
+        self.config, self.out, self.resume, self.until = config, out, resume, until
         if any(p.exists() and not p.is_dir() for p in (out, *out.parents)):
             raise FileExistsError(f"{out} cannot be a directory there; choose another --out")
+        check_sources(config)
+        self.inputs = Inputs(config)
+        self.stages = plan_stages(config, out, self.inputs)
+        if until not in self.stages:
+            raise ValueError(f"no stage {until!r} in this run; it has {', '.join(self.stages)}")
         out.mkdir(parents=True, exist_ok=True)
         self.world = World.from_environment()
         log = out / "log.jsonl" if self.world.main else None
         self.reporter = Reporter(log, quiet or not self.world.main)
 
     def run(self) -> Path:
-        """All stages, on however many devices; returns the student directory."""
+        """The stages up to `until`, on however many devices; returns the last one's directory."""
         with self.world.joined(Hardware.resolve(self.config.machine)):
-            return self._run()
+            if self.config.machine.threads is not None:
+                torch.set_num_threads(self.config.machine.threads)
+            for name, stage in self.stages.items():
+                with self._alone(stage):
+                    self._stage(stage, WORK[name])
+                if name == self.until:
+                    break
+        return self.stages[self.until].path
 
-    def _run(self) -> Path:
-        config = self.config
-        check_sources(config)
-        self.inputs = Inputs(config)
-        if config.machine.threads is not None:
-            torch.set_num_threads(config.machine.threads)
-        shared = ("model", "seed")
-        base = None
-        if config.base.enabled:
-            text = ("task",) if "task" in config.corpus.sources else ()
-            base = Stage("base", "teacher", "base", (*shared, "base", "corpus", *text), None)
-            self._stage(base, self._train_base)
-        parent = base.directory if base is not None else None
-        task = (*shared, "task")
-        teacher = Stage("teacher", "teacher", "fp16-sft", (*task, "teacher"), parent)
-        self._stage(teacher, self._train_teacher)
-        if config.bitnet_sft.enabled:
-            direct = Stage("bitnet-sft", "student", "bitnet-sft", (*task, "bitnet_sft"), parent)
-            self._stage(direct, self._train_bitnet_sft)
-        start = teacher.directory if config.student.start == "teacher" else parent
-        refined = Stage("refined", "student", "refined", (*task, "student"), start)
-        self._stage(refined, self._refine)
-        last = refined
-        if config.pretrain.enabled:
-            parts = (*refined.depends, "pretrain", "corpus")
-            last = Stage("pretrained", "student", "pretrained", parts, refined.directory)
-            self._stage(last, self._pretrain)
-        parts = (*last.depends, "teacher", "distill", "method")
-        student = Stage("student", "student", config.method, parts, last.directory)
-        self._stage(student, self._distill)
-        return self.out / student.directory
+    @contextmanager
+    def _alone(self, stage: Stage) -> Iterator[None]:
+        """Of several runs that share a stage one makes it, and the others wait."""
+        if stage.root == self.out:
+            yield
+            return
+        lock = FileLock(stage.root / f"{stage.name}.lock")
+        with self.world.phase():
+            if self.world.main:
+                stage.root.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+        try:
+            yield
+        finally:
+            if self.world.main:
+                lock.release()
 
     # --- the stages -----------------------------------------------------------------------------
 
     def _train_base(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
         model, tokenizer = load_model(self.config.model, self.config.seed)
-        batches = self._corpus(self.config.base, tokenizer)
-        return (model, tokenizer), self._fit(stage, model, None, batches, self.config.base)
+        batches = corpus_batches(self.config, self.config.base, tokenizer, self.world)
+        return (model, tokenizer), self._fit(
+            stage, tokenizer, model, None, batches, self.config.base
+        )
 
     def _train_teacher(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
         model, tokenizer = self._base()
         settings = self.config.teacher
-        batches = self._examples(settings, tokenizer)
-        return (model, tokenizer), self._fit(stage, model, None, batches, settings)
+        batches = task_batches(self.config, settings, tokenizer, self.world)
+        return (model, tokenizer), self._fit(stage, tokenizer, model, None, batches, settings)
 
     def _train_bitnet_sft(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
         model, tokenizer = self._base()
         settings = self.config.bitnet_sft
         student = make_student(model, "none", self.config.student.activation_bits)
-        batches = self._examples(settings, tokenizer)
-        return (student, tokenizer), self._fit(stage, student, None, batches, settings)
+        batches = task_batches(self.config, settings, tokenizer, self.world)
+        return (student, tokenizer), self._fit(stage, tokenizer, student, None, batches, settings)
 
     def _refine(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
         options = self.config.student
-        source = self._load("teacher") if options.start == "teacher" else self._base()
-        model, tokenizer = source
+        teacher = self.stages["teacher"]
+        model, tokenizer = self._load(teacher) if stage.parent is teacher else self._base()
         hardware = Hardware.resolve(self.config.machine)
         model.to(hardware.device).eval()
         student = make_student(model, options.norm_style, options.activation_bits)
         gains: dict[str, float] = {}
         if options.calibrate and options.norm_style != "none":
-            batches = self._examples(self.config.distill, tokenizer, World())
-            windows = (batches.window(step) for step in range(options.calibration_batches))
-            moved = (hardware.move(batch) for window in windows for batch in window)
+            moved = map(hardware.move, self._calibration(tokenizer))
             gains = measure_gains(model, options.norm_style, moved)
             set_gains(student, gains)
         return (student, tokenizer), {"gains": gains}
 
+    def _calibration(self, tokenizer: Tokenizer) -> Iterator[Batch]:
+        """The first batches of what the student is trained on next, the same for any world."""
+        config, alone = self.config, World()
+        batches: Batches
+        if config.pretrain.enabled:
+            batches = corpus_batches(config, config.pretrain, tokenizer, alone)
+        else:
+            batches = task_batches(config, config.distill, tokenizer, alone)
+        with closing(batches):
+            for step in range(config.student.calibration_batches):
+                yield from batches.window(step)
+
     def _pretrain(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
-        student, tokenizer = self._load("refined")
+        student, tokenizer = self._load(self.stages["refined"])
         settings = self.config.pretrain
         teacher = self._base()[0] if settings.needs_teacher else None
-        batches = self._corpus(settings, tokenizer)
-        return (student, tokenizer), self._fit(stage, student, teacher, batches, settings)
+        batches = corpus_batches(self.config, settings, tokenizer, self.world)
+        return (student, tokenizer), self._fit(
+            stage, tokenizer, student, teacher, batches, settings
+        )
 
     def _distill(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
         assert stage.parent is not None
         student, tokenizer = self._load(stage.parent)
         settings = self.config.distill
-        teacher = self._load("teacher")[0] if settings.needs_teacher else None
-        batches = self._examples(settings, tokenizer)
-        return (student, tokenizer), self._fit(stage, student, teacher, batches, settings)
+        teacher = self._load(self.stages["teacher"])[0] if settings.needs_teacher else None
+        batches = task_batches(self.config, settings, tokenizer, self.world)
+        return (student, tokenizer), self._fit(
+            stage, tokenizer, student, teacher, batches, settings
+        )
 
     # --- what the stages share ------------------------------------------------------------------
 
-    def _load(self, directory: str) -> LoadedModel:
-        path = self.out / directory
-        return checkpoint.load(path), checkpoint.load_tokenizer(path)
+    def _load(self, stage: Stage) -> LoadedModel:
+        return checkpoint.load(stage.path), checkpoint.load_tokenizer(stage.path)
 
     def _base(self) -> LoadedModel:
         if self.config.base.enabled:
-            return self._load("base")
+            return self._load(self.stages["base"])
         return load_model(self.config.model, self.config.seed)
-
-    def _examples(
-        self, settings: Training, tokenizer: Tokenizer, world: World | None = None
-    ) -> TaskBatches:
-        """Task batches, shared by the devices of this run or of `world`."""
-        world = self.world if world is None else world
-        rows = task_rows(self.config.task, tokenizer, settings.max_length, self.config.seed)
-        return TaskBatches(
-            rows,
-            pad=tokenizer.pad_token_id or 0,
-            batch_size=settings.batch_size,
-            accumulate=world.share(settings.accumulate, "accumulate"),
-            seed=self.config.seed,
-            multiple=self.config.machine.pad_multiple,
-            shard=Shard(world.rank, world.size),
-        )
-
-    def _corpus(self, settings: Training, tokenizer: Tokenizer) -> Batches:
-        return corpus_batches(
-            self.config,
-            tokenizer,
-            settings.max_length,
-            settings.batch_size,
-            self.world.share(settings.accumulate, "accumulate"),
-            Shard(self.world.rank, self.world.size),
-        )
 
     def _fit(
         self,
         stage: Stage,
+        tokenizer: Tokenizer,
         model: PreTrainedModel,
         teacher: PreTrainedModel | None,
         batches: Batches,
@@ -194,32 +189,32 @@ class Recipe:
         context = model.config.max_position_embeddings
         if settings.max_length > context:
             raise TrainingError(
-                f"stage {stage.directory}: max_length {settings.max_length} is longer than the "
+                f"stage {stage.name}: max_length {settings.max_length} is longer than the "
                 f"model's context of {context}; lower it"
             )
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed(seed_of(self.config, settings))
+        among = candidates(settings, self.config.task.resolve(), tokenizer)
         # sharding changes a model for good: what is saved in the end is another one
         trained = copy.deepcopy(model) if self.world.size > 1 else model
-        state_dir = self.out / f"{stage.directory}.training"
         fit = Fit(
-            stage.directory,
-            make_objective(trained, teacher, settings),
+            stage.name,
+            make_objective(trained, teacher, settings, among),
             prefetched(batches, self.config.machine),
             settings,
             self.config.machine,
             self.reporter,
-            state_dir,
-            self._fingerprint(stage),
+            stage.state,
+            fingerprint(stage, self.config, self.inputs),
             self.world,
         )
-        if training_state.saved_states(state_dir):
+        if training_state.saved_states(stage.state):
             if not self.resume:
                 raise TrainingError(
-                    f"stage {stage.directory} was interrupted; pass --resume to continue it, or "
-                    f"remove {state_dir} to start it again"
+                    f"stage {stage.name} was interrupted; pass --resume to continue it, or "
+                    f"remove {stage.state} to start it again"
                 )
             fit.restore()
-            self.reporter.say(f"{stage.directory}: continuing at step {fit.step}")
+            self.reporter.say(f"{stage.name}: continuing at step {fit.step}")
         with closing(fit.batches):
             terms = fit.run()
         model.cpu()
@@ -229,11 +224,11 @@ class Recipe:
         return {"steps": fit.total, "terms": terms, "relation_weight": weight}
 
     def _stage(
-        self, stage: Stage, work: Callable[[Stage], tuple[LoadedModel, dict[str, Any]]]
+        self, stage: Stage, work: Callable[[Recipe, Stage], tuple[LoadedModel, dict[str, Any]]]
     ) -> None:
         """Skip a complete stage, refuse one made otherwise, else do it and write its directory."""
-        path = self.out / stage.directory
-        mark = self._fingerprint(stage)
+        path = stage.path
+        mark = fingerprint(stage, self.config, self.inputs)
         if path.exists():
             content = manifest.read_manifest(path, stage.kind)
             if content.get("fingerprint") != mark:
@@ -242,13 +237,13 @@ class Recipe:
                     f"{path} was made with {made_with}; use another --out, or remove it and the "
                     "stages after it"
                 )
-            training_state.discard(self.out / f"{stage.directory}.training")
-            self.reporter.say(f"{stage.directory}: complete, skipped")
+            training_state.discard(stage.state)
+            self.reporter.say(f"{stage.name}: complete, skipped")
             return
-        self.reporter.say(f"{stage.directory}: started")
+        self.reporter.say(f"{stage.name}: started")
         if self.world.main:
             (self.out / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
-        (model, tokenizer), metrics = work(stage)
+        (model, tokenizer), metrics = work(self, stage)
         if stage.kind == "student":
             metrics |= quantization_statistics(model)
         made = {
@@ -261,25 +256,32 @@ class Recipe:
         with self.world.phase():
             if self.world.main:
                 checkpoint.save(path, model, tokenizer, stage.kind, content, card)
-                training_state.discard(self.out / f"{stage.directory}.training")
-        self.reporter.say(f"{stage.directory}: written to {path}")
+                training_state.discard(stage.state)
+        self.reporter.say(f"{stage.name}: written to {path}")
 
-    def _fingerprint(self, stage: Stage) -> str:
-        values = self.config.model_dump(mode="json")
-        parent = None
-        if stage.parent is not None:
-            parent = manifest.read_manifest(self.out / stage.parent)["fingerprint"]
-        own = {key: values[key] for key in stage.depends}
-        return manifest.fingerprint([own, self.inputs.of(stage.depends), parent])
+
+WORK: dict[str, Callable[[Recipe, Stage], tuple[LoadedModel, dict[str, Any]]]] = {
+    "base": Recipe._train_base,
+    "teacher": Recipe._train_teacher,
+    "bitnet-sft": Recipe._train_bitnet_sft,
+    "refined": Recipe._refine,
+    "pretrained": Recipe._pretrain,
+    LAST: Recipe._distill,
+}
 
 
 def train(
-    config: Config, out: str | Path | None = None, *, resume: bool = False, quiet: bool = False
+    config: Config,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    until: str = LAST,
 ) -> Path:
-    """Run every stage of a recipe in `out` (runs/NAME) and return the student directory.
+    """Run a recipe's stages in `out` (runs/NAME) up to `until`, and return that one's directory.
 
     Raises TrainingError, ConfigError, ModelError or FormatError with the remedy; what is complete
     stays, and a later call continues after it.
     """
     out = Path("runs") / config.name if out is None else Path(out)
-    return Recipe(config, out, resume=resume, quiet=quiet).run()
+    return Recipe(config, out, resume=resume, quiet=quiet, until=until).run()

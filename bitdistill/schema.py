@@ -103,6 +103,9 @@ class Training(Section):
 
     `anneal` is the share of the steps over which quantisation is blended in (0: hard at once).
     `decay_until` is the share of the run after which weight decay is zero.
+
+    `candidates` are what the answers of a label task compete with: the whole vocabulary, or the
+    task's other labels alone (each a single token), which is how they are scored later.
     """
 
     enabled: bool = True
@@ -118,6 +121,7 @@ class Training(Section):
     decay_until: float = Field(1.0, ge=0, le=1)
     clip_norm: float = Field(1.0, gt=0)
     anneal: float = Field(0.0, ge=0, le=1)
+    candidates: Literal["vocabulary", "labels"] = "vocabulary"
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -130,9 +134,12 @@ class LogitsLoss(Section):
     """KL(teacher || student) of softmax(z / temperature), over the tokens that count.
 
     `tau_squared` multiplies by temperature^2, as the authors' code does and the paper does not.
+    `prompt_weight` compares the predictions of the prompt's own tokens as well, over the whole
+    vocabulary: a mean of its own, so that a long prompt does not drown the answer.
     """
 
     weight: float = Field(0.0, ge=0)
+    prompt_weight: float = Field(0.0, ge=0)
     temperature: float = Field(5.0, gt=0)
     tau_squared: bool = False
 
@@ -165,17 +172,42 @@ class RelationLoss(Section):
         return self.weight > 0 or self.target_ratio is not None
 
 
+class AlignmentLoss(Section):
+    """Residual streams layer by layer (alignment.py), for a teacher of the student's own width."""
+
+    weight: float = Field(0.0, ge=0)
+
+
 class Distillation(Training):
-    """A stage with a teacher: L = ce L_CE + logits.weight L_LD + relations.weight L_AD."""
+    """A stage with a teacher: L = ce L_CE + logits L_LD + relations L_AD + alignment L_HA.
+
+    `mixtures` new examples for each labelled one are made every epoch from parts of the task's own
+    inputs (mixtures.py); they have no answer, only what the teacher says of them.
+    """
 
     ce: float = Field(1.0, ge=0)
     logits: LogitsLoss = LogitsLoss()
     relations: RelationLoss = RelationLoss()
+    alignment: AlignmentLoss = AlignmentLoss()
+    mixtures: int = Field(0, ge=0)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares with a teacher."""
-        return self.logits.weight > 0 or self.relations.active
+        logits = self.logits.weight > 0 or self.logits.prompt_weight > 0
+        return logits or self.relations.active or self.alignment.weight > 0
+
+    @model_validator(mode="after")
+    def _mixtures_are_judged(self) -> Distillation:
+        if self.mixtures and not self.logits.weight:
+            raise ValueError("mixtures have no answers: they need logits.weight above 0")
+        return self
+
+
+class Pretraining(Distillation):
+    """Stage 2. `seed` is its own, so that runs of several seeds can share it."""
+
+    seed: int = 0
 
 
 class Student(Section):
@@ -220,10 +252,15 @@ class Machine(Section):
 
 
 class Config(Section):
-    """A whole run. Stage 2 distils from the base model, stage 3 from the task's teacher."""
+    """A whole run. Stage 2 distils from the base model, stage 3 from the task's teacher.
+
+    `shared` is a directory for the stages that no task has shaped (stages 1 and 2): runs that agree
+    on them find each other's there.
+    """
 
     name: str
     seed: int = 0
+    shared: str | None = None
     method: Literal["bitdistill", "bitdistill-paper"] = "bitdistill"
     model: Model
     task: TaskData
@@ -233,7 +270,7 @@ class Config(Section):
     teacher: Training
     bitnet_sft: Training = Training(enabled=False)
     student: Student = Student()
-    pretrain: Distillation = Distillation(enabled=False)
+    pretrain: Pretraining = Pretraining(enabled=False)
     distill: Distillation
 
     @field_validator("name")
@@ -242,3 +279,13 @@ class Config(Section):
         if not value or "/" in value:
             raise ValueError("name must be a plain word")
         return value
+
+    @model_validator(mode="after")
+    def _shareable(self) -> Config:
+        shaped = self.student.start == "teacher" or "task" in self.corpus.sources
+        if self.shared is not None and (self.base.enabled or shaped or not self.pretrain.enabled):
+            raise ValueError(
+                "shared: stages 1 and 2 can be shared where pretrain is enabled, student.start is "
+                "base, and corpus.sources has no `task`"
+            )
+        return self

@@ -1,26 +1,81 @@
-"""What distinguishes the stages of a recipe, and what a stage's manifest says of it."""
+"""The stages of a recipe: what each depends on, where it is, and what its manifest says of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from bitdistill import __version__
+from bitdistill import __version__, manifest
+from bitdistill.inputs import Inputs
 from bitdistill.schema import Config
 from bitdistill.teacher import licence_of, name_of
+
+LAST = "student"
 
 
 @dataclass(frozen=True)
 class Stage:
     """What distinguishes a stage: where it is written and what configuration it depends on."""
 
-    directory: str
+    name: str
     kind: str  # of the manifest: teacher or student
     method: str
     depends: tuple[str, ...]  # sections of the configuration
-    parent: str | None
+    parent: Stage | None
+    root: Path  # the run's directory, or one that runs share
+
+    @property
+    def path(self) -> Path:
+        """The stage's directory."""
+        return self.root / self.name
+
+    @property
+    def state(self) -> Path:
+        """Where its training saves, beside that."""
+        return self.root / f"{self.name}.training"
+
+
+def plan_stages(config: Config, out: Path, inputs: Inputs) -> dict[str, Stage]:
+    """The stages of this run by name, in order, and what each of them depends on."""
+    own, task = ("model", "seed"), ("model", "seed", "task")
+    text = ("task",) if "task" in config.corpus.sources else ()
+    base = None
+    if config.base.enabled:
+        base = Stage("base", "teacher", "base", (*own, "base", "corpus", *text), None, out)
+    teacher = Stage("teacher", "teacher", "fp16-sft", (*task, "teacher"), base, out)
+    plan = [base, teacher]
+    if config.bitnet_sft.enabled:
+        plan.append(Stage("bitnet-sft", "student", "bitnet-sft", (*task, "bitnet_sft"), base, out))
+    start = teacher if config.student.start == "teacher" else base
+    refined = Stage("refined", "student", "refined", (*task, "student"), start, out)
+    last = refined
+    if config.pretrain.enabled:
+        # no task has shaped them, nor a seed but their own
+        tiny = own if config.model.source == "tiny" else ("model",)
+        parts = (*tiny, "student", "pretrain", "corpus", *text)
+        refined = Stage("refined", "student", "refined", parts, start, out)
+        last = Stage("pretrained", "student", "pretrained", parts, refined, out)
+        if config.shared is not None:
+            root = Path(config.shared) / fingerprint(last, config, inputs)[:12]
+            refined = replace(refined, root=root)
+            last = replace(last, parent=refined, root=root)
+        plan += [refined, last]
+    else:
+        plan.append(refined)
+    parts = ("model", "seed", "task", "student", "teacher", "distill", "method")
+    plan.append(Stage(LAST, "student", config.method, parts, last, out))
+    return {stage.name: stage for stage in plan if stage is not None}
+
+
+def fingerprint(stage: Stage, config: Config, inputs: Inputs) -> str:
+    """A hash of all that a stage depends on, its parents' included."""
+    values = config.model_dump(mode="json")
+    parent = None if stage.parent is None else fingerprint(stage.parent, config, inputs)
+    own = {key: values[key] for key in stage.depends}
+    return manifest.fingerprint([own, inputs.of(stage.depends), parent])
 
 
 def describe(
@@ -28,9 +83,9 @@ def describe(
 ) -> dict[str, Any]:
     """The manifest of a stage; `made`: what only the run knows (fingerprint, inputs, metrics)."""
     student = getattr(model.config, "bitdistill", {})
-    task = None if stage.directory == "base" else config.task.resolve().to_json()
+    task = None if stage.name == "base" else config.task.resolve().to_json()
     return made | {
-        "stage": stage.directory,
+        "stage": stage.name,
         "method": stage.method,
         "base_model": name_of(config.model),
         "family": model.config.model_type.removeprefix("bitdistill_"),
@@ -42,6 +97,6 @@ def describe(
         "columns": config.task.columns,
         "recipe": config.name,
         "seed": config.seed,
-        "parent": stage.parent,
+        "parent": None if stage.parent is None else stage.parent.name,
         "created_by": f"bitdistill {__version__}",
     }

@@ -63,6 +63,10 @@ class Task:
         *_, (literal, field, *_) = Formatter().parse(self.prompt)
         return literal if field is None else ""
 
+    def fill(self, inputs: Sequence[str]) -> str:
+        """The prompt of an example, from the texts of its columns."""
+        return self.prompt.format(**dict(zip(self.columns, inputs, strict=True)))
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, for manifests."""
         return dataclasses.asdict(self)
@@ -79,12 +83,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Example:
-    """One example: prompt and answer texts; `label` is the label id of a label task."""
+    """One example: prompt and answer texts; `label` is the label id of a label task.
+
+    `inputs` are the texts of the task's columns, which the prompt was made of.
+    """
 
     index: int
     prompt: str
     answer: str
     label: int | None
+    inputs: tuple[str, ...] = ()
 
 
 TASKS: dict[str, Task] = {
@@ -208,11 +216,12 @@ def _example(task: Task, index: int, row: Row, columns: dict[str, str]) -> Examp
         if row[name] is None:
             raise ValueError(f"example {index} has no value in column {name!r}; fix the data")
         values[column] = row[name]
-    prompt = task.prompt.format(**{c: str(values[c]).strip() for c in task.columns})
+    inputs = tuple(str(values[c]).strip() for c in task.columns)
+    prompt = task.fill(inputs)
     if task.kind == "summary":
-        return Example(index, prompt, " " + str(values[task.target]).strip(), None)
+        return Example(index, prompt, " " + str(values[task.target]).strip(), None, inputs)
     label = _label(task, index, values[task.target])
-    return Example(index, prompt, task.labels[label], label)
+    return Example(index, prompt, task.labels[label], label, inputs)
 
 
 def _label(task: Task, index: int, value: Any) -> int:

@@ -20,14 +20,9 @@ from bitdistill.engine import Engine
 from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.interrupt import Stop, stop_signals
 from bitdistill.monitor import Monitor
-from bitdistill.objective import (
-    Counts,
-    Objective,
-    count_window,
-    prepare,
-    recompute_activations,
-)
+from bitdistill.objective import Objective, recompute_activations
 from bitdistill.optimizer import make_optimizer, schedule, total_steps
+from bitdistill.prepare import Counts, count_window, prepare
 from bitdistill.progress import Reporter
 from bitdistill.quantize import set_integer, share_anneal
 from bitdistill.schema import Machine, Training
@@ -63,7 +58,8 @@ class Fit:
         self.hardware = Hardware.resolve(machine)
         self.total = total_steps(settings, batches)
         self.step = 0
-        self.model.to(self.hardware.device).train()
+        objective.to(self.hardware.device)
+        self.model.train()
         if objective.teacher is not None:
             teacher = objective.teacher.to(self.hardware.device, self.hardware.dtype)
             teacher.eval().requires_grad_(False)
@@ -161,15 +157,14 @@ class Fit:
         rate = settings.learning_rate * schedule(settings, self.step, self.total)
         self.engine.step([prepare(batch, counts) for batch in window], rate)
 
-    def _counts(self, window: list[Batch]) -> Counts:
+    def _counts(self, window: list[Batch]) -> Counts[float]:
         """The counts of all devices' windows.
 
         Gradients are averaged over the devices, so each takes its share of the counts: the average
         of the devices' losses is then the loss of the whole window.
         """
         counts = count_window(window, self.objective.relations)
-        answers, related = self.world.sum([counts.answers, counts.related])
-        return Counts(answers / self.world.size, related / self.world.size)
+        return Counts(*(total / self.world.size for total in self.world.sum(counts)))
 
     def _set_anneal(self) -> None:
         """The share of quantisation of this step; once it is whole, products may be integer."""

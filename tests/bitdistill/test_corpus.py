@@ -23,10 +23,12 @@ from short_runs import packed_batches
 
 from bitdistill import corpus
 from bitdistill.config import load_config
-from bitdistill.data import IGNORED, Batch, Batches, PackedBatches, Shard, corpus_batches
+from bitdistill.data import IGNORED, Batch, Batches, PackedBatches, Shard
+from bitdistill.distributed import World
+from bitdistill.feeds import corpus_batches
 from bitdistill.prefetch import Prefetched, prefetched
 from bitdistill.readers import Source, Texts
-from bitdistill.schema import Machine
+from bitdistill.schema import Machine, Training
 from bitdistill.sequences import (
     CHUNK,
     SNAPSHOT,
@@ -281,7 +283,8 @@ def local(tokenizer: Any, tmp_path: Path) -> Any:
     def make(workers: int, *settings: str) -> PackedBatches:
         sources = f"corpus.sources=[{tmp_path / 'a.jsonl'}, {tmp_path / 'b.parquet'}, tiny]"
         config = load_config("tiny", [sources, f"machine.workers={workers}", *settings])
-        return corpus_batches(config, tokenizer, 32, 3, 2)
+        size = Training(steps=1, max_length=32, batch_size=3, accumulate=2)
+        return corpus_batches(config, size, tokenizer, World())
 
     return make
 
@@ -381,7 +384,7 @@ def test_a_worker_loads_neither_torch_nor_transformers() -> None:
 
 def test_a_tokenizer_without_a_file(local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"object has no tokenizer.json; use a model with one"):
-        corpus.corpus_steps(load_config("tiny"), object(), range(2), 2, 8)
+        corpus.corpus_steps(load_config("tiny"), object(), range(2), 2, 8, 0)
 
 
 # --- made ready ahead -----------------------------------------------------------------------------

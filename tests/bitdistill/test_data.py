@@ -19,7 +19,7 @@ from bitdistill.data import (
     TaskBatches,
     collate,
     encode_example,
-    task_rows,
+    task_examples,
 )
 from bitdistill.schema import TaskData
 from bitdistill.tasks import TASKS, Example
@@ -151,9 +151,9 @@ def write_reviews(path: Path, count: int) -> Path:
 
 def test_limit_train_takes_a_seeded_part(tokenizer: Any, tmp_path: Path) -> None:
     file = str(write_reviews(tmp_path / "train.jsonl", 40))
-    everything = task_rows(TaskData(name="sst2", train=file), tokenizer, 64)
+    everything = task_examples(TaskData(name="sst2", train=file))
     data = TaskData(name="sst2", train=file, limit_train=10)
-    first, again, other = (task_rows(data, tokenizer, 64, seed) for seed in (0, 0, 1))
+    first, again, other = (task_examples(data, seed) for seed in (0, 0, 1))
     assert len(everything) == 40
     assert len(first) == 10
     assert first == again

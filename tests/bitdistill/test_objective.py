@@ -11,14 +11,16 @@ import torch
 
 from bitdistill.capture import ATTENTION, Capture, layer_index, related_layers
 from bitdistill.data import IGNORED, Batch
-from bitdistill.objective import Counts, count_window, make_objective, prepare
+from bitdistill.objective import make_objective
+from bitdistill.prepare import Counts, count_window, prepare
 from bitdistill.schema import Distillation, RelationLoss
 from bitdistill.student import make_student
 
 SETTINGS = Distillation(
     steps=1,
-    logits={"weight": 2.0, "temperature": 5.0},  # type: ignore[arg-type]
+    logits={"weight": 2.0, "temperature": 5.0, "prompt_weight": 0.5},  # type: ignore[arg-type]
     relations={"weight": 3.0, "layer": 0.5, "split_heads": 4},  # type: ignore[arg-type]
+    alignment={"weight": 1.5},  # type: ignore[arg-type]
 )
 
 
@@ -53,7 +55,7 @@ def test_terms_do_not_depend_on_accumulation(make_teacher: Callable[..., Any], f
         return sums, gradient
 
     (one, gradient), (four, accumulated) = run([whole]), run(parts)
-    assert set(one) == {"ce", "logits", "relations"}
+    assert set(one) == {"ce", "logits", "prompt", "relations", "alignment"}
     for key, value in one.items():
         assert value > 0
         assert four[key] == pytest.approx(value, rel=2e-4)
@@ -114,7 +116,7 @@ def test_packed_documents_do_not_see_each_other(
     packed = {key: value.reshape(1, 12) for key, value in batch.items()}
     packed["documents"] = torch.tensor([[0] * 6 + [1] * 6])
     packed["position_ids"] = torch.arange(6).repeat(2)[None]
-    counts = Counts(10, 12)
+    counts = Counts(10, 10, 1, 12, 12)
     apart, _ = objective(prepare(batch, counts))
     together, _ = objective(prepare(packed, counts))
     torch.testing.assert_close(together, apart)

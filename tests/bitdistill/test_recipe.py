@@ -193,3 +193,32 @@ def test_a_loss_that_is_not_finite_leaves_no_stage(
         train(recipe("distill.learning_rate=1e30"), out, quiet=True)
     assert stages_of(out) == {"teacher", "refined"}
     assert list(out.glob("*.partial")) == []
+
+
+def test_stages_that_no_task_shaped_are_shared(
+    recipe: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Another seed and another task find stage 2 there; another stage 2 is another directory."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "the film {i} is not good"}}\n' for i in range(60)))
+    shared = [f"shared={tmp_path / 'shared'}", "pretrain.enabled=true", f"corpus.sources=[{text}]"]
+    train(recipe(*shared), tmp_path / "a", quiet=True)
+    assert stages_of(tmp_path / "a") == {"teacher", "student"}
+    (made,) = (p for p in (tmp_path / "shared").iterdir())
+    assert stages_of(made) == {"refined", "pretrained"}
+    before = (made / "pretrained" / "bitdistill.json").stat().st_mtime_ns
+    other = recipe(*shared, "seed=1", "task.limit_train=8")
+    train(other, tmp_path / "b", quiet=True)
+    assert (made / "pretrained" / "bitdistill.json").stat().st_mtime_ns == before
+    train(recipe(*shared, "pretrain.seed=1"), tmp_path / "c", quiet=True, until="pretrained")
+    assert len(list((tmp_path / "shared").iterdir())) == 2
+    assert stages_of(tmp_path / "c") == {"teacher"}
+    with pytest.raises(ValueError, match="can be shared where"):
+        recipe(*shared, "student.start=teacher")
+
+
+def test_a_run_until_a_stage(recipe: Callable[..., Config], tmp_path: Path) -> None:
+    assert train(recipe(), tmp_path / "run", quiet=True, until="teacher").name == "teacher"
+    assert stages_of(tmp_path / "run") == {"teacher"}
+    with pytest.raises(ValueError, match="no stage 'base' in this run; it has teacher, refined"):
+        train(recipe(), tmp_path / "run", quiet=True, until="base")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bitdistill.data import task_rows
+from bitdistill.data import encode_example, task_examples
 from bitdistill.schema import TaskData
 from bitdistill.tasks import TASKS, load_examples
 
@@ -74,7 +74,7 @@ def test_real_text_is_encoded_and_cut(tokenizer: Any) -> None:
     )
     examples = load_examples(data.resolve(), data.train, columns=SUMMARY)
     chosen = random.Random(0).sample(examples, 20)
-    rows = task_rows(data, tokenizer, 1024)
+    rows = [encode_example(e, data.resolve(), tokenizer, 1024) for e in task_examples(data)]
     for example, row in zip(chosen, rows, strict=True):
         assert len(row.ids) <= 1024
         assert row.ids[-1] == tokenizer.eos_token_id

@@ -1,0 +1,92 @@
+"""New inputs for a label task, made from parts of the old ones; the teacher says what they are.
+
+A few thousand labelled examples are soon known by heart, and what a student then learns of its
+teacher is what both say about them. Texts nearby, which nobody labelled, show more of the teacher
+(Tang et al., arXiv 1903.12136; TinyBERT, arXiv 1909.10351): they need not be good sentences, only
+be different, and about the same things.
+
+Each mixture starts from one example and takes from another, chosen at random:
+
+    swap      one whole column (of tasks that have several)
+    splice    a column's beginning from one, its end from the other
+    words     some words left out, some replaced by words of the other's
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from bitdistill.data import Encoded, encode_example
+from bitdistill.tasks import Example, Task
+
+LEFT_OUT, REPLACED = 0.1, 0.1  # shares of a column's words
+
+
+class Mixtures:
+    """`times` mixtures of every example for each epoch, encoded, without labels."""
+
+    def __init__(
+        self,
+        task: Task,
+        examples: Sequence[Example],
+        tokenizer: Tokenizer,
+        max_length: int,
+        times: int,
+        seed: int = 0,
+    ) -> None:
+        if task.kind != "label":
+            raise ValueError(f"task {task.name!r} has no labels to ask the teacher for; mixtures=0")
+        self.task, self.examples, self.tokenizer = task, examples, tokenizer
+        self.max_length, self.times, self.seed = max_length, times, seed
+        self.count = times * len(examples)
+
+    def rows(self, epoch: int) -> list[Encoded]:
+        """The mixtures of an epoch; the answer's place holds some answer, which is not learnt."""
+        rows = []
+        for copy in range(self.times):
+            columns = mixtures(self.examples, f"{self.seed}-{epoch}-{copy}")
+            for example, inputs in zip(self.examples, columns, strict=True):
+                mixed = replace(example, prompt=self.task.fill(inputs), inputs=inputs)
+                row = encode_example(mixed, self.task, self.tokenizer, self.max_length)
+                rows.append(replace(row, labelled=False))
+        return rows
+
+
+def mixtures(examples: Sequence[Example], seed: str) -> list[tuple[str, ...]]:
+    """The columns' texts of one mixture for each example, a function of the seed alone."""
+    chance = random.Random(seed)
+    return [
+        _mixture(example.inputs, chance.choice(examples).inputs, chance) for example in examples
+    ]
+
+
+def _mixture(
+    mine: tuple[str, ...], other: tuple[str, ...], chance: random.Random
+) -> tuple[str, ...]:
+    columns = list(mine)
+    if len(columns) > 1 and chance.random() < 0.5:
+        swapped = chance.randrange(len(columns))
+        columns[swapped] = other[swapped]
+    changed = []
+    for text, theirs in zip(columns, other, strict=True):
+        words, source = text.split(), theirs.split()
+        if chance.random() < 0.5:
+            words = (
+                words[: chance.randint(0, len(words))] + source[chance.randint(0, len(source)) :]
+            )
+        changed.append(" ".join(_changed_words(words, source, chance)) or text)
+    return tuple(changed)
+
+
+def _changed_words(words: list[str], source: list[str], chance: random.Random) -> list[str]:
+    kept = []
+    for word in words:
+        luck = chance.random()
+        if luck < LEFT_OUT:
+            continue
+        kept.append(chance.choice(source) if source and luck < LEFT_OUT + REPLACED else word)
+    return kept
