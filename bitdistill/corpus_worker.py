@@ -14,7 +14,7 @@ import signal
 import sys
 from typing import Any, BinaryIO
 
-from bitdistill.readers import Source, open_source
+from bitdistill.documents import Source, open_source
 from bitdistill.schema import Corpus, TaskData
 from bitdistill.sequences import Encoder, Packer
 

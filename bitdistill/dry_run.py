@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from bitdistill.config import dump_config
 from bitdistill.data import TaskBatches, check_sources
 from bitdistill.distributed import World
+from bitdistill.documents import open_source
 from bitdistill.feeds import candidates, task_batches
 from bitdistill.hardware import TrainingError
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.quantize import BitLinear
-from bitdistill.readers import open_source
 from bitdistill.schema import Config, Distillation, Training
 from bitdistill.student import make_student
 from bitdistill.tasks import load_examples

@@ -1,4 +1,4 @@
-"""Documents of a corpus source in a fixed order, from any position that was saved.
+"""Raw rows of corpus sources in a fixed order, from any position that was saved.
 
 Local parquet and JSON lines files are read here, because they can be entered in the middle: a
 parquet file at a row group, JSON lines at a byte. Compressed JSON lines have to be decompressed up
@@ -12,24 +12,15 @@ from __future__ import annotations
 
 import io
 import json
-import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from bitdistill.schema import Corpus, TaskData
 from bitdistill.sources import (
     COMPRESSED,
     Stream,
-    file_rows,
-    file_stream,
-    form_of,
-    hub_stream,
-    is_local,
-    local_files,
 )
-from bitdistill.tasks import load_examples
 
 PARQUET_BATCH = 256  # rows decoded at once
 
@@ -200,98 +191,3 @@ class Files:
 
 def _unreadable(file: Path, form: str, error: Exception) -> ValueError:
     return ValueError(f"{file} cannot be read as {form} ({error}); correct the file")
-
-
-class Source:
-    """A corpus source read round and round; `limit` documents are taken each time."""
-
-    def __init__(
-        self, name: str, reader: Reader, limit: int | None = None, column: str = "text"
-    ) -> None:
-        self.name, self.reader, self.limit, self.column = name, reader, limit, column
-        self.epoch, self.index = 0, 0
-        self._at: Any = None
-        self._rows: Iterator[Any] | None = None
-
-    def next(self) -> str:
-        """The next document; ValueError for a source without any, or for what is not text."""
-        row = self._next_of_epoch()
-        if row is None:
-            if self.index == 0:
-                raise ValueError("the pre-training corpus is empty; check corpus.sources")
-            self.restore({"epoch": self.epoch + 1, "index": 0, "at": None})
-            return self.next()
-        self.index += 1
-        return self._text(row)
-
-    def _next_of_epoch(self) -> Any:
-        if self.limit is not None and self.index >= self.limit:
-            return None
-        if self._rows is None:
-            self._rows = self.reader.rows(self._at)
-        return next(self._rows, None)
-
-    def _text(self, row: Any) -> str:
-        value = self.reader.value(row)
-        if not isinstance(value, str):
-            raise ValueError(
-                f"row {self.index - 1} of {self.name} has {value!r} in column {self.column!r}, "
-                "not text; set corpus.column, or fix the data"
-            )
-        return value
-
-    def state(self) -> dict[str, Any]:
-        """The position, as JSON."""
-        at = self._at if self._rows is None else self.reader.position
-        return {"epoch": self.epoch, "index": self.index, "at": at}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Return to a saved position."""
-        self.epoch, self.index, self._at = state["epoch"], state["index"], state["at"]
-        self._rows = None
-
-
-def open_source(name: str, corpus: Corpus, task: TaskData, seed: int) -> Source:
-    """A source by its name in `corpus.sources`; nothing is read yet.
-
-    Raises FileNotFoundError, or ValueError for a format that is not known.
-    """
-    return Source(name, _reader(name, corpus, task, seed), corpus.limit, corpus.column)
-
-
-def _reader(name: str, corpus: Corpus, task: TaskData, seed: int) -> Reader:
-    if name == "task":
-        return Texts(lambda: _task_texts(task, seed))
-    if name == "tiny":
-        from bitdistill.tiny import corpus as tiny
-
-        return Texts(tiny)
-    if is_local(name):
-        readers = [_file_reader(file, corpus.column) for file in local_files(name)]
-        return readers[0] if len(readers) == 1 else Files(readers)
-    configuration, split = corpus.configuration, corpus.split
-    return Streamed(name, corpus.column, lambda: hub_stream(name, configuration, split))
-
-
-def _file_reader(file: Path, column: str) -> Reader:
-    form = form_of(file)
-    if form == "parquet":
-        return Parquet(file, column)
-    if form == "csv":
-        return Streamed(str(file), column, lambda: file_stream(file, form))
-    if file.suffix.lower() == ".json" and _is_array(file):
-        return Texts(lambda: (column_of(str(file), row, column) for row in file_rows(file)))
-    return JsonLines(file, column)
-
-
-def _is_array(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(64).lstrip()[:1] == b"["
-
-
-def _task_texts(data: TaskData, seed: int) -> Iterator[str]:
-    """The task's own prompts and answers, shuffled once."""
-    task = data.resolve()
-    examples = load_examples(task, data.train, task.splits[0], columns=data.columns)
-    random.Random(seed).shuffle(examples)
-    return (example.prompt + example.answer for example in examples)

@@ -85,6 +85,8 @@ class Corpus(Section):
     A source is a local file, a folder or pattern of files (`data/*.parquet`), a hub data set,
     `task` (the task's own prompts and answers) or `tiny` (the embedded generator). Documents are
     taken from the sources in turn; nothing is held in memory. `limit` documents are taken of each.
+    With `shuffle`, every that many documents of a source change places, anew in each pass: for a
+    file that is sorted in some way, as many as it holds. They are held in memory.
     `document_mask` keeps documents that share a sequence from seeing one another.
     """
 
@@ -93,6 +95,7 @@ class Corpus(Section):
     configuration: str | None = None
     split: str = "train"
     limit: int | None = Field(None, gt=0)
+    shuffle: int = Field(0, ge=0)
     document_mask: bool = False
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from bitdistill.readers import Source
+from bitdistill.documents import Source
 
 Tokens = NDArray[np.int32]
 State = dict[str, Any]

@@ -1,4 +1,5 @@
 // The symbol ONNX Runtime looks for in a custom-op library.
+#include <initializer_list>
 #include <stdlib.h>
 #include <string.h>
 

@@ -11,8 +11,9 @@ import torch
 
 from bitdistill.corpus import Steps
 from bitdistill.data import ALONE, Encoded, PackedBatches, Shard, TaskBatches
+from bitdistill.documents import Source
 from bitdistill.quantize import BitLinear
-from bitdistill.readers import Source, Texts
+from bitdistill.readers import Texts
 from bitdistill.schema import Distillation
 from bitdistill.sequences import Encoder, Packer, State
 from bitdistill.training import Fit

@@ -25,9 +25,10 @@ from bitdistill import corpus
 from bitdistill.config import load_config
 from bitdistill.data import IGNORED, Batch, Batches, PackedBatches, Shard
 from bitdistill.distributed import World
+from bitdistill.documents import Source
 from bitdistill.feeds import corpus_batches
 from bitdistill.prefetch import Prefetched, prefetched
-from bitdistill.readers import Source, Texts
+from bitdistill.readers import Texts
 from bitdistill.schema import Machine, Training
 from bitdistill.sequences import (
     CHUNK,

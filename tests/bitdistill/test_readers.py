@@ -11,7 +11,8 @@ import pytest
 
 from bitdistill.config import load_config
 from bitdistill.data import check_sources
-from bitdistill.readers import JsonLines, Parquet, Source, Texts, open_source
+from bitdistill.documents import Source, open_source
+from bitdistill.readers import JsonLines, Parquet, Texts
 from bitdistill.sources import file_rows
 
 TEXTS = [f"document {i}\nwith ümläuts and {'more ' * (i % 7)}text" for i in range(700)]
@@ -229,3 +230,38 @@ def test_compressed_files_are_no_task_data(tmp_path: Path) -> None:
 def test_an_empty_source() -> None:
     with pytest.raises(ValueError, match=r"the pre-training corpus is empty; check corpus.sources"):
         Source("list", Texts(lambda: [])).next()
+
+
+def shuffled(count: int, block: int, seed: int = 0) -> Source:
+    texts = [f"document {i}" for i in range(count)]
+    return Source("texts", Texts(lambda: texts), shuffle=block, seed=seed)
+
+
+@pytest.mark.parametrize("block", [1, 7, 20, 100])
+def test_a_block_changes_places_anew_in_each_pass(block: int) -> None:
+    source = shuffled(20, block)
+    passes = [[source.next() for _ in range(20)] for _ in range(2)]
+    plain = [f"document {i}" for i in range(20)]
+    for read in passes:
+        assert sorted(read) == sorted(plain)
+        for start in range(0, 20, block):  # nothing leaves its block
+            assert sorted(read[start : start + block]) == sorted(plain[start : start + block])
+    if block > 1:
+        assert plain != passes[0] != passes[1] != plain
+        assert [shuffled(20, block, seed=1).next() for _ in range(20)] != passes[0]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 6, 7, 8, 20, 33])
+def test_a_shuffled_source_resumes_exactly(stop: int) -> None:
+    whole = shuffled(20, 7)
+    read = [whole.next() for _ in range(45)]
+    part = shuffled(20, 7)
+    assert [part.next() for _ in range(stop)] == read[:stop]
+    rest = shuffled(20, 7)
+    rest.restore(json.loads(json.dumps(part.state())))
+    assert [rest.next() for _ in range(45 - stop)] == read[stop:]
+
+
+def test_an_empty_source_is_refused_when_shuffled() -> None:
+    with pytest.raises(ValueError, match="corpus is empty"):
+        shuffled(0, 5).next()
