@@ -79,5 +79,5 @@ def test_a_changed_corpus_is_another_pre_training(
     change(held_out)
     train(config, out, quiet=True)
     change(tmp_path / "text.jsonl")
-    with pytest.raises(TrainingError, match=r"pretrained was made with other content of .*text"):
+    with pytest.raises(TrainingError, match=r"refined was made with other content of .*text"):
         train(config, out, quiet=True)
