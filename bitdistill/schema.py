@@ -6,7 +6,7 @@ recipes/*.yaml, where it can be read and compared. config.py reads those files.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -264,7 +264,7 @@ class Config(Section):
     name: str
     seed: int = 0
     shared: str | None = None
-    method: Literal["bitdistill", "bitdistill-paper"] = "bitdistill"
+    method: Literal["bitdistill", "bitdistill-paper", "bitdistill-authors"] = "bitdistill"
     model: Model
     task: TaskData
     corpus: Corpus = Corpus()
@@ -275,6 +275,14 @@ class Config(Section):
     student: Student = Student()
     pretrain: Pretraining = Pretraining(enabled=False)
     distill: Distillation
+
+    @field_validator("base", "bitnet_sft", "pretrain", mode="before")
+    @classmethod
+    def _off_unless_given_a_length(cls, value: Any) -> Any:
+        """A method may say how an optional stage trains without turning it on."""
+        if isinstance(value, dict) and not {"enabled", "steps", "epochs"} & value.keys():
+            return value | {"enabled": False}
+        return value
 
     @field_validator("name")
     @classmethod

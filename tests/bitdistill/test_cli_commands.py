@@ -16,9 +16,10 @@ from bitdistill.tasks import TASKS
 
 
 def test_recipes(cli: Callable[..., Done]) -> None:
-    from bitdistill.config import dump_config, load_config, recipe_names
+    from bitdistill.config import dump_config, load_config, part_names, recipe_names
 
     assert cli("recipes") == Done(0, "\n".join(recipe_names()) + "\n", "")
+    assert cli("recipes", "--parts") == Done(0, "\n".join(part_names()) + "\n", "")
     assert cli("recipes", "tiny").out == dump_config(load_config("tiny"))
 
 
