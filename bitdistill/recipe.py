@@ -32,6 +32,7 @@ from bitdistill.data import Batch, Batches, check_sources
 from bitdistill.distributed import World, collect
 from bitdistill.feeds import candidates, corpus_batches, seed_of, task_batches
 from bitdistill.hardware import Hardware, TrainingError
+from bitdistill.initialise import initialise
 from bitdistill.inputs import Inputs
 from bitdistill.objective import make_objective
 from bitdistill.prefetch import prefetched
@@ -129,11 +130,15 @@ class Recipe:
         model.to(hardware.device).eval()
         student = make_student(model, options.norm_style, options.activation_bits)
         gains: dict[str, float] = {}
-        if options.calibrate and options.norm_style != "none":
-            moved = map(hardware.move, self._calibration(tokenizer))
+        measure = options.calibrate and options.norm_style != "none"
+        moved: list[Batch] = []
+        if measure or options.initialise != "absmean":
+            moved = [hardware.move(batch) for batch in self._calibration(tokenizer)]
+        if measure:
             gains = measure_gains(model, options.norm_style, moved)
             set_gains(student, gains)
-        return (student, tokenizer), {"gains": gains}
+        errors = initialise(student, options.initialise, moved)
+        return (student, tokenizer), {"gains": gains, "initialisation": errors}
 
     def _calibration(self, tokenizer: Tokenizer) -> Iterator[Batch]:
         """The first batches of what the student is trained on next, the same for any world."""

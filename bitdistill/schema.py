@@ -214,13 +214,17 @@ class Pretraining(Distillation):
 
 
 class Student(Section):
-    """Stage 1. `start`: whether the student takes the base model's weights or the teacher's."""
+    """Stage 1. `start`: whether the student takes the base model's weights or the teacher's.
+
+    `initialise`: the weights as they are, or moved by GPTQ or AWQ on the calibration batches.
+    """
 
     norm_style: Literal["paper", "allnorm", "none"] = "paper"
     activation_bits: Literal[8] | None = 8
     calibrate: bool = True
     calibration_batches: int = Field(8, gt=0)
     start: Literal["base", "teacher"] = "base"
+    initialise: Literal["absmean", "gptq", "awq"] = "absmean"
 
 
 class Machine(Section):
