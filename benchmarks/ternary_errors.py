@@ -2,11 +2,11 @@
 
     python benchmarks/ternary_errors.py MODEL_DIR TEXT.jsonl --column sentence > errors.jsonl
 
-For linears of a model, on the inputs that they have in full precision, |W x - Q(W) x|^2 / |W x|^2 of
-rounding to nearest with absmean and with the best scale, of GPTQ and AWQ (which keep one scale), and
-of one scale for every 32 to 256 weights of a row. Artifacts have one scale a matrix; the last rows
-say what another format would gain before training, and at how many bits. Prints one JSON line for
-each rounding and kind of linear, and `all`: the mean over kinds.
+For linears of a model, on the inputs that they have in full precision, |W x - Q(W) x|^2 / |W x|^2
+of rounding to nearest with absmean and with the best scale, of GPTQ and AWQ (which keep one scale),
+and of one scale for every 32 to 256 weights of a row. Artifacts have one scale a matrix; the last
+rows say what another format would gain before training, and at how many bits. Prints one JSON line
+for each rounding and kind of linear, and `all`: the mean over kinds.
 """
 
 from __future__ import annotations

@@ -74,4 +74,4 @@ def fold(scales_K: Tensor, linears: Sequence[BitLinear], norm: nn.Module, offset
     """
     for linear in linears:
         linear.weight *= scales_K
-    norm.weight.copy_((norm.weight + offset) / scales_K - offset)  # type: ignore[operator, union-attr]
+    norm.weight.copy_((norm.weight + offset) / scales_K - offset)  # type: ignore[operator]

@@ -29,7 +29,7 @@ from bitdistill.quantize import BitLinear
 from bitdistill.schema import Config, Distillation, Training
 from bitdistill.student import make_student
 from bitdistill.tasks import load_examples
-from bitdistill.teacher import ModelError, check_model, load_model
+from bitdistill.teacher import ModelError, check_model, check_teacher, load_model
 from bitdistill.training import Fit
 
 # fp32 master weight, gradient and two AdamW moments
@@ -88,16 +88,16 @@ def _peak_bytes(device: torch.device) -> int:
 def _one_step(
     config: Config,
     student: PreTrainedModel,
-    base: PreTrainedModel,
+    teacher: PreTrainedModel,
     batches: TaskBatches,
     among: list[int] | None,
 ) -> tuple[float, int, dict[str, float], int]:
-    """Seconds, tokens, terms and peak bytes of one distillation step, the base model as teacher."""
+    """Seconds, tokens, terms and peak bytes of a distillation step, the teacher not yet trained."""
     settings: Distillation = config.distill
     with TemporaryDirectory() as folder:
         fit = Fit(
             "dry-run",
-            make_objective(student, base if settings.needs_teacher else None, settings, among),
+            make_objective(student, teacher if settings.needs_teacher else None, settings, among),
             batches,
             settings,
             config.machine,
@@ -145,10 +145,14 @@ def dry_run(config: Config) -> str:
         raise ModelError("the tokenizer has no end-of-text token; set eos_token in its config")
     batches = task_batches(config, settings, tokenizer, World())
     rows = batches.rows
+    check_teacher(config)
     student = make_student(base, config.student.norm_style, config.student.activation_bits)
+    teacher = base
+    if config.teacher_model is not None:
+        teacher = load_model(config.teacher_model, config.seed)[0]
     ternary, total = _parameters(student)
     among = candidates(settings, config.task.resolve(), tokenizer)
-    seconds, tokens, terms, peak = _one_step(config, student, base, batches, among)
+    seconds, tokens, terms, peak = _one_step(config, student, teacher, batches, among)
     lines = [
         dump_config(config),
         f"packages: {', '.join(packages)}: found",

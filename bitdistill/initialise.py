@@ -90,7 +90,7 @@ def _awq_group(
     walk: LayerWalk, names: tuple[str, ...], row: Family
 ) -> dict[str, tuple[float, float]]:
     """Scale the linears of a group, or each on its own where each has a norm of its own."""
-    errors = {}
+    errors: dict[str, tuple[float, float]] = {}
     own = walk.linear(names[0]).norm is not None
     for part in [(name,) for name in names] if own else [names]:
         linears = [walk.linear(name) for name in part]

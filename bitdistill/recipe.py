@@ -40,7 +40,7 @@ from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Training
 from bitdistill.stages import LAST, Stage, describe, fingerprint, plan_stages
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
-from bitdistill.teacher import load_model
+from bitdistill.teacher import check_teacher, load_model
 from bitdistill.training import Fit
 
 LoadedModel = tuple[PreTrainedModel, Tokenizer]
@@ -73,6 +73,7 @@ class Recipe:
 
     def run(self) -> Path:
         """The stages up to `until`, on however many devices; returns the last one's directory."""
+        check_teacher(self.config)
         with self.world.joined(Hardware.resolve(self.config.machine)):
             if self.config.machine.threads is not None:
                 torch.set_num_threads(self.config.machine.threads)
@@ -110,7 +111,7 @@ class Recipe:
         )
 
     def _train_teacher(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
-        model, tokenizer = self._base()
+        model, tokenizer = self._teacher_base()
         settings = self.config.teacher
         batches = task_batches(self.config, settings, tokenizer, self.world)
         return (model, tokenizer), self._fit(stage, tokenizer, model, None, batches, settings)
@@ -155,7 +156,7 @@ class Recipe:
     def _pretrain(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
         student, tokenizer = self._load(self.stages["refined"])
         settings = self.config.pretrain
-        teacher = self._base()[0] if settings.needs_teacher else None
+        teacher = self._teacher_base()[0] if settings.needs_teacher else None
         batches = corpus_batches(self.config, settings, tokenizer, self.world)
         return (student, tokenizer), self._fit(
             stage, tokenizer, student, teacher, batches, settings
@@ -180,6 +181,11 @@ class Recipe:
         if self.config.base.enabled:
             return self._load(self.stages["base"])
         return load_model(self.config.model, self.config.seed)
+
+    def _teacher_base(self) -> LoadedModel:
+        """What the teacher is before it is fine-tuned: the base model, or `teacher_model`."""
+        other = self.config.teacher_model
+        return self._base() if other is None else load_model(other, self.config.seed)
 
     def _fit(
         self,

@@ -261,6 +261,9 @@ class Machine(Section):
 class Config(Section):
     """A whole run. Stage 2 distils from the base model, stage 3 from the task's teacher.
 
+    `teacher_model` is another model with the same tokenizer, of whatever depth and width, that
+    takes the base model's place as teacher: fine-tuned for stage 3, as it is in stage 2.
+
     `shared` is a directory for the stages that no task has shaped (stages 1 and 2): runs that agree
     on them find each other's there.
     """
@@ -270,6 +273,7 @@ class Config(Section):
     shared: str | None = None
     method: Literal["bitdistill", "bitdistill-paper", "bitdistill-authors"] = "bitdistill"
     model: Model
+    teacher_model: Model | None = None
     task: TaskData
     corpus: Corpus = Corpus()
     machine: Machine = Machine()
@@ -294,6 +298,14 @@ class Config(Section):
         if not value or "/" in value:
             raise ValueError("name must be a plain word")
         return value
+
+    @model_validator(mode="after")
+    def _own_weights(self) -> Config:
+        if self.teacher_model is not None and self.student.start == "teacher":
+            raise ValueError(
+                "student.start: the teacher is another model (teacher_model); start from base"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shareable(self) -> Config:
