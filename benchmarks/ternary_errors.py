@@ -4,14 +4,16 @@
 
 For linears of a model, on the inputs that they have in full precision, |W x - Q(W) x|^2 / |W x|^2
 of rounding to nearest with absmean and with the best scale, of GPTQ and AWQ (which keep one scale),
-and of one scale for every 32 to 256 weights of a row. Artifacts have one scale a matrix; the last
-rows say what another format would gain before training, and at how many bits. Prints one JSON line
-for each rounding and kind of linear, and `all`: the mean over kinds.
+and of one scale for every 32 to 128 weights of a row. Scales and roundings are chosen on the first
+texts, errors are those of the others. Artifacts have one scale a matrix; the last rows say what
+another format would gain before training, and at how many bits. Prints one JSON line for each
+rounding and kind of linear, and `all`: the mean over kinds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,16 +21,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitdistill.awq import search
+from bitdistill.awq import product_error, search
 from bitdistill.calibration import LayerWalk
 from bitdistill.gptq import FACTORS, gptq, output_error
-from bitdistill.initialise import GROUPS, Hessian
+from bitdistill.initialise import GROUPS
 from bitdistill.quantize import WEIGHT_EPS, bit_linears, ternarize
 from bitdistill.schema import Model
 from bitdistill.student import make_student
 from bitdistill.teacher import load_model
 
-BLOCKS = (32, 64, 128, 256)
+BLOCKS = (32, 64, 128)
 SCALE_BITS = 16
 
 
@@ -47,72 +49,91 @@ def matrix_rounding(weight_NK: Tensor, factor: float) -> Tensor:
     return scale * (weight_NK / (scale + WEIGHT_EPS)).round().clamp(-1, 1)
 
 
-def roundings(weight: Tensor, hessian: Tensor) -> Iterator[tuple[str, float, float]]:
-    """(name, bits a weight, relative error) of every rounding but AWQ."""
-    total = output_error(weight, hessian)
+def roundings(weight: Tensor, hessian: Tensor) -> Iterator[tuple[str, float, Tensor]]:
+    """(name, bits a weight, Q(W)) of every rounding but AWQ, chosen by the inputs of `hessian`."""
 
-    def least(rounding: Callable[[float], Tensor]) -> float:
-        return min(output_error(weight - rounding(f), hessian) for f in FACTORS) / total
+    def best(rounding: Callable[[float], Tensor]) -> Tensor:
+        tried = [rounding(factor) for factor in FACTORS]
+        return min(tried, key=lambda q: output_error(weight - q, hessian))
 
     one_scale = 2 + SCALE_BITS / weight.numel()
-    absmean = output_error(weight - matrix_rounding(weight, 1.0), hessian) / total
-    yield "absmean", one_scale, absmean
-    yield "best scale", one_scale, least(lambda f: matrix_rounding(weight, f))
-    yield "gptq", one_scale, gptq(weight, hessian).error / total
+    yield "absmean", one_scale, matrix_rounding(weight, 1.0)
+    yield "best scale", one_scale, best(lambda f: matrix_rounding(weight, f))
+    rounded = gptq(weight, hessian)
+    yield "gptq", one_scale, rounded.scale * rounded.trits
     for size in BLOCKS:
         bits = 2 + SCALE_BITS / size
-        plain = output_error(weight - block_rounding(weight, size, 1.0), hessian) / total
-        yield f"absmean, blocks of {size}", bits, plain
-        best = least(lambda f, size=size: block_rounding(weight, size, f))  # type: ignore[misc]
-        yield f"best scale, blocks of {size}", bits, best
+        yield f"absmean, blocks of {size}", bits, block_rounding(weight, size, 1.0)
+        chosen = best(lambda f, size=size: block_rounding(weight, size, f))  # type: ignore[misc]
+        yield f"best scale, blocks of {size}", bits, chosen
 
 
-def measure(walk: LayerWalk, every: int) -> dict[str, dict[str, tuple[float, list[float]]]]:
+def inputs(walk: LayerWalk, name: str) -> Tensor:
+    """All that a linear multiplies (M, K)."""
+    rows: list[Tensor] = []
+    walk.visit(name, rows.append)
+    return torch.cat(rows)
+
+
+def measure(
+    chosen_on: LayerWalk, judged_on: LayerWalk, every: int
+) -> dict[str, dict[str, tuple[float, list[float]]]]:
     """Rounding -> kind of linear -> (bits, errors of the layers looked at)."""
     found: dict[str, dict[str, tuple[float, list[float]]]] = {}
-    for index in walk:
-        if index % every:
-            continue
-        for group in GROUPS:
-            hessian, rows = Hessian(), []
-            walk.visit(group[0], lambda x, h=hessian, r=rows: (h.add(x), r.append(x)))  # type: ignore[misc]
-            linears = [walk.linear(name) for name in group]
-            _, awq, _ = search(torch.cat(rows), linears)
+
+    def keep(label: str, kind: str, bits: float, error: float) -> None:
+        found.setdefault(label, {}).setdefault(kind, (bits, []))[1].append(error)
+
+    for index, _ in zip(chosen_on, judged_on, strict=True):
+        for group in GROUPS if index % every == 0 else ():
+            x, other = (inputs(walk, group[0]) for walk in (chosen_on, judged_on))
+            hessian, judge = x.T @ x, other.T @ other
+            linears = [chosen_on.linear(name) for name in group]
+            scales, *_ = search(x, linears)
             for name, linear in zip(group, linears, strict=True):
-                assert hessian.sum is not None
-                kind = name.rsplit(".", 1)[-1]
-                lines = [*roundings(linear.weight.detach(), hessian.sum)]
-                lines.append(("awq, activations in int8", lines[0][1], awq))
-                for label, bits, error in lines:
-                    entry = found.setdefault(label, {}).setdefault(kind, (bits, []))
-                    entry[1].append(error)
+                kind, weight = name.rsplit(".", 1)[-1], linear.weight.detach()
+                total = output_error(weight, judge)
+                for label, bits, quantised in roundings(weight, hessian):
+                    keep(label, kind, bits, output_error(weight - quantised, judge) / total)
+                for label, s in (("absmean, int8", None), ("awq, int8", scales)):
+                    error = product_error(other, linear, other @ weight.T, s) / total
+                    keep(label, kind, 2 + SCALE_BITS / weight.numel(), error)
     return found
+
+
+def batches_of(rows: list[list[int]]) -> list[dict[str, Tensor]]:
+    """Each row alone, without padding."""
+    return [
+        {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row))}
+        for row in rows
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
+    parser.add_argument("--name", help="the model's name in the results")
     parser.add_argument("text", type=Path, help="JSON lines")
     parser.add_argument("--column", default="text")
-    parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--every", type=int, default=5, help="look at every n-th layer")
     args = parser.parse_args()
     model, tokenizer = load_model(Model(source=args.model))
     with args.text.open(encoding="utf-8") as stream:
-        texts = [json.loads(line)[args.column] for line, _ in zip(stream, range(args.examples))]  # noqa: B905
+        lines = itertools.islice(stream, args.examples + args.held_out)
+        texts = [json.loads(line)[args.column] for line in lines]
     rows = [tokenizer(text).input_ids[: args.max_length] for text in texts]
     student = make_student(model, "none")
     for linear in bit_linears(student):
         linear.anneal.fill_(0.0)
-    batches = [
-        {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row))}
-        for row in rows
-    ]
-    tokens = sum(map(len, rows))
-    head = {"model": Path(args.model).name, "tokens": tokens, "every": args.every}
+    parts = rows[: args.examples], rows[args.examples :]
+    tokens = [sum(map(len, part)) for part in parts]
+    head = {"model": args.name, "tokens": tokens[0], "held_out": tokens[1], "every": args.every}
     with torch.no_grad():
-        found = measure(LayerWalk(student, batches), args.every)
+        walks = [LayerWalk(student, batches_of(part)) for part in parts]
+        found = measure(*walks, args.every)
     for label, kinds in found.items():
         means = {kind: sum(errors) / len(errors) for kind, (_, errors) in kinds.items()}
         bits = max(bits for bits, _ in kinds.values())

@@ -232,7 +232,8 @@ class Recipe:
         if trained is not model:
             collect(trained, model)
         weight = fit.objective.relation_weight
-        return {"steps": fit.total, "terms": terms, "relation_weight": weight}
+        made = {"steps": fit.total, "tokens": fit.tokens, "terms": terms}
+        return made | {"relation_weight": weight}
 
     def _stage(
         self, stage: Stage, work: Callable[[Recipe, Stage], tuple[LoadedModel, dict[str, Any]]]

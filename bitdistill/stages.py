@@ -79,6 +79,15 @@ def fingerprint(stage: Stage, config: Config, inputs: Inputs) -> str:
     return manifest.fingerprint([own, inputs.of(stage.depends), parent])
 
 
+def _tokens_in_all(stage: Stage, metrics: dict[str, Any]) -> int:
+    """Tokens, without padding, that this stage and a student's stages before it trained on."""
+    before = 0
+    if stage.kind == "student" and stage.parent is not None and stage.parent.kind == "student":
+        parent = manifest.read_manifest(stage.parent.path)
+        before = parent["metrics"]["tokens_in_all"]
+    return before + metrics.get("tokens", 0)  # stage 1 has none
+
+
 def describe(
     stage: Stage, config: Config, model: PreTrainedModel, made: dict[str, Any]
 ) -> dict[str, Any]:
@@ -88,7 +97,9 @@ def describe(
     source = config.model
     if stage.name == "teacher" and config.teacher_model is not None:
         source = config.teacher_model
+    tokens = _tokens_in_all(stage, made["metrics"])
     return made | {
+        "metrics": made["metrics"] | {"tokens_in_all": tokens},
         "stage": stage.name,
         "method": stage.method,
         "base_model": name_of(source),
