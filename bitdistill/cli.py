@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from bitdistill import __version__
-from bitdistill.cli_eval import evaluate, report
+from bitdistill.cli_eval import evaluate, plot, report
 from bitdistill.cli_mlx import export_options, mlx, values
 
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
@@ -231,3 +231,4 @@ def doctor() -> None:
 
 main.add_command(evaluate)
 main.add_command(report)
+main.add_command(plot)
