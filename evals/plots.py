@@ -117,9 +117,11 @@ def _token_figure(group: Sequence[Result]) -> Any:
         for r in own:
             lengths.setdefault(r.settings["training_tokens"], []).append(r.value)
         points = [(n, sum(v) / len(v)) for n, v in sorted(lengths.items())]
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=method)
-        every = [(n, value) for n, values in lengths.items() for value in values]
-        axes.scatter(*zip(*every, strict=True), color=color, marker=marker, s=8)
+        tokens, means = zip(*points, strict=True)
+        axes.plot(tokens, means, color=color, marker=marker, label=method)
+        every = [(r.settings["training_tokens"], r.value) for r in own]
+        tokens, values = zip(*every, strict=True)
+        axes.scatter(tokens, values, color=color, marker=marker, s=8)
     unit = f" ({group[0].unit})" if group[0].unit else ""
     axes.set_xlabel("training tokens, stages 2 and 3")
     axes.set_ylabel(f"{group[0].task} {group[0].split}: {group[0].metric}{unit}")

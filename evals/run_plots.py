@@ -104,11 +104,10 @@ def _losses(logs: dict[str, list[Record]], stage: str) -> Any:
         for number, (run, log) in enumerate(own.items()):
             points = [(r["tokens"], r[term]) for r in log if term in r]
             if points:
-                style = {"color": OKABE_ITO[number % len(OKABE_ITO)], "label": run}
-                marker = MARKERS[number % len(MARKERS)]
-                every = max(1, len(points) // 8)
-                axes.plot(*zip(*points, strict=True), marker=marker, markevery=every,
-                          markersize=4, linewidth=1.2, **style)  # fmt: skip
+                xs, ys = zip(*points, strict=True)
+                axes.plot(xs, ys, marker=MARKERS[number % len(MARKERS)], markersize=4,
+                          markevery=max(1, len(points) // 8), linewidth=1.2, label=run,
+                          color=OKABE_ITO[number % len(OKABE_ITO)])  # fmt: skip
         axes.set_ylabel(LABELS[term])
     axes.set_xlabel(f"training tokens of stage {stage}")
     handles, names = figure.axes[0].get_legend_handles_labels()
