@@ -26,7 +26,7 @@ from bitdistill.calibration import LayerWalk
 from bitdistill.gptq import FACTORS, gptq, output_error
 from bitdistill.initialise import GROUPS
 from bitdistill.quantize import WEIGHT_EPS, bit_linears, ternarize
-from bitdistill.schema import Model
+from bitdistill.schema_data import Model
 from bitdistill.student import make_student
 from bitdistill.teacher import load_model
 

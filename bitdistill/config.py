@@ -19,7 +19,8 @@ import yaml
 from pydantic import ValidationError
 
 from bitdistill.names import suggest
-from bitdistill.schema import Config, Section, TaskData
+from bitdistill.schema import Config
+from bitdistill.schema_data import Section, TaskData
 from bitdistill.tasks import TASKS
 
 PARTS = "parts"

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bitdistill.schema import Config, Model
+from bitdistill.schema import Config
+from bitdistill.schema_data import Model
 from bitdistill.sources import content_hash, is_local, local_files
 
 MODEL_FILES = (".safetensors", ".gguf", ".json")

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill.decoder import family_of
-from bitdistill.schema import Config, Model
+from bitdistill.schema import Config
+from bitdistill.schema_data import Model
 from bitdistill.student import layers_of
 
 LICENCE_UNKNOWN = "unknown"
