@@ -138,7 +138,7 @@ def _histograms(before: Record, after: Record) -> Any:
         for threshold in (-THRESHOLD, THRESHOLD):
             axes.axvspan(threshold - NEAR, threshold + NEAR, color="#eeeeee", zorder=0)
         axes.set_title(f"{kind}: near a threshold {', '.join(shares)}", fontsize=8)
-        axes.set_xlabel("weight / scale")
+        axes.set_xlabel("weight / scale (what lies beyond is in the outer bins)")
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
     return figure
