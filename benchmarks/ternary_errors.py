@@ -24,7 +24,7 @@ from torch import Tensor
 from bitdistill.awq import product_error, search
 from bitdistill.calibration import LayerWalk
 from bitdistill.gptq import FACTORS, gptq, output_error
-from bitdistill.initialise import GROUPS
+from bitdistill.initialise import GROUPS, MAX_TOKENS
 from bitdistill.quantize import WEIGHT_EPS, bit_linears, ternarize
 from bitdistill.schema_data import Model
 from bitdistill.student import make_student
@@ -76,7 +76,7 @@ def inputs(walk: LayerWalk, name: str) -> Tensor:
 
 
 def measure(
-    chosen_on: LayerWalk, judged_on: LayerWalk, every: int
+    chosen_on: LayerWalk, judged_on: LayerWalk, layers: list[int]
 ) -> dict[str, dict[str, tuple[float, list[float]]]]:
     """Rounding -> kind of linear -> (bits, errors of the layers looked at)."""
     found: dict[str, dict[str, tuple[float, list[float]]]] = {}
@@ -85,11 +85,11 @@ def measure(
         found.setdefault(label, {}).setdefault(kind, (bits, []))[1].append(error)
 
     for index, _ in zip(chosen_on, judged_on, strict=True):
-        for group in GROUPS if index % every == 0 else ():
+        for group in GROUPS if index in layers else ():
             x, other = (inputs(walk, group[0]) for walk in (chosen_on, judged_on))
             hessian, judge = x.T @ x, other.T @ other
             linears = [chosen_on.linear(name) for name in group]
-            scales, *_ = search(x, linears)
+            scales, *_ = search(x[:MAX_TOKENS], linears)
             for name, linear in zip(group, linears, strict=True):
                 kind, weight = name.rsplit(".", 1)[-1], linear.weight.detach()
                 total = output_error(weight, judge)
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=64)
-    parser.add_argument("--every", type=int, default=5, help="look at every n-th layer")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 14, 24])
     args = parser.parse_args()
     model, tokenizer = load_model(Model(source=args.model))
     with args.text.open(encoding="utf-8") as stream:
@@ -130,10 +130,10 @@ def main() -> None:
         linear.anneal.fill_(0.0)
     parts = rows[: args.examples], rows[args.examples :]
     tokens = [sum(map(len, part)) for part in parts]
-    head = {"model": args.name, "tokens": tokens[0], "held_out": tokens[1], "every": args.every}
+    head = {"model": args.name, "tokens": tokens[0], "held_out": tokens[1], "layers": args.layers}
     with torch.no_grad():
         walks = [LayerWalk(student, batches_of(part)) for part in parts]
-        found = measure(*walks, args.every)
+        found = measure(*walks, args.layers)
     for label, kinds in found.items():
         means = {kind: sum(errors) / len(errors) for kind, (_, errors) in kinds.items()}
         bits = max(bits for bits, _ in kinds.values())
