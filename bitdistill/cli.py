@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from bitdistill import __version__
-from bitdistill.cli_eval import evaluate, report
+from bitdistill.cli_eval import evaluate, plot, report
 from bitdistill.cli_mlx import export_options, mlx, values
 
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
@@ -74,7 +74,9 @@ main.add_command(mlx)
 
 
 @main.command()
-@click.option("--recipe", default="tiny", show_default=True, help="A shipped name or a YAML file.")
+@click.option(
+    "--recipe", default="tiny", show_default=True, help="Shipped names or YAML files, joined by +."
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [runs/NAME].")
 @click.option("--resume", is_flag=True, help="Continue an interrupted stage.")
@@ -108,14 +110,18 @@ def train(
 
 @main.command()
 @click.argument("name", required=False)
-def recipes(name: str | None) -> None:
-    """List the shipped recipes, or print one (to copy and change)."""
-    from bitdistill.config import dump_config, load_config, recipe_names
+@click.option("--parts", is_flag=True, help="List models, tasks and methods to join by + instead.")
+def recipes(name: str | None, parts: bool) -> None:
+    """List the shipped recipes, or print one with every setting (to copy and change).
+
+    Recipes, parts and YAML files are joined by +: smollm2-135m-sst2+paper, qwen3-4b+mnli+authors.
+    """
+    from bitdistill.config import dump_config, load_config, part_names, recipe_names
 
     if name:
         click.echo(dump_config(load_config(name)), nl=False)
         return
-    for known in recipe_names():
+    for known in part_names() if parts else recipe_names():
         click.echo(known)
 
 
@@ -225,3 +231,4 @@ def doctor() -> None:
 
 main.add_command(evaluate)
 main.add_command(report)
+main.add_command(plot)

@@ -117,6 +117,22 @@ def report(
     _show(found, form, plot, html, store)
 
 
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Prefix of the files.")
+def plot(runs: tuple[Path, ...], out: Path) -> None:
+    """Draw training runs: losses, weights before and after each stage, trits by layer.
+
+    From each run's log.jsonl and weights.jsonl. Accuracy against training tokens is drawn from
+    results: `bitdistill report RESULTS --plot PREFIX`.
+    """
+    from bitdistill import evals
+
+    _check_outputs(out)
+    for path in evals.plot_runs(runs, out):
+        click.echo(path)
+
+
 def _check_outputs(*paths: Path | None) -> None:
     from bitdistill import evals
 

@@ -15,7 +15,7 @@ import sys
 from typing import Any, BinaryIO
 
 from bitdistill.documents import Source, open_source
-from bitdistill.schema import Corpus, TaskData
+from bitdistill.schema_data import Corpus, TaskData
 from bitdistill.sequences import Encoder, Packer
 
 # what a job may fail with for a reason that a user can mend

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill.corpus import Steps
-from bitdistill.schema import Config, TaskData
+from bitdistill.schema import Config
+from bitdistill.schema_data import TaskData
 from bitdistill.sequences import Sequences
 from bitdistill.sources import is_local, local_files
 from bitdistill.tasks import Example, Task, load_examples, shorten

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdistill.readers import Files, JsonLines, Parquet, Reader, Streamed, Texts, column_of
-from bitdistill.schema import Corpus, TaskData
+from bitdistill.schema_data import Corpus, TaskData
 from bitdistill.sources import file_rows, file_stream, form_of, hub_stream, is_local, local_files
 from bitdistill.tasks import load_examples
 

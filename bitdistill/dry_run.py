@@ -7,7 +7,6 @@ estimates time and memory from it. Nothing is written.
 from __future__ import annotations
 
 import importlib.util
-import math
 import resource
 import sys
 import time
@@ -18,22 +17,20 @@ import torch
 from transformers import PreTrainedModel
 
 from bitdistill.config import dump_config
+from bitdistill.cost import STATE_BYTES, costs, describe, enabled_stages, stage_tokens
 from bitdistill.data import TaskBatches, check_sources
 from bitdistill.distributed import World
 from bitdistill.documents import open_source
 from bitdistill.feeds import candidates, task_batches
-from bitdistill.hardware import TrainingError
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.quantize import BitLinear
-from bitdistill.schema import Config, Distillation, Training
+from bitdistill.schema import Config, Distillation
 from bitdistill.student import make_student
 from bitdistill.tasks import load_examples
-from bitdistill.teacher import ModelError, check_model, load_model
+from bitdistill.teacher import ModelError, check_model, check_teacher, load_model
 from bitdistill.training import Fit
 
-# fp32 master weight, gradient and two AdamW moments
-STUDENT_BYTES = 16
 MIB = 1 << 20
 
 
@@ -61,17 +58,6 @@ def _check_texts(config: Config) -> None:
             open_source(name, config.corpus, config.task, config.seed).next()
 
 
-def _stages(config: Config) -> dict[str, Training]:
-    stages = {
-        "base": config.base,
-        "teacher": config.teacher,
-        "bitnet-sft": config.bitnet_sft,
-        "pretrained": config.pretrain,
-        "student": config.distill,
-    }
-    return {name: settings for name, settings in stages.items() if settings.enabled}
-
-
 def _parameters(model: PreTrainedModel) -> tuple[int, int]:
     """(ternary, all) parameters."""
     ternary = sum(m.weight.numel() for m in model.modules() if isinstance(m, BitLinear))
@@ -88,16 +74,16 @@ def _peak_bytes(device: torch.device) -> int:
 def _one_step(
     config: Config,
     student: PreTrainedModel,
-    base: PreTrainedModel,
+    teacher: PreTrainedModel,
     batches: TaskBatches,
     among: list[int] | None,
 ) -> tuple[float, int, dict[str, float], int]:
-    """Seconds, tokens, terms and peak bytes of one distillation step, the base model as teacher."""
+    """Seconds, tokens, terms and peak bytes of a distillation step, the teacher not yet trained."""
     settings: Distillation = config.distill
     with TemporaryDirectory() as folder:
         fit = Fit(
             "dry-run",
-            make_objective(student, base if settings.needs_teacher else None, settings, among),
+            make_objective(student, teacher if settings.needs_teacher else None, settings, among),
             batches,
             settings,
             config.machine,
@@ -116,19 +102,6 @@ def _one_step(
     return seconds, tokens, terms, _peak_bytes(fit.hardware.device)
 
 
-def _seconds(
-    name: str, stage: Training, examples: int, tokens_per_example: float, per_token: float
-) -> float:
-    """An estimate: every stage costs per token what a distillation step costs."""
-    size = stage.batch_size * stage.accumulate
-    if name in ("base", "pretrained"):
-        if stage.steps is None:
-            raise TrainingError(f"a corpus has no epochs: give steps for stage {name}")
-        return stage.steps * size * stage.max_length * per_token
-    steps = stage.steps or math.ceil((stage.epochs or 0) * examples / size)
-    return steps * size * tokens_per_example * per_token
-
-
 def dry_run(config: Config) -> str:
     """Everything a run depends on, checked; a report for a person.
 
@@ -145,10 +118,14 @@ def dry_run(config: Config) -> str:
         raise ModelError("the tokenizer has no end-of-text token; set eos_token in its config")
     batches = task_batches(config, settings, tokenizer, World())
     rows = batches.rows
+    check_teacher(config)
     student = make_student(base, config.student.norm_style, config.student.activation_bits)
+    teacher = base
+    if config.teacher_model is not None:
+        teacher = load_model(config.teacher_model, config.seed)[0]
     ternary, total = _parameters(student)
     among = candidates(settings, config.task.resolve(), tokenizer)
-    seconds, tokens, terms, peak = _one_step(config, student, base, batches, among)
+    seconds, tokens, terms, peak = _one_step(config, student, teacher, batches, among)
     lines = [
         dump_config(config),
         f"packages: {', '.join(packages)}: found",
@@ -158,11 +135,13 @@ def dry_run(config: Config) -> str:
         f"({ternary / 4 / MIB:.2f} MiB at 2 bits)",
         f"one step: {seconds:.2f} s for {tokens} tokens; "
         + ", ".join(f"{key} {value:.3f}" for key, value in terms.items()),
-        f"memory: {total * STUDENT_BYTES / MIB:.0f} MiB for the student's training state, "
+        f"memory: {total * STATE_BYTES / MIB:.0f} MiB for the student's training state, "
         f"{peak / MIB:.0f} MiB peak in that step",
     ]
     per_example = tokens / (settings.batch_size * settings.accumulate)
-    for name, stage in _stages(config).items():
-        cost = _seconds(name, stage, len(rows), per_example, seconds / tokens)
-        lines.append(f"time: stage {name} about {cost / 60:.1f} minutes")
+    for name, stage in enabled_stages(config).items():  # each costs a token what that step does
+        minutes = stage_tokens(name, stage, batches.count, per_example) * seconds / tokens / 60
+        lines.append(f"time: stage {name} about {minutes:.1f} minutes")
+    other = None if teacher is base else teacher
+    lines.append("cost: " + describe(costs(config, base, batches.count, per_example, other)))
     return "\n".join(lines)

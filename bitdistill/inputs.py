@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdistill.schema import Config
+from bitdistill.schema_data import Model
 from bitdistill.sources import content_hash, is_local, local_files
 
 MODEL_FILES = (".safetensors", ".gguf", ".json")
@@ -24,7 +25,8 @@ class Inputs:
     def __init__(self, config: Config) -> None:
         train = config.task.train
         self.hashes = {
-            "model": _hashes(_model_files(config.model.source)),
+            "model": _hashes(_model_files(config.model)),
+            "teacher_model": _hashes(_model_files(config.teacher_model)),
             "corpus": _hashes(_corpus_files(config)),
             "task": {} if train is None else {train: content_hash(Path(train))},
         }
@@ -44,10 +46,10 @@ def _hashes(files: list[Path]) -> dict[str, str]:
     return {str(file): content_hash(file, SAMPLED_BEYOND) for file in files}
 
 
-def _model_files(source: str) -> list[Path]:
-    folder = Path(source).expanduser()
-    if source == "tiny" or not folder.is_dir():
+def _model_files(model: Model | None) -> list[Path]:
+    if model is None or model.source == "tiny" or not Path(model.source).expanduser().is_dir():
         return []
+    folder = Path(model.source).expanduser()
     return sorted(file for file in folder.iterdir() if file.suffix in MODEL_FILES)
 
 

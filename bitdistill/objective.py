@@ -176,8 +176,12 @@ class Objective(nn.Module):
     ) -> HeadTerms:
         """The terms of rows of hidden states, over the vocabulary or over some of its tokens."""
 
+        rows = len(self.student.lm_head.weight)
+
         def table(model: PreTrainedModel) -> Tensor:
             weight_VD = model.lm_head.weight
+            if len(weight_VD) > rows:  # a larger teacher's head may be padded further
+                weight_VD = weight_VD[:rows]
             return weight_VD if candidates is None else weight_VD[candidates]
 
         their_table = None

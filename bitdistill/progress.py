@@ -55,6 +55,12 @@ class Reporter:
                 if isinstance(value, float) and name != "time":
                     self._board.add_scalar(f"{values['stage']}/{name}", value, values["step"])
 
+    def record_weights(self, values: dict[str, Any]) -> None:
+        """One JSON line of what is known of every linear, in weights.jsonl beside the log."""
+        if self.log is not None:
+            with self.log.with_name("weights.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(values) + "\n")
+
     @contextmanager
     def stage(self, name: str, total: int, start: int = 0) -> Iterator[Meter]:
         """A meter for one stage of `total` steps, of which `start` are done."""

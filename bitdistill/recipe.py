@@ -32,6 +32,7 @@ from bitdistill.data import Batch, Batches, check_sources
 from bitdistill.distributed import World, collect
 from bitdistill.feeds import candidates, corpus_batches, seed_of, task_batches
 from bitdistill.hardware import Hardware, TrainingError
+from bitdistill.initialise import initialise
 from bitdistill.inputs import Inputs
 from bitdistill.objective import make_objective
 from bitdistill.prefetch import prefetched
@@ -39,7 +40,7 @@ from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Training
 from bitdistill.stages import LAST, Stage, describe, fingerprint, plan_stages
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
-from bitdistill.teacher import load_model
+from bitdistill.teacher import check_teacher, load_model
 from bitdistill.training import Fit
 
 LoadedModel = tuple[PreTrainedModel, Tokenizer]
@@ -72,6 +73,7 @@ class Recipe:
 
     def run(self) -> Path:
         """The stages up to `until`, on however many devices; returns the last one's directory."""
+        check_teacher(self.config)
         with self.world.joined(Hardware.resolve(self.config.machine)):
             if self.config.machine.threads is not None:
                 torch.set_num_threads(self.config.machine.threads)
@@ -109,7 +111,7 @@ class Recipe:
         )
 
     def _train_teacher(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
-        model, tokenizer = self._base()
+        model, tokenizer = self._teacher_base()
         settings = self.config.teacher
         batches = task_batches(self.config, settings, tokenizer, self.world)
         return (model, tokenizer), self._fit(stage, tokenizer, model, None, batches, settings)
@@ -129,11 +131,15 @@ class Recipe:
         model.to(hardware.device).eval()
         student = make_student(model, options.norm_style, options.activation_bits)
         gains: dict[str, float] = {}
-        if options.calibrate and options.norm_style != "none":
-            moved = map(hardware.move, self._calibration(tokenizer))
+        measure = options.calibrate and options.norm_style != "none"
+        moved: list[Batch] = []
+        if measure or options.initialise != "absmean":
+            moved = [hardware.move(batch) for batch in self._calibration(tokenizer)]
+        if measure:
             gains = measure_gains(model, options.norm_style, moved)
             set_gains(student, gains)
-        return (student, tokenizer), {"gains": gains}
+        errors = initialise(student, options.initialise, moved)
+        return (student, tokenizer), {"gains": gains, "initialisation": errors}
 
     def _calibration(self, tokenizer: Tokenizer) -> Iterator[Batch]:
         """The first batches of what the student is trained on next, the same for any world."""
@@ -150,7 +156,7 @@ class Recipe:
     def _pretrain(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
         student, tokenizer = self._load(self.stages["refined"])
         settings = self.config.pretrain
-        teacher = self._base()[0] if settings.needs_teacher else None
+        teacher = self._teacher_base()[0] if settings.needs_teacher else None
         batches = corpus_batches(self.config, settings, tokenizer, self.world)
         return (student, tokenizer), self._fit(
             stage, tokenizer, student, teacher, batches, settings
@@ -175,6 +181,11 @@ class Recipe:
         if self.config.base.enabled:
             return self._load(self.stages["base"])
         return load_model(self.config.model, self.config.seed)
+
+    def _teacher_base(self) -> LoadedModel:
+        """What the teacher is before it is fine-tuned: the base model, or `teacher_model`."""
+        other = self.config.teacher_model
+        return self._base() if other is None else load_model(other, self.config.seed)
 
     def _fit(
         self,
@@ -221,7 +232,8 @@ class Recipe:
         if trained is not model:
             collect(trained, model)
         weight = fit.objective.relation_weight
-        return {"steps": fit.total, "terms": terms, "relation_weight": weight}
+        made = {"steps": fit.total, "tokens": fit.tokens, "terms": terms}
+        return made | {"relation_weight": weight}
 
     def _stage(
         self, stage: Stage, work: Callable[[Recipe, Stage], tuple[LoadedModel, dict[str, Any]]]

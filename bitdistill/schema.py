@@ -6,97 +6,11 @@ recipes/*.yaml, where it can be read and compared. config.py reads those files.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from bitdistill.tasks import Task, get_task
-
-
-class Section(BaseModel):
-    """A part of the configuration; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Model(Section):
-    """The off-the-shelf model. `source`: a local directory, a hub id, or `tiny` (made on the spot).
-
-    `gguf_file` names a GGUF file inside `source` that transformers can read.
-    """
-
-    source: str
-    gguf_file: str | None = None
-    revision: str | None = None
-    licence: str | None = None
-
-
-class TaskData(Section):
-    """A built-in task by name, or a task of your own; and where its examples are.
-
-    `train` and `validation` are local JSON lines, CSV or parquet files; without them the hub's
-    data set is used. `columns` maps the task's column names to the file's. `metrics` are those that
-    evaluation reports (none: accuracy, ECE and perplexity, or ROUGE and BLEU).
-    """
-
-    name: str
-    train: str | None = None
-    validation: str | None = None
-    columns: dict[str, str] = {}
-    limit_train: int | None = Field(None, gt=0)
-    kind: Literal["label", "summary"] | None = None
-    prompt: str | None = None
-    inputs: list[str] = []
-    target: str | None = None
-    labels: list[str] = []
-    max_new_tokens: int = Field(128, gt=0)
-    metrics: list[str] = []
-    version: int = Field(1, gt=0)
-
-    @model_validator(mode="after")
-    def _complete(self) -> TaskData:
-        self.resolve()
-        return self
-
-    def resolve(self) -> Task:
-        """The task; ValueError for an unknown name without a prompt of its own."""
-        if self.prompt is None:
-            return get_task(self.name)
-        if not self.inputs or not self.target or (self.kind != "summary" and not self.labels):
-            raise ValueError("a task of your own needs prompt, inputs, target and (label) labels")
-        if len({label.strip().lower() for label in self.labels}) < len(self.labels):
-            raise ValueError(f"labels {self.labels} must differ in more than case and spaces")
-        return Task(
-            name=self.name,
-            kind=self.kind or "label",
-            prompt=self.prompt,
-            columns=tuple(self.inputs),
-            target=self.target,
-            labels=tuple(self.labels),
-            max_new_tokens=1 if self.labels else self.max_new_tokens,
-            metrics=tuple(self.metrics),
-            version=self.version,
-        )
-
-
-class Corpus(Section):
-    """Text for continued pre-training.
-
-    A source is a local file, a folder or pattern of files (`data/*.parquet`), a hub data set,
-    `task` (the task's own prompts and answers) or `tiny` (the embedded generator). Documents are
-    taken from the sources in turn; nothing is held in memory. `limit` documents are taken of each.
-    With `shuffle`, every that many documents of a source change places, anew in each pass: for a
-    file that is sorted in some way, as many as it holds. They are held in memory.
-    `document_mask` keeps documents that share a sequence from seeing one another.
-    """
-
-    sources: list[str] = ["task"]
-    column: str = "text"
-    configuration: str | None = None
-    split: str = "train"
-    limit: int | None = Field(None, gt=0)
-    shuffle: int = Field(0, ge=0)
-    document_mask: bool = False
+from bitdistill.schema_data import Corpus, Model, Section, TaskData
 
 
 class Training(Section):
@@ -214,13 +128,17 @@ class Pretraining(Distillation):
 
 
 class Student(Section):
-    """Stage 1. `start`: whether the student takes the base model's weights or the teacher's."""
+    """Stage 1. `start`: whether the student takes the base model's weights or the teacher's.
+
+    `initialise`: the weights as they are, or moved by GPTQ or AWQ on the calibration batches.
+    """
 
     norm_style: Literal["paper", "allnorm", "none"] = "paper"
     activation_bits: Literal[8] | None = 8
     calibrate: bool = True
     calibration_batches: int = Field(8, gt=0)
     start: Literal["base", "teacher"] = "base"
+    initialise: Literal["absmean", "gptq", "awq"] = "absmean"
 
 
 class Machine(Section):
@@ -257,6 +175,9 @@ class Machine(Section):
 class Config(Section):
     """A whole run. Stage 2 distils from the base model, stage 3 from the task's teacher.
 
+    `teacher_model` is another model with the same tokenizer, of whatever depth and width, that
+    takes the base model's place as teacher: fine-tuned for stage 3, as it is in stage 2.
+
     `shared` is a directory for the stages that no task has shaped (stages 1 and 2): runs that agree
     on them find each other's there.
     """
@@ -264,8 +185,9 @@ class Config(Section):
     name: str
     seed: int = 0
     shared: str | None = None
-    method: Literal["bitdistill", "bitdistill-paper"] = "bitdistill"
+    method: Literal["bitdistill", "bitdistill-paper", "bitdistill-authors"] = "bitdistill"
     model: Model
+    teacher_model: Model | None = None
     task: TaskData
     corpus: Corpus = Corpus()
     machine: Machine = Machine()
@@ -276,12 +198,28 @@ class Config(Section):
     pretrain: Pretraining = Pretraining(enabled=False)
     distill: Distillation
 
+    @field_validator("base", "bitnet_sft", "pretrain", mode="before")
+    @classmethod
+    def _off_unless_given_a_length(cls, value: Any) -> Any:
+        """A method may say how an optional stage trains without turning it on."""
+        if isinstance(value, dict) and not {"enabled", "steps", "epochs"} & value.keys():
+            return value | {"enabled": False}
+        return value
+
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
         if not value or "/" in value:
             raise ValueError("name must be a plain word")
         return value
+
+    @model_validator(mode="after")
+    def _own_weights(self) -> Config:
+        if self.teacher_model is not None and self.student.start == "teacher":
+            raise ValueError(
+                "student.start: the teacher is another model (teacher_model); start from base"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shareable(self) -> Config:

@@ -45,7 +45,8 @@ def plan_stages(config: Config, out: Path, inputs: Inputs) -> dict[str, Stage]:
     base = None
     if config.base.enabled:
         base = Stage("base", "teacher", "base", (*own, "base", "corpus", *text), None, out)
-    teacher = Stage("teacher", "teacher", "fp16-sft", (*task, "teacher"), base, out)
+    guide = ("teacher", "teacher_model")
+    teacher = Stage("teacher", "teacher", "fp16-sft", (*task, *guide), base, out)
     plan = [base, teacher]
     if config.bitnet_sft.enabled:
         plan.append(Stage("bitnet-sft", "student", "bitnet-sft", (*task, "bitnet_sft"), base, out))
@@ -55,7 +56,7 @@ def plan_stages(config: Config, out: Path, inputs: Inputs) -> dict[str, Stage]:
     if config.pretrain.enabled:
         # no task has shaped them, nor a seed but their own
         tiny = own if config.model.source == "tiny" else ("model",)
-        parts = (*tiny, "student", "pretrain", "corpus", *text)
+        parts = (*tiny, "teacher_model", "student", "pretrain", "corpus", *text)
         refined = Stage("refined", "student", "refined", parts, start, out)
         last = Stage("pretrained", "student", "pretrained", parts, refined, out)
         if config.shared is not None:
@@ -65,7 +66,7 @@ def plan_stages(config: Config, out: Path, inputs: Inputs) -> dict[str, Stage]:
         plan += [refined, last]
     else:
         plan.append(refined)
-    parts = ("model", "seed", "task", "student", "teacher", "distill", "method")
+    parts = ("model", "seed", "task", "student", *guide, "distill", "method")
     plan.append(Stage(LAST, "student", config.method, parts, last, out))
     return {stage.name: stage for stage in plan if stage is not None}
 
@@ -78,18 +79,32 @@ def fingerprint(stage: Stage, config: Config, inputs: Inputs) -> str:
     return manifest.fingerprint([own, inputs.of(stage.depends), parent])
 
 
+def _tokens_in_all(stage: Stage, metrics: dict[str, Any]) -> int:
+    """Tokens, without padding, that this stage and a student's stages before it trained on."""
+    before = 0
+    if stage.kind == "student" and stage.parent is not None and stage.parent.kind == "student":
+        parent = manifest.read_manifest(stage.parent.path)
+        before = parent["metrics"]["tokens_in_all"]
+    return before + metrics.get("tokens", 0)  # stage 1 has none
+
+
 def describe(
     stage: Stage, config: Config, model: PreTrainedModel, made: dict[str, Any]
 ) -> dict[str, Any]:
     """The manifest of a stage; `made`: what only the run knows (fingerprint, inputs, metrics)."""
     student = getattr(model.config, "bitdistill", {})
     task = None if stage.name == "base" else config.task.resolve().to_json()
+    source = config.model
+    if stage.name == "teacher" and config.teacher_model is not None:
+        source = config.teacher_model
+    tokens = _tokens_in_all(stage, made["metrics"])
     return made | {
+        "metrics": made["metrics"] | {"tokens_in_all": tokens},
         "stage": stage.name,
         "method": stage.method,
-        "base_model": name_of(config.model),
+        "base_model": name_of(source),
         "family": model.config.model_type.removeprefix("bitdistill_"),
-        "licence": licence_of(config.model),
+        "licence": licence_of(source),
         "norm_style": student.get("norm_style"),
         "activation_bits": student.get("activation_bits"),
         "task": task,

@@ -12,10 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill.decoder import family_of
-from bitdistill.schema import Model
+from bitdistill.schema import Config
+from bitdistill.schema_data import Model
 from bitdistill.student import layers_of
 
 LICENCE_UNKNOWN = "unknown"
+PROBE = "The film was not dull, 42 times."
 
 
 class ModelError(ValueError):
@@ -50,12 +52,7 @@ def load_model(model: Model, seed: int = 0) -> tuple[PreTrainedModel, Tokenizer]
         from bitdistill.tiny import make_base
 
         return make_base(seed)
-    check_model(model)
-    folder = Path(model.source).expanduser()
-    source = str(folder) if folder.exists() else model.source
-    options: dict[str, Any] = {"revision": model.revision or "main"}
-    if model.gguf_file is not None:
-        options["gguf_file"] = model.gguf_file
+    source, options = _address(model)
     config = _attempt(AutoConfig, model, source, options)
     family_of(config.model_type)
     tokenizer = _attempt(AutoTokenizer, model, source, options)
@@ -70,6 +67,47 @@ def load_model(model: Model, seed: int = 0) -> tuple[PreTrainedModel, Tokenizer]
         loaded = _without_gguf_traces(loaded)
     check_layers(loaded)
     return loaded, tokenizer
+
+
+def _address(model: Model) -> tuple[str, dict[str, Any]]:
+    """What the Auto classes are asked for; ModelError for a local directory that lacks files."""
+    check_model(model)
+    folder = Path(model.source).expanduser()
+    options = {"revision": model.revision or "main"}
+    if model.gguf_file is not None:
+        options["gguf_file"] = model.gguf_file
+    return str(folder) if folder.exists() else model.source, options
+
+
+def _vocabulary(model: Model, seed: int) -> tuple[Tokenizer, int]:
+    """A model's tokenizer and the rows of its head, without its weights."""
+    if model.source == "tiny":
+        loaded, tokenizer = load_model(model, seed)
+        return tokenizer, loaded.config.vocab_size
+    source, options = _address(model)
+    config = _attempt(AutoConfig, model, source, options)
+    return _attempt(AutoTokenizer, model, source, options), config.get_text_config().vocab_size
+
+
+def check_teacher(config: Config) -> None:
+    """ModelError unless `teacher_model`, where there is one, reads and writes the same tokens.
+
+    Logits are compared token by token, so a token id must mean the same to both. The teacher's
+    head may have more rows (padding) than the student's, not fewer.
+    """
+    if config.teacher_model is None:
+        return
+    mine, rows = _vocabulary(config.model, config.seed)
+    theirs, their_rows = _vocabulary(config.teacher_model, config.seed)
+    same_words = mine.get_vocab() == theirs.get_vocab()
+    if same_words and mine(PROBE).input_ids == theirs(PROBE).input_ids and their_rows >= rows:
+        return
+    names = config.teacher_model.source, config.model.source
+    sizes = f"{len(theirs):,} tokens in {their_rows:,} rows, {len(mine):,} in {rows:,}"
+    raise ModelError(
+        f"teacher_model {names[0]} has another vocabulary than model {names[1]} ({sizes}): their "
+        "logits cannot be compared; choose a teacher with the same tokenizer"
+    )
 
 
 def _attempt(auto: Any, model: Model, source: str, options: dict[str, Any]) -> Any:

@@ -31,6 +31,7 @@ from bitdistill.training_state import Budget, States, saved_states
 
 LOG_EVERY = 10
 TRITS_EVERY = 50
+WEIGHT_RECORDS = 200  # of every linear, about, in a stage
 # sections of the configuration, where a stage has another name
 SECTIONS = {"bitnet-sft": "bitnet_sft", "pretrained": "pretrain", "student": "distill"}
 
@@ -57,7 +58,7 @@ class Fit:
         self.state_dir, self.world = state_dir, world
         self.hardware = Hardware.resolve(machine)
         self.total = total_steps(settings, batches)
-        self.step = 0
+        self.step, self.tokens = 0, 0
         objective.to(self.hardware.device)
         self.model.train()
         if objective.teacher is not None:
@@ -90,9 +91,11 @@ class Fit:
         with self.engine.stream():
             if self.step == 0:
                 self.fit_relation_weight()
+                self._record_histogram()
             self.anneal.fill_(1.0)
             last = self._loop()
             self._check_weights()
+            self._record_histogram()
         self._restore_model()
         return last
 
@@ -119,6 +122,7 @@ class Fit:
                 self.step += 1
                 if self.step % LOG_EVERY == 0 or self.step == self.total:
                     last = self.read_terms(self.step - read)
+                    self.tokens += int(self.world.sum([tokens])[0])
                     length = window[0]["input_ids"].shape[1]
                     meter.update(self.step, tokens, last, partial(self._measured, tokens, length))
                     tokens, read = 0, self.step
@@ -134,6 +138,12 @@ class Fit:
                     )
         return last
 
+    def _record_histogram(self) -> None:
+        """What the master weights are like, before the first step and after the last."""
+        if histogram := self.monitor.histogram():
+            record = {"stage": self.name, "step": self.step, "histogram": histogram}
+            self.reporter.record_weights(record)
+
     def _agreed(self, due: bool, stop: Stop) -> tuple[bool, bool]:
         """Whether to save, by the first process' clock, and whether any process is to stop."""
         due_sum, stops = self.world.sum([due and self.world.main, stop.requested])
@@ -142,9 +152,14 @@ class Fit:
     def _measured(self, tokens: int, length: int, seconds: float) -> dict[str, float]:
         """What a record says besides the terms."""
         rate = float(self.optimizer.param_groups[0]["lr"])
-        measured = {"learning_rate": rate, **self.monitor.machine(tokens, length, seconds)}
+        measured = {"learning_rate": rate, "tokens": self.tokens}
+        measured |= self.monitor.machine(tokens, length, seconds)
         if self.step % TRITS_EVERY == 0 or self.step == self.total:
             measured |= self.monitor.trits()
+            every = TRITS_EVERY * max(1, self.total // (TRITS_EVERY * WEIGHT_RECORDS))
+            if self.monitor.linears and (self.step % every == 0 or self.step == self.total):
+                record = {"stage": self.name, "step": self.step, **self.monitor.linears}
+                self.reporter.record_weights(record)
         return measured
 
     def optimize(self, window: list[Batch]) -> None:
@@ -206,6 +221,7 @@ class Fit:
         position = {
             "data": None if data[0] is None else merge_states(data),
             "relation_weight": self.objective.relation_weight,
+            "tokens": self.tokens,
         }
         self._states().save(self.step, self.model, self.optimizer, position)
 
@@ -215,6 +231,7 @@ class Fit:
         self.step = position["step"]
         self.batches.restore(position["data"])
         self.objective.relation_weight = position["relation_weight"]
+        self.tokens = position["tokens"]
 
     def _states(self) -> States:
         identity = {"stage": self.name, "total": self.total, "fingerprint": self.fingerprint}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bitdistill.evals.plots import plot
     from bitdistill.evals.process import WorkerError
     from bitdistill.evals.results import Result, check_output, read_jsonl, write_jsonl
+    from bitdistill.evals.run_plots import plot_runs
     from bitdistill.evals.runner import run
     from bitdistill.evals.tables import render, rich_tables
 
@@ -37,6 +38,7 @@ _HOME = {
     "Variant": "directories",
     "find_teacher": "directories",
     "plot": "plots",
+    "plot_runs": "run_plots",
     "write_report": "html",
     "WorkerError": "process",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "find_teacher",
     "measure",
     "plot",
+    "plot_runs",
     "read_jsonl",
     "render",
     "report",

@@ -1,4 +1,4 @@
-"""Pictures of results: accuracy against memory, and speed against memory, as PNG and SVG.
+"""Pictures of results: accuracy against memory and training tokens, speed against memory.
 
 Made from results alone. Colours are Okabe and Ito's, told apart with colour vision deficiencies;
 every row also has a marker and its name beside it, so the pictures hold in black and white print.
@@ -30,15 +30,30 @@ def plot(results: Sequence[Result], prefix: str | Path) -> list[Path]:
     ImportError with the pip command where matplotlib is missing; ValueError where no result can be
     drawn.
     """
+    return save_all(figures(results), prefix)
+
+
+def save_all(named: dict[str, Any], prefix: str | Path) -> list[Path]:
+    """Write every figure as PREFIX-NAME.png and .svg; the paths."""
     prefix = Path(prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, figure in figures(results).items():
+    for name, figure in named.items():
         for suffix in ("png", "svg"):
             path = prefix.with_name(f"{prefix.name}-{name}.{suffix}")
             _save(figure, path, suffix)
             paths.append(path)
     return paths
+
+
+def require_matplotlib() -> Any:
+    """The package, or ImportError with the pip command."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("plots need matplotlib, which is not installed; run: pip install "
+                          "'bitdistill[plot]'") from None  # fmt: skip
+    return matplotlib
 
 
 def svg(figure: Any) -> str:
@@ -51,11 +66,7 @@ def svg(figure: Any) -> str:
 
 def figures(results: Sequence[Result]) -> dict[str, Any]:
     """Name -> matplotlib figure, for every figure that the results have data for."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("plots need matplotlib, which is not installed; run: pip install "
-                          "'bitdistill[plot]'") from None  # fmt: skip
+    matplotlib = require_matplotlib()
     found = {}
     with matplotlib.rc_context(STYLE):
         for table in build(results):
@@ -66,11 +77,56 @@ def figures(results: Sequence[Result]) -> dict[str, Any]:
             speeds = [c for c in table.columns if c[2] in SPEEDS]
             for column in [*scores, *speeds]:
                 found[_name(column)] = _figure(table, column, memory)
+        found |= _token_figures(results)
     if not found:
         raise ValueError(
-            "there is nothing to draw: memory or size is missing; evaluate with --speed"
+            "there is nothing to draw: memory or size is missing; evaluate with --speed, or "
+            "students of several lengths of training"
         )
     return found
+
+
+def _token_figures(results: Sequence[Result]) -> dict[str, Any]:
+    """Scores of PyTorch students against the tokens they were trained on, teachers as lines."""
+    groups: dict[tuple[str, str, str], list[Result]] = {}
+    for one in results:
+        if one.settings.get("training_tokens") is not None and one.interval is not None:
+            groups.setdefault((one.task, one.split, one.metric), []).append(one)
+    return {
+        "-".join((*key, "tokens")): _token_figure(group)
+        for key, group in groups.items()
+        if len({r.settings["training_tokens"] for r in group if r.student is not None}) > 1
+    }
+
+
+def _token_figure(group: Sequence[Result]) -> Any:
+    """A line for each method, its points the mean of the seeds' runs of one length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    axes = figure.add_subplot()
+    _logarithmic(axes, "x")
+    for index, method in enumerate(dict.fromkeys(result.method for result in group)):
+        own = [r for r in group if r.method == method]
+        color, marker = OKABE_ITO[index % len(OKABE_ITO)], MARKERS[index % len(MARKERS)]
+        if own[0].student is None:
+            mean = sum(r.value for r in own) / len(own)
+            axes.axhline(mean, color=color, linestyle="--", linewidth=1.2, label=method)
+            continue
+        lengths: dict[int, list[float]] = {}
+        for r in own:
+            lengths.setdefault(r.settings["training_tokens"], []).append(r.value)
+        points = [(n, sum(v) / len(v)) for n, v in sorted(lengths.items())]
+        tokens, means = zip(*points, strict=True)
+        axes.plot(tokens, means, color=color, marker=marker, label=method)
+        every = [(r.settings["training_tokens"], r.value) for r in own]
+        tokens, values = zip(*every, strict=True)
+        axes.scatter(tokens, values, color=color, marker=marker, s=8)
+    unit = f" ({group[0].unit})" if group[0].unit else ""
+    axes.set_xlabel("training tokens, stages 2 and 3")
+    axes.set_ylabel(f"{group[0].task} {group[0].split}: {group[0].metric}{unit}")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
+    return figure
 
 
 def _name(column: Column) -> str:

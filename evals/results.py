@@ -17,12 +17,12 @@ from typing import Any
 class Result:
     """One JSON line.
 
-    `method` is fp16-sft, bitnet-sft, bitdistill-paper or bitdistill; `backend` torch, onnx or mlx;
-    `precision` says how weights are held. `unit` is %, tokens/s, ms, MiB, x (a ratio) or nothing.
-    `stderr` and `interval` (95 %, bootstrap) are None where there is none. `artifact` is the
-    directory's name, `artifact_hash` a hash of its files' hashes, `student` the fingerprint of the
-    student's weights that it runs (None for a teacher). `details` are the metric's own: a confusion
-    matrix, the row that a ratio or difference is against.
+    `method` is fp16-sft, bitnet-sft, bitdistill, bitdistill-paper (or -authors); `backend` torch,
+    onnx or mlx; `precision` says how weights are held. `unit` is %, tokens/s, ms, MiB, x (a ratio)
+    or nothing. `stderr` and `interval` (95 %, bootstrap) are None where there is none. `artifact`
+    is the directory's name, `artifact_hash` a hash of its files' hashes, `student` the fingerprint
+    of the student's weights that it runs (None for a teacher). `details` are the metric's own: a
+    confusion matrix, the row that a ratio or difference is against.
     """
 
     method: str

@@ -64,6 +64,7 @@ def summarise(measured: Measured) -> list[Result]:
             head = _head(measured, directory, part.split, machine)
             head["versions"] = outcome["versions"]
             head["settings"] = measured.settings | _own_settings(outcome, part)
+            head["settings"] |= _training_tokens(directory)
             scores = [metric.score(resamples) for metric in table[index]]
             scores += _differences(rows, table, index, resamples)
             results += [Result(**head, **asdict(score)) for score in scores]
@@ -93,6 +94,12 @@ def _head(
         "machine": machine,
         "settings": measured.settings,
     }
+
+
+def _training_tokens(directory: Directory) -> dict[str, int]:
+    """How much a teacher or student was trained on, all of its stages together."""
+    tokens = directory.manifest.get("metrics", {}).get("tokens_in_all")
+    return {} if tokens is None else {"training_tokens": tokens}
 
 
 def _own_settings(outcome: Outcome, part: ExampleSet) -> dict[str, Any]:

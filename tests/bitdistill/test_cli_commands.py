@@ -16,9 +16,10 @@ from bitdistill.tasks import TASKS
 
 
 def test_recipes(cli: Callable[..., Done]) -> None:
-    from bitdistill.config import dump_config, load_config, recipe_names
+    from bitdistill.config import dump_config, load_config, part_names, recipe_names
 
     assert cli("recipes") == Done(0, "\n".join(recipe_names()) + "\n", "")
+    assert cli("recipes", "--parts") == Done(0, "\n".join(part_names()) + "\n", "")
     assert cli("recipes", "tiny").out == dump_config(load_config("tiny"))
 
 
@@ -63,6 +64,13 @@ def test_train_prints_the_student_and_talks_on_stderr(
     again = cli("train", "--out", tmp_path / "run", *arguments)
     assert again.out == done.out
     assert again.err.count("complete, skipped") == 3
+    pytest.importorskip("matplotlib")
+    drawn = cli("plot", tmp_path / "run", "--out", tmp_path / "pictures" / "p")
+    names = ("loss-teacher", "loss-student", "run-weights-student", "run-layers-student")
+    expected = [tmp_path / "pictures" / f"p-{n}.{end}" for n in names for end in ("png", "svg")]
+    assert (drawn.code, drawn.out.split()) == (0, list(map(str, expected)))
+    assert all(path.is_file() for path in expected)
+    assert "has no log.jsonl; give a directory of" in cli("plot", tmp_path, "--out", "p").err
     other = cli("train", "--out", tmp_path / "run", *arguments, "--set", "distill.anneal=0")
     assert other.code == 1
     assert other.err.splitlines()[-1].startswith(f"Error: {tmp_path / 'run' / 'student'} was made")

@@ -21,7 +21,7 @@ from bitdistill.data import (
     encode_example,
     task_examples,
 )
-from bitdistill.schema import TaskData
+from bitdistill.schema_data import TaskData
 from bitdistill.tasks import TASKS, Example
 
 WORDS = "the film is not good bad but very dull bright and we liked it a plot".split()

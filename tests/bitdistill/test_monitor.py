@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,32 @@ def test_flips_and_zeros_are_counted(make_teacher: Callable[..., Any]) -> None:
         layers[0].weight[1, :3] = -1.0
     second = monitor.trits()
     assert second["flip_rate"] == pytest.approx(3 / weights)
+    changed = layers[0].weight.numel()
+    assert monitor.linears["flip_rate"]["q_proj"] == [pytest.approx(3 / changed, abs=1e-6), 0.0]
+    assert monitor.linears["zero_fraction"]["down_proj"] == [
+        pytest.approx(1 / layer.out_features, abs=1e-6) for layer in layers[6::7]
+    ]
     assert monitor.trits()["flip_rate"] == 0
+
+
+def test_histograms_are_in_units_of_the_scale(make_teacher: Callable[..., Any]) -> None:
+    student = make_student(make_teacher("llama"))
+    down = [layer for layer in bit_linears(student) if layer.in_features == 96]
+    with torch.no_grad():
+        for layer in down:  # mean |w| stays 1
+            layer.weight.fill_(1.0)
+            layer.weight[0, 0], layer.weight[0, 1], layer.weight[0, 2] = 40.0, -0.51, -0.49
+    objective = make_objective(student, None, settings())
+    found = Monitor(objective, CPU, sharded=False).histogram()
+    assert set(found) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"} | {
+        "down_proj"
+    }
+    counts = found["down_proj"]
+    assert sum(counts) == sum(layer.weight.numel() for layer in down)
+    assert counts[-1] == len(down)  # beyond the reach
+    below, above = counts[49], counts[50]  # of -0.5, an edge
+    assert (below, above) == (len(down), len(down))
+    assert Monitor(objective, CPU, sharded=True).histogram() == {}
 
 
 def test_operations_by_hand(make_teacher: Callable[..., Any]) -> None:
@@ -64,5 +90,10 @@ def test_records_hold_what_moved(start: Callable[..., Fit], tmp_path: Path) -> N
     assert [r["step"] for r in records if "zero_fraction" in r] == [50, 60]
     assert 0 < records[-1]["flip_rate"] < 1
     assert all({"gradient_norm", "learning_rate", "data_wait"} <= set(r) for r in records)
+    assert all(a["tokens"] < b["tokens"] for a, b in itertools.pairwise(records))
+    lines = [json.loads(x) for x in (tmp_path / "weights.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if "histogram" in r] == [0, 60]
+    assert [r["step"] for r in lines if "zero_fraction" in r] == [50, 60]
+    assert {len(v) for v in lines[-2]["flip_rate"].values()} == {2}  # a number for each layer
     board = list((tmp_path / "tensorboard").glob("events*"))
     assert bool(board) == (importlib.util.find_spec("tensorboard") is not None)

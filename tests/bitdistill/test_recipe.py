@@ -36,7 +36,8 @@ def test_the_embedded_recipe(tmp_path: Path) -> None:
         "student": "bitdistill",
     }
     assert load_config(str(out / "config.yaml")) == config
-    assert sorted(p.name for p in out.iterdir() if p.is_file()) == ["config.yaml", "log.jsonl"]
+    files = ["config.yaml", "log.jsonl", "weights.jsonl"]
+    assert sorted(p.name for p in out.iterdir() if p.is_file()) == files
 
 
 def test_manifests_say_what_a_stage_is(recipe: Callable[..., Config], tmp_path: Path) -> None:
@@ -62,6 +63,7 @@ def test_manifests_say_what_a_stage_is(recipe: Callable[..., Config], tmp_path: 
     assert {key: content[key] for key in expected} == expected
     assert content["task"]["labels"] == [" negative", " positive"]
     assert content["metrics"]["steps"] == 2
+    assert content["metrics"]["tokens_in_all"] == content["metrics"]["tokens"] > 0
     assert set(content["metrics"]["terms"]) == {"ce", "logits", "relations", "gradient_norm"}
     assert content["metrics"]["relation_weight"] > 0
     assert 0 < content["metrics"]["zero_fraction"]["down_proj"] < 1
@@ -104,6 +106,10 @@ def test_the_log_is_json_lines(recipe: Callable[..., Config], tmp_path: Path) ->
         ("pretrained", 2),
         ("student", 2),
     ]
+    tokens = {r["stage"]: r["tokens"] for r in records}
+    metrics = manifest.read_manifest(tmp_path / "run" / "student")["metrics"]
+    assert tokens["pretrained"] == 2 * 2 * 24  # steps of full sequences
+    assert metrics["tokens_in_all"] == tokens["pretrained"] + tokens["student"]
     terms = [set(r) & {"ce", "logits", "relations"} for r in records]
     assert terms == [{"ce"}, {"ce", "logits"}, {"ce", "logits", "relations"}]
     assert all(r["learning_rate"] > 0 and r["tokens_per_second"] > 0 for r in records)

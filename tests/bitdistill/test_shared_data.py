@@ -11,7 +11,7 @@ import pytest
 
 from bitdistill.config import load_config, recipe_names
 from bitdistill.data import encode_example, task_examples
-from bitdistill.schema import TaskData
+from bitdistill.schema_data import TaskData
 from bitdistill.tasks import TASKS, load_examples
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

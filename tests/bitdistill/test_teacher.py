@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitdistill.schema import Model
+from bitdistill.schema_data import Model
 from bitdistill.student import make_student
 from bitdistill.teacher import ModelError, licence_of, load_model, name_of
 

@@ -1,0 +1,94 @@
+"""Computed costs against the measurements they rest on, and against arithmetic by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitdistill.config import load_config
+from bitdistill.cost import RATE, SHAPES, UTILISATION, costs, memory_gib, table, without_weights
+from bitdistill.monitor import forward_operations
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOLLM2 = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+KINDS = {"float": "float", "bitnet": "ternary", "distill": "distill"}
+
+
+def measured() -> list[dict[str, Any]]:
+    """The records of the version whose utilisation cost.py quotes, whole steps captured."""
+    lines = (ROOT / "docs" / "results" / "training-throughput.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    first = "the first version with captured steps"
+    return [r for r in records if r["graphs"] and r["method"] in KINDS and r["code"] == first]
+
+
+def test_computed_memory_is_near_the_measured() -> None:
+    shapes = {"smollm2-135m": SMOLLM2, "qwen3-0.6b": SHAPES["Qwen/Qwen3-0.6B"]}
+    models = {name: without_weights(shape) for name, shape in shapes.items()}
+    assert len(measured()) == 6
+    for record in measured():
+        model = models[record["shape"]]
+        longest, text = max(record["lengths"]), len(record["lengths"]) == 1
+        learnt = record["batch"] * (longest if text else 1)
+        teacher = model if record["method"] == "distill" else None
+        tokens = record["batch"] * longest
+        kind = KINDS[record["method"]]
+        found = memory_gib(model, kind, tokens, learnt=learnt, teacher=teacher)
+        assert found == pytest.approx(record["peak_gib"], rel=0.11), record
+
+
+def test_hours_at_the_measured_shape_are_those_measured() -> None:
+    model = without_weights(SHAPES["Qwen/Qwen3-0.6B"])
+    speeds = {r["method"]: r["tokens_per_second"] for r in measured() if "qwen3" in r["shape"]}
+    config = load_config("qwen3-0.6b+mnli+paper")
+    found = {cost.stage: cost for cost in costs(config, model, 32 * 1000, 512)}
+    pairs = {"teacher": "float", "bitnet-sft": "bitnet", "pretrained": "bitnet"}
+    for stage, method in (pairs | {"student": "distill"}).items():
+        rate = found[stage].tokens / (3600 * found[stage].hours)
+        assert rate == pytest.approx(speeds[method], rel=2e-3), stage
+    assert found["teacher"].tokens == 3 * 32 * 1000 * 512
+    assert found["pretrained"].tokens == pytest.approx(10e9, rel=1e-4)
+
+
+def test_costs_by_hand(make_teacher: Callable[..., Any]) -> None:
+    """A larger teacher, activations computed again, and a state that 8 GPUs share."""
+    student, teacher = make_teacher("llama"), make_teacher("llama", num_hidden_layers=6)
+    config = load_config("smollm2-135m-sst2", ["machine.recompute=true"])
+    plain = {c.stage: c for c in costs(config, student, 64, 32.0)}
+    strong = {c.stage: c for c in costs(config, student, 64, 32.0, teacher)}
+    mine, theirs = (forward_operations(m, 32) for m in (student, teacher))
+    rate = RATE * UTILISATION["distill"] * 3600
+    tokens = 4 * 2 * 32 * 32.0
+    assert plain["student"].hours == pytest.approx(tokens * (4 * mine + mine) / rate)
+    assert strong["student"].hours == pytest.approx(tokens * (4 * mine + theirs) / rate)
+    assert strong["bitnet-sft"] == plain["bitnet-sft"]
+    assert strong["teacher"].hours > 2 * plain["teacher"].hours
+    parameters = sum(p.numel() for p in student.parameters())
+    shared = memory_gib(student, "float", 0, gpus=8, learnt=0)
+    alone = memory_gib(student, "float", 0, learnt=0)
+    assert (alone - shared) * 2**30 == pytest.approx(16 * parameters * 7 / 8)
+
+
+def test_the_documented_table_is_the_computed_one() -> None:
+    assert table() in (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("source", SHAPES)
+def test_split_heads_divide_every_model_of_the_paper(source: str) -> None:
+    shape = SHAPES[source]
+    heads, keys = shape["num_attention_heads"], shape["num_key_value_heads"]
+    head = shape.get("head_dim") or shape["hidden_size"] // heads
+    split = load_config("qwen3-0.6b+mnli+paper").distill.relations.split_heads
+    assert heads * head % split == keys * head % split == 0

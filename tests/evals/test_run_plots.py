@@ -1,0 +1,135 @@
+"""Pictures of runs and of scores against tokens: what they show is what the lines say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import result
+
+from bitdistill.evals import plot_runs
+from bitdistill.evals.plots import figures
+from bitdistill.evals.run_plots import near_threshold, read_records, run_figures
+from bitdistill.monitor import BINS, REACH
+
+KINDS = ("q_proj", "down_proj")
+
+
+def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def histogram(value: float) -> list[int]:
+    """Ten weights, all of `value` in units of the scale."""
+    counts = [0] * BINS
+    counts[int((value + REACH) / (2 * REACH) * BINS)] = 10
+    return counts
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two runs: one with stage 2, of which a step was done twice, and one without."""
+    for name, factor in (("a", 1.0), ("b", 2.0)):
+        log = [
+            {"stage": "student", "step": s, "tokens": 100 * s, "ce": factor / s, "logits": 0.5}
+            for s in (10, 20, 30)
+        ]
+        if name == "a":
+            twice = {"stage": "pretrained", "step": 10, "tokens": 5}
+            log = [twice | {"ce": 9.0}, twice | {"ce": 4.0}, *log]
+        write(tmp_path / name / "log.jsonl", log)
+        before, after = (
+            {"stage": "student", "step": s, "histogram": dict.fromkeys(KINDS, histogram(value))}
+            for s, value in ((0, 0.45), (30, 1.5))
+        )
+        shares = [
+            {"stage": "student", "step": s}
+            | {"zero_fraction": {k: [0.1, 0.2, 0.01 * s] for k in KINDS}}
+            | ({} if s == 10 else {"flip_rate": {k: [0.0, 0.1, 0.2] for k in KINDS}})
+            for s in (10, 20, 30)
+        ]
+        write(tmp_path / name / "weights.jsonl", [before, *shares, after])
+    return [tmp_path / "a", tmp_path / "b"]
+
+
+def lines_of(axes: Any) -> dict[str, list[list[float]]]:
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+
+
+def test_losses_of_all_runs_and_weights_of_each(runs: list[Path]) -> None:
+    pytest.importorskip("matplotlib")
+    found = run_figures(runs)
+    assert list(found) == [
+        "loss-pretrained", "loss-student",
+        "a-weights-student", "a-layers-student", "b-weights-student", "b-layers-student",
+    ]  # fmt: skip
+    assert lines_of(found["loss-pretrained"].axes[0]) == {"a": [[5, 4.0]]}  # the later of the two
+    ce, logits = found["loss-student"].axes
+    assert lines_of(ce)["b"] == [[1000, 0.2], [2000, 0.1], [3000, pytest.approx(2 / 30)]]
+    assert (ce.get_ylabel(), logits.get_ylabel()) == ("cross-entropy", "logits KL, weighted")
+    assert set(lines_of(logits)) == {"a", "b"}
+    panels = found["a-weights-student"].axes
+    assert [axes.get_title() for axes in panels] == [
+        f"{kind}: near a threshold before 100.0%, after 0.0%" for kind in KINDS
+    ]
+    zeros, zero_map, *_ = found["a-layers-student"].axes
+    assert lines_of(zeros)["down_proj"] == [[0, 0.1], [1, 0.2], [2, 0.3]]
+    colours = zero_map.collections[0].get_array()
+    assert colours.shape == (3, 3)
+    assert colours[2].tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert len(found["a-layers-student"].axes) == 4 + 2  # and two scales of colours
+
+
+def test_pictures_are_files_and_repeat(runs: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "b" / "weights.jsonl").unlink()  # a run of several devices has none
+    paths = plot_runs(runs, tmp_path / "new" / "p")
+    assert len(paths) == 8
+    drawing = next(path for path in paths if path.suffix == ".svg")
+    before = drawing.read_bytes()
+    plot_runs(runs, tmp_path / "new" / "p")
+    assert drawing.read_bytes() == before
+
+
+def test_runs_of_one_name_are_told_apart(runs: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write(tmp_path / "c" / "a" / "log.jsonl", read_records(runs[0] / "log.jsonl"))
+    found = run_figures([runs[0], tmp_path / "c" / "a"])
+    assert len(lines_of(found["loss-student"].axes[0])) == 2
+
+
+def test_mass_near_the_thresholds() -> None:
+    for value, share in ((0.41, 1.0), (-0.59, 1.0), (0.61, 0.0), (0.39, 0.0), (0.0, 0.0)):
+        assert near_threshold(histogram(value)) == share
+
+
+def test_broken_lines_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no log.jsonl; give a directory of `train`"):
+        read_records(tmp_path / "log.jsonl")
+    (tmp_path / "log.jsonl").write_text('{"stage": "student", "step": 1}\n{"stage"\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON; remove the line"):
+        read_records(tmp_path / "log.jsonl")
+
+
+def test_scores_against_training_tokens() -> None:
+    """Points are means over seeds, teachers are lines; single lengths are no curve."""
+    pytest.importorskip("matplotlib")
+
+    def scored(value: float, tokens: int, method: str = "bitdistill", **other: Any) -> Any:
+        student = None if method == "fp16-sft" else "s"
+        return result("accuracy", value, interval=(value - 1, value + 1), backend="torch",
+                      method=method, student=student, settings={"training_tokens": tokens},
+                      **other)  # fmt: skip
+
+    results = [scored(92.0, 50, "fp16-sft"), scored(80.0, 1000), scored(88.0, 4000, seed=0)]
+    results.append(scored(90.0, 4000, seed=1))
+    axes = figures(results)["sst2-validation-accuracy-tokens"].axes[0]
+    assert lines_of(axes)["bitdistill"] == [[1000, 80.0], [4000, 89.0]]
+    assert [y for _, y in lines_of(axes)["fp16-sft"]] == [92.0, 92.0]
+    assert axes.get_xscale() == "log"
+    with pytest.raises(ValueError, match="nothing to draw"):
+        figures(results[:2])
