@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bitdistill.capture import ATTENTION, Capture, layer_index, related_layers
-from bitdistill.data import IGNORED, Batch
+from bitdistill.data import IGNORED, UNLABELLED, Batch
 from bitdistill.objective import make_objective
 from bitdistill.prepare import Counts, count_window, prepare
 from bitdistill.schema import Distillation, RelationLoss
@@ -159,6 +159,9 @@ def test_weight_by_target_ratio(make_teacher: Callable[..., Any]) -> None:
     objective.fit_relation_weight([batch])
     _, terms = objective(prepare(batch, count_window([batch], settings.relations)))
     assert (terms["relations"] / terms["ce"]).item() == pytest.approx(0.25, rel=1e-4)
+    batch["labels"][batch["labels"] >= 0] = UNLABELLED
+    with pytest.raises(ValueError, match="no labelled example"):
+        objective.fit_relation_weight([batch])
 
 
 def test_layers_by_index_and_by_depth() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bitdistill.config import load_config, recipe_names
 from bitdistill.data import encode_example, task_examples
 from bitdistill.schema import TaskData
 from bitdistill.tasks import TASKS, load_examples
@@ -79,3 +80,22 @@ def test_real_text_is_encoded_and_cut(tokenizer: Any) -> None:
         assert len(row.ids) <= 1024
         assert row.ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(row.ids[-row.answer : -1]) == example.answer
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("showcase/")])
+def test_showcase_recipes_name_what_is_there(name: str, tokenizer: Any) -> None:
+    """With the data's folder as `data` beside the command, each finds its files and reads them."""
+    config = load_config(name)
+    task = config.task.resolve()
+    for file in (config.task.train, config.task.validation):
+        assert file is not None
+        examples = load_examples(task, DATA / Path(file).relative_to("data"), limit=50)
+        assert len(examples) == 50
+        assert len({example.label for example in examples}) == max(1, len(task.labels))
+        for settings in (config.teacher, config.distill):
+            row = encode_example(examples[0], task, tokenizer, settings.max_length)
+            assert row.ids[-row.answer :]
+    assert all(
+        (DATA / Path(source).relative_to("data")).is_file() for source in config.corpus.sources
+    )
+    assert load_config(name, ["seed=1"]).shared == config.shared
