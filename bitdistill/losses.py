@@ -21,8 +21,9 @@ from bitdistill.data import IGNORED
 from bitdistill.quantize import wide
 from bitdistill.schema import LogitsLoss, RelationLoss
 
-# logits of one chunk; on a GPU large enough that adding up the head's gradient costs little
-CHUNK_ELEMENTS = {"cuda": 1 << 29, "cpu": 1 << 26}
+# logits of one chunk. Fused on a GPU they and their gradient take 2 bytes each; there a chunk is
+# large because the head's gradient, a whole matrix of each chunk, has to be added up.
+CHUNK_ELEMENTS = {"fused": 5 << 28, "plain": 1 << 26}
 
 
 class HeadTerms(NamedTuple):
@@ -69,9 +70,15 @@ def chunk_terms(
     return ce, kl, gradient_CV.to(student_CV.dtype)
 
 
-def chunk_tokens(device: str, vocabulary: int) -> int:
-    """Rows whose logits are computed at once: at least one."""
-    return max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocabulary)
+def chunk_tokens(rows: int, vocabulary: int, fused: bool) -> int:
+    """How many of `rows` rows' logits are computed at once.
+
+    All of them, or a half, a quarter, ...: equal chunks are one shape for the compiler.
+    """
+    limit = CHUNK_ELEMENTS["fused" if fused else "plain"]
+    while rows > 1 and rows * vocabulary > limit:
+        rows = -(-rows // 2)
+    return max(1, rows)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -99,10 +106,11 @@ class _HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if mixed else weight_VD.dtype
         w_VD, h_PD = weight_VD.to(dtype), hidden_PD.to(dtype)
         d_hidden = torch.empty_like(h_PD) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        d_weight: Tensor | None = None
         ce = wide(hidden_PD.new_zeros(()))
         kl = ce.clone()
-        chunk = chunk_tokens(device, len(weight_VD))
+        fused = device == "cuda" and terms is not chunk_terms
+        chunk = chunk_tokens(len(targets_P), len(weight_VD), fused)
         for start in range(0, len(targets_P), chunk):
             part = slice(start, start + chunk)
             teacher_CV = None
@@ -116,8 +124,9 @@ class _HeadLoss(torch.autograd.Function):
             ce, kl = ce + one_ce, kl + one_kl
             if d_hidden is not None:
                 d_hidden[part] = d_CV @ w_VD
-            if d_weight is not None:
-                d_weight += d_CV.T @ h_PD[part]
+            if ctx.needs_input_grad[1]:
+                share = d_CV.T @ h_PD[part]
+                d_weight = share.to(weight_VD.dtype) if d_weight is None else d_weight.add_(share)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.hidden_dtype = hidden_PD.dtype
         ctx.mark_non_differentiable(ce, kl)

@@ -98,6 +98,11 @@ class Objective(nn.Module):
             if collector is not None:
                 collector.release()
 
+    def compile_head(self, **options: Any) -> None:
+        """The loss over the vocabulary alone, which takes many times the memory otherwise."""
+        if self.chunk_terms is chunk_terms:
+            self.chunk_terms = torch.compile(chunk_terms, **options)
+
     def compile(self, **options: Any) -> None:
         """Regional compilation: each decoder layer alone, and the losses.
 
@@ -114,7 +119,7 @@ class Objective(nn.Module):
             for layer in layers_of(model):
                 # not the call: hooks of FSDP2 stay outside
                 layer.forward = torch.compile(layer.forward, **options)
-        self.chunk_terms = torch.compile(chunk_terms, **options)
+        self.compile_head(**options)
         self.relation_sum = torch.compile(relation_sum, **options)
         if self._alignment is not None:
             self._alignment.distance = torch.compile(alignment_sum, **options)

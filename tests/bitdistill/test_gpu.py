@@ -11,6 +11,7 @@ from short_runs import advance, log_of, settings, task_batches
 from two_devices import check_two_devices, on_two_devices, shared_recipe, terms_of
 
 from bitdistill.config import load_config
+from bitdistill.data import TaskBatches
 from bitdistill.quantize import BitLinear
 from bitdistill.recipe import train
 from bitdistill.schema import Config
@@ -68,28 +69,29 @@ def test_compiled_bfloat16_training_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "switch",
-    [{"graphs": True}, {"graphs": True, "recompute": True}, {"graphs": True, "compile": True}],
-    ids=lambda switch: "-".join(switch),
+    ("switch", "multiple"),
+    [({}, 8), ({"recompute": True}, 8), ({"compile": True}, 16)],
+    ids=["plain", "recompute", "compile"],
 )
 def test_replayed_steps_equal_launched_ones(
-    start: Callable[..., Fit], switch: dict[str, bool]
+    start: Callable[..., Fit], switch: dict[str, bool], multiple: int
 ) -> None:
-    """In fp32, with lengths that alternate and quantisation that sets in: the same terms."""
+    """In fp32, with two lengths or one, and quantisation that sets in: the same terms."""
     options = settings(steps=16, learning_rate=1e-4)
 
     def run(**machine: bool) -> list[dict[str, float]]:
-        fit = start(options, task_batches(4), device="cuda", **machine)
-        if machine.get("compile"):
-            fit.objective.compile()
+        batches = TaskBatches(task_batches().rows, 0, 4, multiple=multiple)
+        fit = start(options, batches, device="cuda", **machine)
         with fit.engine.stream():
             fit.fit_relation_weight()
+            if machine.get("compile"):
+                fit.objective.compile()
             terms = advance(fit, 16)
         graphs = fit.engine._graphs
         assert graphs is None or any(captured.graph is not None for captured in graphs.values())
         return terms
 
-    plain, replayed = run(graphs=False), run(**switch)
+    plain, replayed = run(graphs=False), run(graphs=True, **switch)
     for step, (one, two) in enumerate(zip(plain, replayed, strict=True)):
         assert two == pytest.approx(one, rel=1e-2, abs=1e-6), step
 
