@@ -26,11 +26,11 @@ from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel  # noqa: E402
+from synthetic import SHAPES, Synthetic, make_model  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 
-from bitdistill.data import IGNORED, Batch  # noqa: E402
 from bitdistill.distributed import World  # noqa: E402
-from bitdistill.hardware import Hardware  # noqa: E402
+from bitdistill.hardware import Hardware, start_compilers  # noqa: E402
 from bitdistill.monitor import PEAK_OPERATIONS, forward_operations  # noqa: E402
 from bitdistill.objective import make_objective  # noqa: E402
 from bitdistill.progress import Reporter  # noqa: E402
@@ -43,87 +43,18 @@ HARDWARE = Hardware.resolve(Machine())
 DEVICE = HARDWARE.device
 
 
-def qwen3(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
-    """The parts of a Qwen3 configuration that differ between sizes."""
-    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
-    attention = {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128}
-    rest = {"model_type": "qwen3", "vocab_size": 151936, "tie_word_embeddings": tied}
-    return sizes | attention | rest
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "model_type": "llama",
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": True,
-    },
-    "smollm2-135m": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-0.6b": qwen3(1024, 3072, 28, 16, True),
-    "qwen3-1.7b": qwen3(2048, 6144, 28, 16, True),
-    "qwen3-4b": qwen3(2560, 9728, 36, 32, True),
-}
-
-
-class Synthetic:
-    """Random tokens: `length` is one length (text, every token learnt) or several (a task)."""
-
-    def __init__(self, vocabulary: int, batch: int, lengths: list[int], accumulate: int) -> None:
-        self.batches = []
-        for length in lengths:
-            ids = torch.randint(0, vocabulary, (batch, length))
-            labels = ids.clone()
-            if len(lengths) > 1:
-                labels[:, :-1] = IGNORED
-            ones = torch.ones_like(ids)
-            self.batches.append({"input_ids": ids, "attention_mask": ones, "labels": labels})
-        self.accumulate = accumulate
-
-    def window(self, step: int) -> list[Batch]:
-        return [self.batches[step % len(self.batches)]] * self.accumulate
-
-    def steps_per_epoch(self) -> int | None:
-        return 1 << 30 if len(self.batches) > 1 else None
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        pass
-
-
-def make_model(shape: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Random weights, made on the device that is to compute with them."""
-    values = dict(SHAPES[shape])
-    config = AutoConfig.for_model(values.pop("model_type"), max_position_embeddings=4096, **values)
-    torch.manual_seed(0)  # the same on every device
-    with DEVICE:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
 def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     """What is trained, and its teacher."""
-    model = make_model(args.shape)
+    model = make_model(args.shape, DEVICE)
     if args.method == "float":
         return model, None
     with DEVICE:
         student = make_student(model, "paper")
     if args.method != "distill":
         return student, None
-    return student, model if args.teacher is None else make_model(args.teacher, torch.bfloat16)
+    return student, model if args.teacher is None else make_model(
+        args.teacher, DEVICE, torch.bfloat16
+    )
 
 
 def trainer_seconds(model: PreTrainedModel, data: Synthetic, steps: int) -> float:
@@ -223,12 +154,13 @@ def operations_of(fit: Fit, length: int) -> float:
 
 
 def timed_fit(args: argparse.Namespace, data: Synthetic) -> tuple[float, dict[str, Any]]:
-    """Seconds a step; and operations a token, seconds from the start of the process to the end of
-    the first step, memory (GiB) before it."""
+    """Seconds a step; operations a token, seconds from the start of the process to the beginning and
+    to the end of the first step, memory (GiB) before it."""
     cycle = len(args.length)
     with TemporaryDirectory() as folder:
         fit = fit_of(args, data, folder)
         measured: dict[str, Any] = {"operations": operations_of(fit, max(args.length))}
+        measured["ready_seconds"] = round(time.perf_counter() - START, 1)
         if HARDWARE.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -289,6 +221,7 @@ def main() -> None:
     parser.add_argument("--note", default="")
     parser.add_argument("--profile", type=Path, help="write a table of the kernels' times")
     args = parser.parse_args()
+    start_compilers(Machine(compile=args.compile))
     with WORLD.joined(HARDWARE):
         record = measure(args)
     if WORLD.main:

@@ -191,25 +191,29 @@ def relation_sum(
     teacher: tuple[Tensor, ...],
     attention_mask_BT: Tensor,
     options: RelationLoss,
+    documents_BT: Tensor | None = None,
 ) -> Tensor:
     """Sum over real tokens of KL(teacher || student) of the relations, mean over heads, for Q+K+V.
 
     `student` and `teacher` hold Q, K and V of one layer each, (B, T, D) with D of their own; each
     side splits its own width into the same number of heads. With `mask`, a token relates to itself
-    and to real earlier tokens only, as in the model's own attention.
+    and to real earlier tokens only, and to those of its own document where `documents` numbers
+    them, as in the model's own attention.
     """
     tokens = attention_mask_BT.shape[1]
     real_BT = attention_mask_BT.bool()
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=real_BT.device).tril()
+    seen = causal & real_BT[:, None, None, :]
+    if documents_BT is not None:
+        seen = seen & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
     total = attention_mask_BT.new_zeros((), dtype=torch.float32)
     for a_student, a_teacher in zip(student, teacher, strict=True):
         s_BHTT = relation_logits(a_student, options)
         t_BHTT = relation_logits(a_teacher, options)
         if options.mask:
-            causal = torch.ones(tokens, tokens, dtype=torch.bool, device=s_BHTT.device).tril()
-            hidden = ~(causal & real_BT[:, None, None, :])
             # a finite fill keeps 0 * log 0 out of the KL and out of its gradient
-            s_BHTT = s_BHTT.masked_fill(hidden, -1e4)
-            t_BHTT = t_BHTT.masked_fill(hidden, -1e4)
+            s_BHTT = s_BHTT.masked_fill(~seen, -1e4)
+            t_BHTT = t_BHTT.masked_fill(~seen, -1e4)
         kl_BHTT = F.kl_div(
             F.log_softmax(s_BHTT, -1), F.log_softmax(t_BHTT, -1), log_target=True, reduction="none"
         )

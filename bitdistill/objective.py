@@ -205,7 +205,8 @@ class Objective(nn.Module):
         mask_BT = batch["attention_mask"]
         if self._captures is not None:
             mine, theirs = (capture.take() for capture in self._captures)
-            relation = self.relation_sum(mine, theirs, mask_BT, self.relations)
+            documents = batch.get("documents")
+            relation = self.relation_sum(mine, theirs, mask_BT, self.relations, documents)
             terms["relations"] = self.relation_weight * per.related * relation
         if self._alignment is not None:
             weight = self.settings.alignment.weight

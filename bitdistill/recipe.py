@@ -31,7 +31,7 @@ from bitdistill.config import dump_config
 from bitdistill.data import Batch, Batches, check_sources
 from bitdistill.distributed import World, collect
 from bitdistill.feeds import candidates, corpus_batches, seed_of, task_batches
-from bitdistill.hardware import Hardware, TrainingError
+from bitdistill.hardware import Hardware, TrainingError, start_compilers
 from bitdistill.inputs import Inputs
 from bitdistill.objective import make_objective
 from bitdistill.prefetch import prefetched
@@ -75,6 +75,7 @@ class Recipe:
         with self.world.joined(Hardware.resolve(self.config.machine)):
             if self.config.machine.threads is not None:
                 torch.set_num_threads(self.config.machine.threads)
+            start_compilers(self.config.machine)
             for name, stage in self.stages.items():
                 with self._alone(stage):
                     self._stage(stage, WORK[name])

@@ -174,6 +174,20 @@ def test_padding_does_not_change_relations() -> None:
     torch.testing.assert_close(longer, short)
 
 
+def test_relations_stay_within_a_document() -> None:
+    """Two documents in one row give what they give in rows of their own."""
+    options = RelationLoss(weight=1, split_heads=2)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 4, 8, generator=generator) for _ in range(2))
+    apart = relation_sum((student,), (teacher,), torch.ones(2, 4, dtype=torch.long), options)
+    packed, ones = [x.view(1, 8, 8) for x in (student, teacher)], torch.ones(1, 8)
+    documents = torch.tensor([[0] * 4 + [1] * 4])
+    within = relation_sum((packed[0],), (packed[1],), ones, options, documents)
+    torch.testing.assert_close(within, apart)
+    across = relation_sum((packed[0],), (packed[1],), ones, options)
+    assert not torch.allclose(across, apart)
+
+
 def test_split_heads_must_divide() -> None:
     x = torch.zeros(1, 2, 10)
     with pytest.raises(ValueError, match="split_heads = 4 does not divide the width 10"):
