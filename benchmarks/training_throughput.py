@@ -154,8 +154,8 @@ def operations_of(fit: Fit, length: int) -> float:
 
 
 def timed_fit(args: argparse.Namespace, data: Synthetic) -> tuple[float, dict[str, Any]]:
-    """Seconds a step; operations a token, seconds from the start of the process to the beginning and
-    to the end of the first step, memory (GiB) before it."""
+    """Seconds a step; operations a token, seconds from the start of the process to the beginning
+    and to the end of the first step, memory (GiB) before it."""
     cycle = len(args.length)
     with TemporaryDirectory() as folder:
         fit = fit_of(args, data, folder)
