@@ -36,10 +36,11 @@ from bitdistill.inputs import Inputs
 from bitdistill.objective import make_objective
 from bitdistill.prefetch import prefetched
 from bitdistill.progress import Reporter
-from bitdistill.schema import Config, Training
+from bitdistill.schema import Config, Distillation, Training
 from bitdistill.stages import LAST, Stage, describe, fingerprint, plan_stages
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
 from bitdistill.teacher import load_model
+from bitdistill.teacher_cache import remember
 from bitdistill.training import Fit
 
 LoadedModel = tuple[PreTrainedModel, Tokenizer]
@@ -195,11 +196,18 @@ class Recipe:
             )
         torch.manual_seed(seed_of(self.config, settings))
         among = candidates(settings, self.config.task.resolve(), tokenizer)
+        layer = None
+        if isinstance(settings, Distillation) and settings.cache and teacher is not None:
+            asked = settings, among, Hardware.resolve(self.config.machine), self.world
+            made_from = fingerprint(self.stages["teacher"], self.config, self.inputs)
+            root = self.out / "teacher-cache"
+            batches, layer = remember(root, made_from, (model, teacher), batches, *asked)
+            teacher = None
         # sharding changes a model for good: what is saved in the end is another one
         trained = copy.deepcopy(model) if self.world.size > 1 else model
         fit = Fit(
             stage.name,
-            make_objective(trained, teacher, settings, among),
+            make_objective(trained, teacher, settings, among, layer),
             prefetched(batches, self.config.machine),
             settings,
             self.config.machine,

@@ -186,6 +186,9 @@ class Distillation(Training):
 
     `mixtures` new examples for each labelled one are made every epoch from parts of the task's own
     inputs (mixtures.py); they have no answer, only what the teacher says of them.
+
+    With `cache` > 0 the teacher runs once, before the stage: that many of its most likely tokens of
+    each answer and the relations' states are kept on the disk (teacher_cache.py).
     """
 
     ce: float = Field(1.0, ge=0)
@@ -193,6 +196,7 @@ class Distillation(Training):
     relations: RelationLoss = RelationLoss()
     alignment: AlignmentLoss = AlignmentLoss()
     mixtures: int = Field(0, ge=0)
+    cache: int = Field(0, ge=0)
 
     @property
     def needs_teacher(self) -> bool:
@@ -204,6 +208,9 @@ class Distillation(Training):
     def _mixtures_are_judged(self) -> Distillation:
         if self.mixtures and not self.logits.weight:
             raise ValueError("mixtures have no answers: they need logits.weight above 0")
+        live = self.mixtures or self.logits.prompt_weight or self.alignment.weight
+        if self.cache and (live or isinstance(self, Pretraining)):
+            raise ValueError("cache must be 0 for a corpus, mixtures, prompt_weight and alignment")
         return self
 
 
