@@ -31,6 +31,7 @@ from transformers import PreTrainedModel  # noqa: E402
 
 from bitdistill.distributed import World  # noqa: E402
 from bitdistill.hardware import Hardware, start_compilers  # noqa: E402
+from bitdistill.int8 import weights_to_int8  # noqa: E402
 from bitdistill.monitor import PEAK_OPERATIONS, forward_operations  # noqa: E402
 from bitdistill.objective import make_objective  # noqa: E402
 from bitdistill.progress import Reporter  # noqa: E402
@@ -52,9 +53,11 @@ def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedMo
         student = make_student(model, "paper")
     if args.method != "distill":
         return student, None
-    return student, model if args.teacher is None else make_model(
-        args.teacher, DEVICE, torch.bfloat16
-    )
+    if args.teacher is not None:
+        model = make_model(args.teacher, DEVICE, torch.bfloat16)
+    if args.teacher_bits == 8:
+        weights_to_int8(model)
+    return student, model
 
 
 def trainer_seconds(model: PreTrainedModel, data: Synthetic, steps: int) -> float:
@@ -117,7 +120,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(WORLD.rank)
     data = Synthetic(SHAPES[args.shape]["vocab_size"], args.batch, args.length, args.accumulate)
     tokens = WORLD.size * args.accumulate * args.batch * sum(args.length) / len(args.length)
-    record = {key: getattr(args, key) for key in ("shape", "method", "teacher", "batch")}
+    record = {
+        key: getattr(args, key) for key in ("shape", "method", "teacher", "teacher_bits", "batch")
+    }
     record |= {"accumulate": args.accumulate, "lengths": args.length, "devices": WORLD.size}
     record |= {"integer": args.integer, "recompute": args.recompute}
     single = WORLD.size == 1 and args.accumulate == 1
@@ -204,6 +209,7 @@ def main() -> None:
         "--method", choices=["float", "bitnet", "distill", "trainer"], default="bitnet"
     )
     parser.add_argument("--teacher", choices=SHAPES)
+    parser.add_argument("--teacher-bits", type=int, choices=[8, 16], default=16)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, nargs="+", default=[32, 64, 96])
     parser.add_argument("--accumulate", type=int, default=1)

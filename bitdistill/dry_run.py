@@ -23,6 +23,7 @@ from bitdistill.distributed import World
 from bitdistill.documents import open_source
 from bitdistill.feeds import candidates, task_batches
 from bitdistill.hardware import TrainingError
+from bitdistill.int8 import weights_to_int8
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.quantize import BitLinear
@@ -94,6 +95,8 @@ def _one_step(
 ) -> tuple[float, int, dict[str, float], int]:
     """Seconds, tokens, terms and peak bytes of one distillation step, the base model as teacher."""
     settings: Distillation = config.distill
+    if config.machine.teacher_bits == 8:
+        weights_to_int8(base)
     with TemporaryDirectory() as folder:
         fit = Fit(
             "dry-run",

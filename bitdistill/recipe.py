@@ -33,6 +33,7 @@ from bitdistill.distributed import World, collect
 from bitdistill.feeds import candidates, corpus_batches, seed_of, task_batches
 from bitdistill.hardware import Hardware, TrainingError, start_compilers
 from bitdistill.inputs import Inputs
+from bitdistill.int8 import weights_to_int8
 from bitdistill.objective import make_objective
 from bitdistill.prefetch import prefetched
 from bitdistill.progress import Reporter
@@ -106,9 +107,8 @@ class Recipe:
     def _train_base(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
         model, tokenizer = load_model(self.config.model, self.config.seed)
         batches = corpus_batches(self.config, self.config.base, tokenizer, self.world)
-        return (model, tokenizer), self._fit(
-            stage, tokenizer, model, None, batches, self.config.base
-        )
+        settings = self.config.base
+        return (model, tokenizer), self._fit(stage, tokenizer, model, None, batches, settings)
 
     def _train_teacher(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
         model, tokenizer = self._base()
@@ -196,12 +196,15 @@ class Recipe:
             )
         torch.manual_seed(seed_of(self.config, settings))
         among = candidates(settings, self.config.task.resolve(), tokenizer)
+        if self.config.machine.teacher_bits == 8 and teacher is not None:
+            weights_to_int8(teacher)
         layer = None
         if isinstance(settings, Distillation) and settings.cache and teacher is not None:
             asked = settings, among, Hardware.resolve(self.config.machine), self.world
-            made_from = fingerprint(self.stages["teacher"], self.config, self.inputs)
-            root = self.out / "teacher-cache"
-            batches, layer = remember(root, made_from, (model, teacher), batches, *asked)
+            teacher_mark = fingerprint(self.stages["teacher"], self.config, self.inputs)
+            made_from = f"{teacher_mark}-{self.config.machine.teacher_bits}"
+            models, root = (model, teacher), self.out / "teacher-cache"
+            batches, layer = remember(root, made_from, models, batches, *asked)
             teacher = None
         # sharding changes a model for good: what is saved in the end is another one
         trained = copy.deepcopy(model) if self.world.size > 1 else model

@@ -186,9 +186,8 @@ class Distillation(Training):
 
     `mixtures` new examples for each labelled one are made every epoch from parts of the task's own
     inputs (mixtures.py); they have no answer, only what the teacher says of them.
-
-    With `cache` > 0 the teacher runs once, before the stage: that many of its most likely tokens of
-    each answer and the relations' states are kept on the disk (teacher_cache.py).
+    With `cache` the teacher runs once, beforehand: that many of its likeliest tokens of an answer,
+    and the relations' states, are kept on the disk (teacher_cache.py).
     """
 
     ce: float = Field(1.0, ge=0)
@@ -237,7 +236,8 @@ class Machine(Section):
     `auto` does so on CUDA. `pad_multiple` keeps the number of batch lengths, and so of graphs,
     small. `integer_forward` takes ternary products on int8 tensor cores once annealing is over
     (the gradients stay in `precision`). `recompute` keeps one layer's activations at a time and
-    computes them again backward: less memory, about a third more arithmetic.
+    computes them again backward: less memory, about a third more arithmetic. `teacher_bits`: those
+    of a teacher's linear layers (8: int8.py; 16: in `precision`).
 
     A stage's state is saved after `save_minutes` or `save_steps`, whichever comes first; the last
     `keep_states` of them are kept.
@@ -252,6 +252,7 @@ class Machine(Section):
     graphs: bool | Literal["auto"] = "auto"
     integer_forward: bool = False
     recompute: bool = False
+    teacher_bits: Literal[8, 16] = 16
     threads: int | None = Field(None, gt=0)
     save_minutes: float = Field(10.0, gt=0)
     save_steps: int | None = Field(None, gt=0)
