@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bitdistill import losses
 from bitdistill.data import IGNORED
-from bitdistill.losses import chunk_terms, head_terms, relation_sum
+from bitdistill.losses import chunk_terms, chunk_tokens, head_terms, relation_sum
 from bitdistill.schema import LogitsLoss, RelationLoss
 
 
@@ -99,6 +99,20 @@ def test_head_loss_equals_autograd_for_every_chunk(
     torch.testing.assert_close(terms.ce + terms.kl, terms.loss.detach())
     for a, b in zip(mine, plain, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "fused", "expected"),
+    [
+        (16384, 151936, True, 8192),  # 32 x 512 tokens of Qwen3
+        (16384, 151936, False, 256),
+        (32, 49152, True, 32),
+        (11, 1 << 26, False, 1),
+        (0, 50, False, 1),
+    ],
+)
+def test_chunks_are_equal(rows: int, vocabulary: int, fused: bool, expected: int) -> None:
+    assert chunk_tokens(rows, vocabulary, fused) == expected
 
 
 def numpy_relations(

@@ -113,6 +113,10 @@ def test_a_remembered_teacher_is_the_teacher(
     expected, live_gradient = terms_of(live, plain)
     assert terms == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(gradient, live_gradient, rtol=1e-4, atol=1e-6)
+    student.zero_grad()
+    remembering.compile(backend="aot_eager")
+    compiled, _ = terms_of(remembering, batch)
+    assert compiled == pytest.approx(terms, rel=1e-5)
 
 
 def test_only_what_is_missing_is_asked(
