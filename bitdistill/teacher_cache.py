@@ -26,6 +26,7 @@ from bitdistill.capture import ATTENTION, Capture, related_layers
 from bitdistill.data import IGNORED, Batch, Batches, Encoded, TaskBatches, collate
 from bitdistill.distributed import World
 from bitdistill.hardware import Hardware
+from bitdistill.losses import chunk_tokens
 from bitdistill.manifest import fingerprint
 from bitdistill.prepare import REMEMBERED_STATES, Counts, prepare
 from bitdistill.quantize import wide
@@ -33,6 +34,7 @@ from bitdistill.schema import Distillation
 
 SHARD = 512  # examples of a file
 TOGETHER = 32  # examples of a forward pass
+ANSWERS = ("top_logits", "top_ids", "top_total")
 
 
 def key_of(ids: Sequence[int], answer: int) -> str:
@@ -84,10 +86,15 @@ class Questions:
         weight_VD = self.teacher.lm_head.weight
         if self.candidates is not None:
             weight_VD = weight_VD[self.candidates]
-        logits_AV = wide(hidden_AD.to(weight_VD.dtype) @ weight_VD.T)
-        top = logits_AV.topk(min(self.settings.cache, len(weight_VD)))
-        total_A = (logits_AV / self.settings.logits.temperature).logsumexp(-1)
-        return {"top_logits": top.values, "top_ids": top.indices.int(), "top_total": total_A}
+        kept = min(self.settings.cache, len(weight_VD))
+        said: list[tuple[Tensor, ...]] = []
+        chunk = chunk_tokens(len(hidden_AD), len(weight_VD), fused=False)
+        for hidden_CD in hidden_AD.to(weight_VD.dtype).split(chunk):
+            logits_CV = wide(hidden_CD @ weight_VD.T)
+            top = logits_CV.topk(kept)
+            total_C = (logits_CV / self.settings.logits.temperature).logsumexp(-1)
+            said.append((top.values, top.indices.int(), total_C))
+        return dict(zip(ANSWERS, map(torch.cat, zip(*said, strict=True)), strict=True))
 
 
 class TeacherCache:
@@ -152,7 +159,7 @@ class TeacherCache:
     def _entries(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         lengths = batch["attention_mask"].sum(1).tolist()
         answers = (batch["labels"] != IGNORED).sum(1).tolist()
-        names = ("top_logits", "top_ids", "top_total", *sorted(REMEMBERED_STATES))
+        names = (*ANSWERS, *sorted(REMEMBERED_STATES))
         for ids, length, answer in zip(batch["input_ids"], lengths, answers, strict=True):
             key = key_of(ids[:length].tolist(), answer)
             shard = self._where[key]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from short_runs import log_of, settings, task_batches
 from torch.nn import functional as F
 
-from bitdistill import teacher_cache
+from bitdistill import losses, teacher_cache
 from bitdistill.config import ConfigError
 from bitdistill.data import IGNORED, Batch
 from bitdistill.distributed import World
@@ -98,10 +98,14 @@ def terms_of(objective: Any, batch: Batch) -> tuple[dict[str, float], torch.Tens
 
 @pytest.mark.parametrize("states", ["projection", "attention"])
 def test_a_remembered_teacher_is_the_teacher(
-    make_teacher: Callable[..., Any], tmp_path: Path, states: str
+    make_teacher: Callable[..., Any],
+    tmp_path: Path,
+    states: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     relations = {"weight": 1.0, "split_heads": 4, "states": states}
     options = settings(cache=10_000, relations=relations)
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "plain", 2000)  # logits of a few tokens at once
     student, batches, layer = cached(make_teacher, tmp_path, options)
     (batch,) = batches.window(0)
     remembering = make_objective(student, None, options, None, layer)
