@@ -123,6 +123,7 @@ class TeacherCache:
         missing.sort(key=lambda key: (len(keyed[key].ids), key))  # of a length together
         names = [file.stem for file in self.path.glob("shard-*.safetensors")]
         first = 1 + max((int(name.partition("-")[2]) for name in names), default=-1)
+        world.gather(first)  # all have looked before any of them writes
         with world.phase():
             for number, start in enumerate(range(0, len(missing), SHARD)):
                 if number % world.size == world.rank:

@@ -23,7 +23,7 @@ from bitdistill.prepare import count_window, prepare
 from bitdistill.recipe import train
 from bitdistill.schema import Config, Distillation, LogitsLoss
 from bitdistill.student import make_student
-from bitdistill.teacher_cache import Questions, Remembering, remember
+from bitdistill.teacher_cache import Questions, Remembering, TeacherCache, remember
 
 TAU = 3.0
 OPTIONS = LogitsLoss(weight=1.0, temperature=TAU, tau_squared=True)
@@ -161,6 +161,31 @@ def test_only_what_is_missing_is_asked(
     assert asked == []
     cached(make_teacher, tmp_path, settings(cache=5))  # another question: another directory
     assert sum(asked) == 16
+
+
+def test_devices_share_the_questions(
+    make_teacher: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each writes every other shard of one list; together they hold every example once."""
+    monkeypatch.setattr(teacher_cache, "SHARD", 3)
+    rows, teacher = task_batches().rows, make_teacher("qwen3")
+    caches = [TeacherCache(tmp_path) for _ in range(2)]
+    questions = Questions(teacher, None, settings(cache=4), None, CPU)
+
+    class Waiting(World):
+        def gather(self, value: Any) -> list[Any]:
+            if self.rank == 0:  # the other device looks before this one writes
+                caches[1].fill(rows, 0, questions, Waiting(1, 2))
+            return [value] * 2
+
+        def any(self, flag: bool) -> bool:
+            return flag
+
+    assert caches[0].fill(rows, 0, questions, Waiting(0, 2)) == 16
+    names = sorted(file.name for file in tmp_path.glob("*.safetensors"))
+    assert names == [f"shard-{number:05d}.safetensors" for number in range(6)]
+    whole = TeacherCache(tmp_path)
+    assert whole.fill(rows, 0, questions, World()) == 0
 
 
 def test_a_recipe_with_a_cache(recipe: Callable[..., Config], tmp_path: Path) -> None:
