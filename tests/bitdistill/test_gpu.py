@@ -109,7 +109,7 @@ def test_two_gpus_train_as_one_to_bfloat16_noise(
     recipe: Callable[..., Config], tmp_path: Path
 ) -> None:
     """As users run it: compiled, in mixed precision."""
-    config = shared_recipe(recipe, "machine.device=cuda")
+    config = shared_recipe(recipe, "machine.device=cuda", "pretrain.enabled=false")
     train(config, tmp_path / "one", quiet=True)
     done = on_two_devices(config, tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
