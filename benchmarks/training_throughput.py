@@ -3,6 +3,11 @@
     python benchmarks/training_throughput.py --shape qwen3-0.6b --method bitnet --length 512
     torchrun --nproc_per_node 2 benchmarks/training_throughput.py ...    # `--batch` on each device
 
+What memory large models take (random weights; the second on two devices):
+
+    ... --shape qwen3-0.6b --teacher qwen3-4b --method distill --relations --length 512
+    ... --shape qwen3-4b --method bitnet --recompute --batch 16 --accumulate 2 --length 512
+
 Methods: `float` trains the model as it is, `bitnet` its ternary copy, `distill` the ternary copy
 with the float model, or a model of the shape `--teacher`, as teacher, `trainer` the ternary copy in
 transformers' own Trainer, eager. Prints one JSON line. Tokens are those of all devices together.
