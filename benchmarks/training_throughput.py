@@ -1,11 +1,19 @@
 """Tokens a second of the training loop, for a model shape with random weights and tokens.
 
     python benchmarks/training_throughput.py --shape qwen3-0.6b --method bitnet --length 512
+    torchrun --nproc_per_node 2 benchmarks/training_throughput.py ...    # `--batch` on each device
+
+What memory large models take (random weights; the second on two devices):
+
+    ... --shape qwen3-0.6b --teacher qwen3-4b --method distill --relations --length 512
+    ... --shape qwen3-4b --method bitnet --recompute --batch 16 --accumulate 2 --length 512
 
 Methods: `float` trains the model as it is, `bitnet` its ternary copy, `distill` the ternary copy
-with the float model as teacher, `trainer` the ternary copy in transformers' own Trainer, eager.
-Prints one JSON line. Utilisation counts the model's own arithmetic (6 per matrix weight and token,
-attention, head; teachers 2), nothing that is computed again, over the GPU's dense bf16 rate.
+with the float model, or a model of the shape `--teacher`, as teacher, `trainer` the ternary copy in
+transformers' own Trainer, eager. Prints one JSON line. Tokens are those of all devices together.
+Utilisation counts the model's own arithmetic (6 per matrix weight and token, attention, head;
+teachers 2), nothing that is computed again, over the GPUs' dense bf16 rate. `peak_gib` is what
+training had allocated at most, on the device that had most; `held_gib` before the first step.
 """
 
 from __future__ import annotations
@@ -23,9 +31,12 @@ from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel  # noqa: E402
+from synthetic import SHAPES, Synthetic, make_model  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 
-from bitdistill.data import IGNORED, Batch  # noqa: E402
+from bitdistill.distributed import World  # noqa: E402
+from bitdistill.hardware import Hardware, start_compilers  # noqa: E402
+from bitdistill.int8 import weights_to_int8  # noqa: E402
 from bitdistill.monitor import PEAK_OPERATIONS, forward_operations  # noqa: E402
 from bitdistill.objective import make_objective  # noqa: E402
 from bitdistill.progress import Reporter  # noqa: E402
@@ -33,65 +44,25 @@ from bitdistill.schema import Distillation, Machine, Training  # noqa: E402
 from bitdistill.student import make_student  # noqa: E402
 from bitdistill.training import Fit  # noqa: E402
 
-
-def qwen3(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
-    """The parts of a Qwen3 configuration that differ between sizes."""
-    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
-    attention = {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128}
-    rest = {"model_type": "qwen3", "vocab_size": 151936, "tie_word_embeddings": tied}
-    return sizes | attention | rest
+WORLD = World.from_environment()
+HARDWARE = Hardware.resolve(Machine())
+DEVICE = HARDWARE.device
 
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-0.6b": qwen3(1024, 3072, 28, 16, True),
-    "qwen3-1.7b": qwen3(2048, 6144, 28, 16, True),
-    "qwen3-4b": qwen3(2560, 9728, 36, 32, True),
-}
-
-
-class Synthetic:
-    """Random tokens: `length` is one length (text, every token learnt) or several (a task)."""
-
-    def __init__(self, vocabulary: int, batch: int, lengths: list[int], accumulate: int) -> None:
-        self.batches = []
-        for length in lengths:
-            ids = torch.randint(0, vocabulary, (batch, length))
-            labels = ids.clone()
-            if len(lengths) > 1:
-                labels[:, :-1] = IGNORED
-            ones = torch.ones_like(ids)
-            self.batches.append({"input_ids": ids, "attention_mask": ones, "labels": labels})
-        self.accumulate = accumulate
-
-    def window(self, step: int) -> list[Batch]:
-        return [self.batches[step % len(self.batches)]] * self.accumulate
-
-    def steps_per_epoch(self) -> int | None:
-        return 1 << 30 if len(self.batches) > 1 else None
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        pass
-
-
-def make_model(shape: str, layers: int | None = None) -> PreTrainedModel:
-    """Random weights, made on the GPU where there is one."""
-    values = dict(SHAPES[shape])
-    config = AutoConfig.for_model(values.pop("model_type"), max_position_embeddings=4096, **values)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """What is trained, and its teacher."""
+    model = make_model(args.shape, DEVICE)
+    if args.method == "float":
+        return model, None
+    with DEVICE:
+        student = make_student(model, "paper")
+    if args.method != "distill":
+        return student, None
+    if args.teacher is not None:
+        model = make_model(args.teacher, DEVICE, torch.bfloat16)
+    if args.teacher_bits == 8:
+        weights_to_int8(model)
+    return student, model
 
 
 def trainer_seconds(model: PreTrainedModel, data: Synthetic, steps: int) -> float:
@@ -127,7 +98,7 @@ def trainer_seconds(model: PreTrainedModel, data: Synthetic, steps: int) -> floa
     return statistics.median(b - a for a, b in itertools.pairwise(marks[3:]))
 
 
-def fit_of(args: argparse.Namespace, model: PreTrainedModel, data: Synthetic, folder: str) -> Fit:
+def fit_of(args: argparse.Namespace, data: Synthetic, folder: str) -> Fit:
     """The stage that `args.method` names."""
     machine = Machine(
         compile=args.compile,
@@ -136,19 +107,14 @@ def fit_of(args: argparse.Namespace, model: PreTrainedModel, data: Synthetic, fo
         recompute=args.recompute,
     )
     common: dict[str, Any] = {"steps": 10**6, "warmup": 0.0, "learning_rate": 1e-5}
-    teacher, settings = None, Training(**common)
-    student = model
-    if args.method != "float":
-        student = make_student(model, "paper")
+    settings = Training(**common)
     if args.method == "distill":
-        relations = {
-            "weight": 1.0 if args.relations else 0.0,
-            "split_heads": 8 if "qwen" in args.shape else 3,
-        }
+        heads = 8 if "qwen" in args.shape else SHAPES[args.shape]["num_key_value_heads"]
+        relations = {"weight": 1.0 if args.relations else 0.0, "split_heads": heads}
         settings = Distillation(**common, logits={"weight": 1.0}, relations=relations)
-        teacher = model
-    objective = make_objective(student, teacher, settings)
-    fit = Fit("bench", objective, data, settings, machine, Reporter(quiet=True), Path(folder) / "s")
+    objective = make_objective(*make_models(args), settings)
+    state = Path(folder) / "state"
+    fit = Fit("bench", objective, data, settings, machine, Reporter(quiet=True), state, world=WORLD)
     if fit.hardware.wants(machine.compile):
         objective.compile()
     return fit
@@ -156,41 +122,59 @@ def fit_of(args: argparse.Namespace, model: PreTrainedModel, data: Synthetic, fo
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of blocks of steps after warm-up, and what follows from them."""
-    torch.manual_seed(0)
-    model = make_model(args.shape)
-    data = Synthetic(model.config.vocab_size, args.batch, args.length, args.accumulate)
-    tokens = args.accumulate * args.batch * sum(args.length) / len(args.length)
-    record = {"shape": args.shape, "method": args.method, "batch": args.batch}
-    record |= {"accumulate": args.accumulate, "lengths": args.length}
+    torch.manual_seed(WORLD.rank)
+    data = Synthetic(SHAPES[args.shape]["vocab_size"], args.batch, args.length, args.accumulate)
+    tokens = WORLD.size * args.accumulate * args.batch * sum(args.length) / len(args.length)
+    record = {
+        key: getattr(args, key) for key in ("shape", "method", "teacher", "teacher_bits", "batch")
+    }
+    record |= {"accumulate": args.accumulate, "lengths": args.length, "devices": WORLD.size}
     record |= {"integer": args.integer, "recompute": args.recompute}
-    record |= {"graphs": args.graphs == "auto" and args.method != "trainer"}
+    single = WORLD.size == 1 and args.accumulate == 1
+    record |= {"graphs": args.graphs == "auto" and single and args.method != "trainer"}
     if args.method == "trainer":
-        seconds, first = trainer_seconds(make_student(model, "paper"), data, args.steps), None
+        student, _ = make_models(args)
+        seconds = trainer_seconds(student, data, args.steps)
+        measured: dict[str, Any] = {"operations": 3 * forward_operations(student, max(args.length))}
     else:
-        seconds, first = timed_fit(args, model, data)
-    forwards = 4 if args.method == "distill" else 3  # a backward pass is two, the teacher one
-    operations = forwards * forward_operations(model, max(args.length))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        seconds, measured = timed_fit(args, data)
+    operations = measured.pop("operations")
+    device = torch.cuda.get_device_name() if HARDWARE.cuda else "cpu"
     peak = next((rate for name, rate in PEAK_OPERATIONS.items() if name in device), None)
+    used = None if peak is None else operations * tokens / seconds / peak / WORLD.size
+    memory = torch.cuda.max_memory_allocated() / 2**30 if HARDWARE.cuda else 0.0
     return record | {
         "steps_per_second": round(1 / seconds, 2),
         "tokens_per_second": round(tokens / seconds),
-        "utilisation": None if peak is None else round(operations * tokens / seconds / peak, 4),
-        "first_step_seconds": None if first is None else round(first, 1),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if peak else None,
+        "utilisation": None if used is None else round(used, 4),
+        **measured,
+        "peak_gib": round(max(WORLD.gather(memory)), 2) if HARDWARE.cuda else None,
         "device": device,
         "torch": torch.__version__,
         "note": args.note,
     }
 
 
-def timed_fit(
-    args: argparse.Namespace, model: PreTrainedModel, data: Synthetic
-) -> tuple[float, float]:
-    """Seconds a step, and seconds from the start of the process to the end of the first step."""
+def operations_of(fit: Fit, length: int) -> float:
+    """Operations a token: a backward pass is two forward passes, the teacher has one alone."""
+    operations = 3 * forward_operations(fit.objective.student, length)
+    if fit.objective.teacher is not None:
+        operations += forward_operations(fit.objective.teacher, length)
+    return operations
+
+
+def timed_fit(args: argparse.Namespace, data: Synthetic) -> tuple[float, dict[str, Any]]:
+    """Seconds a step; operations a token, seconds from the start of the process to the beginning
+    and to the end of the first step, memory (GiB) before it."""
     cycle = len(args.length)
     with TemporaryDirectory() as folder:
-        fit = fit_of(args, model, data, folder)
+        fit = fit_of(args, data, folder)
+        measured: dict[str, Any] = {"operations": operations_of(fit, max(args.length))}
+        measured["ready_seconds"] = round(time.perf_counter() - START, 1)
+        if HARDWARE.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            measured["held_gib"] = round(torch.cuda.memory_allocated() / 2**30, 2)
         with fit.engine.stream():
             fit.fit_relation_weight()
             times = []
@@ -207,7 +191,8 @@ def timed_fit(
                 times.append((time.perf_counter() - start) / count)
             if args.profile is not None:
                 profile(fit, data, cycle, args.profile)
-    return statistics.median(times[1:]), first
+    measured["first_step_seconds"] = round(first, 1)
+    return statistics.median(times[1:]), measured
 
 
 def profile(fit: Fit, data: Synthetic, steps: int, path: Path) -> None:
@@ -228,6 +213,8 @@ def main() -> None:
     parser.add_argument(
         "--method", choices=["float", "bitnet", "distill", "trainer"], default="bitnet"
     )
+    parser.add_argument("--teacher", choices=SHAPES)
+    parser.add_argument("--teacher-bits", type=int, choices=[8, 16], default=16)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, nargs="+", default=[32, 64, 96])
     parser.add_argument("--accumulate", type=int, default=1)
@@ -244,7 +231,12 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--note", default="")
     parser.add_argument("--profile", type=Path, help="write a table of the kernels' times")
-    print(json.dumps(measure(parser.parse_args())), flush=True)
+    args = parser.parse_args()
+    start_compilers(Machine(compile=args.compile))
+    with WORLD.joined(HARDWARE):
+        record = measure(args)
+    if WORLD.main:
+        print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from bitdistill.data import TaskBatches, check_sources
 from bitdistill.distributed import World
 from bitdistill.documents import open_source
 from bitdistill.feeds import candidates, task_batches
+from bitdistill.int8 import weights_to_int8
 from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.quantize import BitLinear
@@ -80,6 +81,8 @@ def _one_step(
 ) -> tuple[float, int, dict[str, float], int]:
     """Seconds, tokens, terms and peak bytes of a distillation step, the teacher not yet trained."""
     settings: Distillation = config.distill
+    if config.machine.teacher_bits == 8:
+        weights_to_int8(teacher)
     with TemporaryDirectory() as folder:
         fit = Fit(
             "dry-run",

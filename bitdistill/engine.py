@@ -73,12 +73,15 @@ class Engine:
             return
         key = self._key(window[0])
         captured = self._graphs.get(key)
-        if captured is None and len(self._graphs) < MAX_GRAPHS:
+        if captured is not None:
+            for name, value in window[0].items():
+                captured.batch[name].copy_(value.pin_memory(), non_blocking=True)
+        elif len(self._graphs) < MAX_GRAPHS:
             captured = self._graphs[key] = _Captured(self.hardware.move(window[0]))
         if captured is None:
             self._run([self.hardware.move(window[0])])
         else:
-            self._replay(captured, window[0])
+            self._replay(captured)
 
     def forget_graphs(self) -> None:
         """The model computes differently from now on: capture its steps anew."""
@@ -90,9 +93,8 @@ class Engine:
         shapes = tuple((name, tuple(value.shape)) for name, value in batch.items())
         return shapes, tuple(group["weight_decay"] for group in self.optimizer.param_groups)
 
-    def _replay(self, captured: _Captured, batch: Batch) -> None:
-        for name, value in batch.items():
-            captured.batch[name].copy_(value.pin_memory(), non_blocking=True)
+    def _replay(self, captured: _Captured) -> None:
+        """The step of the batch that lies in the captured one's buffers."""
         if captured.graph is not None:
             captured.graph.replay()
         elif captured.seen < WARM_UP:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
+
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill.corpus import corpus_steps
-from bitdistill.data import PackedBatches, Shard, TaskBatches, encode_example, task_examples
+from bitdistill.data import (
+    Batch,
+    Batches,
+    PackedBatches,
+    Shard,
+    TaskBatches,
+    encode_example,
+    task_examples,
+)
 from bitdistill.distributed import World
 from bitdistill.mixtures import Mixtures
 from bitdistill.schema import Config, Distillation, Pretraining, Training
@@ -47,6 +58,18 @@ def corpus_batches(
     part, total = shard.part(rows), world.size * rows
     steps = corpus_steps(config, tokenizer, part, total, settings.max_length, seed)
     return PackedBatches(steps, settings.batch_size, accumulate, config.corpus.document_mask)
+
+
+def calibration(config: Config, tokenizer: Tokenizer) -> Iterator[Batch]:
+    """The first batches of what the student is trained on next, the same for any world."""
+    batches: Batches
+    if config.pretrain.enabled:
+        batches = corpus_batches(config, config.pretrain, tokenizer, World())
+    else:
+        batches = task_batches(config, config.distill, tokenizer, World())
+    with closing(batches):
+        for step in range(config.student.calibration_batches):
+            yield from batches.window(step)
 
 
 def candidates(settings: Training, task: Task, tokenizer: Tokenizer) -> list[int] | None:

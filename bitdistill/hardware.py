@@ -60,3 +60,17 @@ class Hardware:
         if self.cuda:
             batch = {key: value.pin_memory() for key, value in batch.items()}
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+
+def start_compilers(machine: Machine) -> None:
+    """Start the processes that compile kernels, if the run will compile; models load meanwhile.
+
+    They take seconds to start, and until they run PyTorch compiles one kernel after the other.
+    """
+    if not Hardware.resolve(machine).wants(machine.compile):
+        return
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.warm_pool()
+    if hasattr(AsyncCompile, "use_process_pool"):  # newer ones wait for a first question
+        AsyncCompile.use_process_pool()

@@ -21,8 +21,10 @@ from bitdistill.data import IGNORED
 from bitdistill.quantize import wide
 from bitdistill.schema import LogitsLoss, RelationLoss
 
-# logits of one chunk; on a GPU large enough that adding up the head's gradient costs little
-CHUNK_ELEMENTS = {"cuda": 1 << 29, "cpu": 1 << 26}
+# logits of one chunk. Fused on a GPU they and their gradient take 2 bytes each; there a chunk is
+# large because the head's gradient, a whole matrix of each chunk, has to be added up.
+CHUNK_ELEMENTS = {"fused": 5 << 28, "plain": 1 << 26}
+REST_EPS = 1e-7  # fp32 knows no smaller share of 1
 
 
 class HeadTerms(NamedTuple):
@@ -33,10 +35,45 @@ class HeadTerms(NamedTuple):
     kl: Tensor
 
 
+class Top(NamedTuple):
+    """Of a teacher's row of logits the k largest, which tokens they are, and the sum over all.
+
+    logits, ids (C, k); total (C): log sum exp(logits / temperature) over the whole vocabulary.
+    """
+
+    logits: Tensor
+    ids: Tensor
+    total: Tensor
+
+
+def _compare(log_s_CV: Tensor, teacher_CV: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """KL (C) of the teacher's rows to the student's, and softmax(z / tau) - softmax(t / tau)."""
+    log_t_CV = F.log_softmax(wide(teacher_CV) / tau, -1)
+    t_CV = log_t_CV.exp()
+    return (t_CV * (log_t_CV - log_s_CV)).sum(-1), log_s_CV.exp() - t_CV
+
+
+def _compare_top(log_s_CV: Tensor, top: Top, tau: float) -> tuple[Tensor, Tensor]:
+    """The same of k + 1 outcomes: the teacher's k tokens, and any other.
+
+    At k = V that is the KL itself, else a lower bound, whose gradient is that of a teacher who
+    spreads the rest as the student does: of the tokens that are not known only the sum is learnt.
+    """
+    s_CV, log_s_Ck = log_s_CV.exp(), log_s_CV.gather(-1, top.ids)
+    log_t_Ck = wide(top.logits) / tau - top.total.unsqueeze(-1)
+    s_Ck, t_Ck = log_s_Ck.exp(), log_t_Ck.exp()
+    rest_t_C = (1 - t_Ck.sum(-1)).clamp_min(0)
+    rest_s_C = (1 - s_Ck.sum(-1)).clamp_min(REST_EPS)
+    rest_C = rest_t_C * (rest_t_C.clamp_min(REST_EPS) / rest_s_C).log()
+    others_CV = s_CV * (1 - rest_t_C / rest_s_C).unsqueeze(-1)
+    rows_C = (t_Ck * (log_t_Ck - log_s_Ck)).sum(-1) + rest_C
+    return rows_C, others_CV.scatter(-1, top.ids, s_Ck - t_Ck)
+
+
 def chunk_terms(
     student_CV: Tensor,
     targets_C: Tensor,
-    teacher_CV: Tensor | None,
+    teacher: Tensor | Top | None,
     ce_weight: Tensor,
     kl_weight: Tensor,
     options: LogitsLoss,
@@ -57,21 +94,28 @@ def chunk_terms(
     gradient_CV = (log_p_CV.exp() - onehot_CV.to(z_CV.dtype)) * ce_weight
     gradient_CV = gradient_CV * learnt_C.unsqueeze(-1)
     kl = torch.zeros_like(ce)
-    if teacher_CV is not None:
+    if teacher is not None:
         tau, factor = options.temperature, options.temperature**2 if options.tau_squared else 1.0
         log_s_CV = F.log_softmax(z_CV / tau, -1)
-        log_t_CV = F.log_softmax(wide(teacher_CV) / tau, -1)
-        t_CV = log_t_CV.exp()
-        rows_C = (t_CV * (log_t_CV - log_s_CV)).sum(-1)
+        if isinstance(teacher, Top):
+            rows_C, apart_CV = _compare_top(log_s_CV, teacher, tau)
+        else:
+            rows_C, apart_CV = _compare(log_s_CV, teacher, tau)
         kl = (rows_C * counted_C).sum() * (kl_weight * factor)
-        d_kl_CV = (log_s_CV.exp() - t_CV) * (kl_weight * (factor / tau))
+        d_kl_CV = apart_CV * (kl_weight * (factor / tau))
         gradient_CV = gradient_CV + d_kl_CV * counted_C.unsqueeze(-1)
     return ce, kl, gradient_CV.to(student_CV.dtype)
 
 
-def chunk_tokens(device: str, vocabulary: int) -> int:
-    """Rows whose logits are computed at once: at least one."""
-    return max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocabulary)
+def chunk_tokens(rows: int, vocabulary: int, fused: bool) -> int:
+    """How many of `rows` rows' logits are computed at once.
+
+    All of them, or a half, a quarter, ...: equal chunks are one shape for the compiler.
+    """
+    limit = CHUNK_ELEMENTS["fused" if fused else "plain"]
+    while rows > 1 and rows * vocabulary > limit:
+        rows = -(-rows // 2)
+    return max(1, rows)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -89,6 +133,7 @@ class _HeadLoss(torch.autograd.Function):
         targets_P: Tensor,
         teacher_hidden_PD: Tensor | None,
         teacher_weight_VD: Tensor | None,
+        top: Top | None,
         ce_weight: Tensor,
         kl_weight: Tensor,
         options: LogitsLoss,
@@ -99,25 +144,27 @@ class _HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if mixed else weight_VD.dtype
         w_VD, h_PD = weight_VD.to(dtype), hidden_PD.to(dtype)
         d_hidden = torch.empty_like(h_PD) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        d_weight: Tensor | None = None
         ce = wide(hidden_PD.new_zeros(()))
         kl = ce.clone()
-        chunk = chunk_tokens(device, len(weight_VD))
+        fused = device == "cuda" and terms is not chunk_terms
+        chunk = chunk_tokens(len(targets_P), len(weight_VD), fused)
         for start in range(0, len(targets_P), chunk):
             part = slice(start, start + chunk)
-            teacher_CV = None
+            teacher: Tensor | Top | None = None if top is None else Top(*(x[part] for x in top))
             if teacher_hidden_PD is not None and teacher_weight_VD is not None:
-                teacher_CV = teacher_hidden_PD[part].to(teacher_weight_VD.dtype)
-                teacher_CV = teacher_CV @ teacher_weight_VD.T
+                rows_CD = teacher_hidden_PD[part].to(teacher_weight_VD.dtype)
+                teacher = rows_CD @ teacher_weight_VD.T
             student_CV = h_PD[part] @ w_VD.T
             one_ce, one_kl, d_CV = terms(
-                student_CV, targets_P[part], teacher_CV, ce_weight, kl_weight, options
+                student_CV, targets_P[part], teacher, ce_weight, kl_weight, options
             )
             ce, kl = ce + one_ce, kl + one_kl
             if d_hidden is not None:
                 d_hidden[part] = d_CV @ w_VD
-            if d_weight is not None:
-                d_weight += d_CV.T @ h_PD[part]
+            if ctx.needs_input_grad[1]:
+                share = d_CV.T @ h_PD[part]
+                d_weight = share.to(weight_VD.dtype) if d_weight is None else d_weight.add_(share)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.hidden_dtype = hidden_PD.dtype
         ctx.mark_non_differentiable(ce, kl)
@@ -128,7 +175,7 @@ class _HeadLoss(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         hidden = None if d_hidden is None else (d_hidden * d_loss).to(ctx.hidden_dtype)
         weight = None if d_weight is None else d_weight * d_loss
-        return hidden, weight, *[None] * 7
+        return hidden, weight, *[None] * 8
 
 
 def head_terms(
@@ -141,11 +188,13 @@ def head_terms(
     teacher_hidden_PD: Tensor | None = None,
     teacher_weight_VD: Tensor | None = None,
     terms: Callable[..., tuple[Tensor, Tensor, Tensor]] = chunk_terms,
+    top: Top | None = None,
 ) -> HeadTerms:
     """Weighted cross-entropy and logits KL of rows of hidden states, counted as in `chunk_terms`.
 
     `ce_weight`, `kl_weight`: 0-d tensors, the terms' weights over their counts. `terms` is
-    `chunk_terms` or its compiled form. Memory is one chunk's (CHUNK_ELEMENTS), whatever P is.
+    `chunk_terms` or its compiled form. The teacher is given by hidden states and a head, or by what
+    is known of its logits. Memory is one chunk's (CHUNK_ELEMENTS), whatever P is.
     """
     return HeadTerms(
         *_HeadLoss.apply(
@@ -154,6 +203,7 @@ def head_terms(
             targets_P,
             teacher_hidden_PD,
             teacher_weight_VD,
+            top,
             ce_weight,
             kl_weight,
             options,
@@ -182,25 +232,29 @@ def relation_sum(
     teacher: tuple[Tensor, ...],
     attention_mask_BT: Tensor,
     options: RelationLoss,
+    documents_BT: Tensor | None = None,
 ) -> Tensor:
     """Sum over real tokens of KL(teacher || student) of the relations, mean over heads, for Q+K+V.
 
     `student` and `teacher` hold Q, K and V of one layer each, (B, T, D) with D of their own; each
     side splits its own width into the same number of heads. With `mask`, a token relates to itself
-    and to real earlier tokens only, as in the model's own attention.
+    and to real earlier tokens only, and to those of its own document where `documents` numbers
+    them, as in the model's own attention.
     """
     tokens = attention_mask_BT.shape[1]
     real_BT = attention_mask_BT.bool()
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=real_BT.device).tril()
+    seen = causal & real_BT[:, None, None, :]
+    if documents_BT is not None:
+        seen = seen & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
     total = attention_mask_BT.new_zeros((), dtype=torch.float32)
     for a_student, a_teacher in zip(student, teacher, strict=True):
         s_BHTT = relation_logits(a_student, options)
         t_BHTT = relation_logits(a_teacher, options)
         if options.mask:
-            causal = torch.ones(tokens, tokens, dtype=torch.bool, device=s_BHTT.device).tril()
-            hidden = ~(causal & real_BT[:, None, None, :])
             # a finite fill keeps 0 * log 0 out of the KL and out of its gradient
-            s_BHTT = s_BHTT.masked_fill(hidden, -1e4)
-            t_BHTT = t_BHTT.masked_fill(hidden, -1e4)
+            s_BHTT = s_BHTT.masked_fill(~seen, -1e4)
+            t_BHTT = t_BHTT.masked_fill(~seen, -1e4)
         kl_BHTT = F.kl_div(
             F.log_softmax(s_BHTT, -1), F.log_softmax(t_BHTT, -1), log_target=True, reduction="none"
         )

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from bitdistill.alignment import Alignment, alignment_sum
 from bitdistill.capture import ATTENTION, Capture, related_layers
 from bitdistill.data import Batch
-from bitdistill.losses import HeadTerms, chunk_terms, head_terms, relation_sum
+from bitdistill.losses import HeadTerms, Top, chunk_terms, head_terms, relation_sum
 from bitdistill.prepare import Counts, count_window, prepare
 from bitdistill.schema import Distillation, Training
 from bitdistill.student import layers_of
@@ -51,6 +51,7 @@ class Objective(nn.Module):
 
     Only the student is a submodule: the teacher's parameters are never trained, saved or sharded
     with it. `candidates` are the token ids that answers compete among; none: the vocabulary.
+    `remembered` is the student's layer whose states batches bring a teacher's states for.
     """
 
     candidates: Tensor | None
@@ -61,6 +62,7 @@ class Objective(nn.Module):
         teacher: PreTrainedModel | None,
         settings: Distillation,
         candidates: list[int] | None = None,
+        remembered: int | None = None,
     ) -> None:
         super().__init__()
         self.student, self.settings = student, settings
@@ -71,7 +73,7 @@ class Objective(nn.Module):
         self.relation_sum: Callable[..., Tensor] = relation_sum
         chosen = None if candidates is None else torch.tensor(candidates)
         self.register_buffer("candidates", chosen, persistent=False)
-        self._captures: tuple[Capture, Capture] | None = None
+        self._captures: tuple[Capture, ...] | None = None
         self._alignment: Alignment | None = None
         for model in filter(None, (student, teacher)):
             model.set_attn_implementation(ATTENTION)
@@ -81,6 +83,8 @@ class Objective(nn.Module):
                 Capture(student, mine, self.relations),
                 Capture(teacher, theirs, self.relations),
             )
+        elif remembered is not None:
+            self._captures = (Capture(student, remembered, self.relations),)
         if teacher is not None and settings.alignment.weight > 0:
             self._alignment = Alignment(student, teacher)
 
@@ -98,6 +102,11 @@ class Objective(nn.Module):
             if collector is not None:
                 collector.release()
 
+    def compile_head(self, **options: Any) -> None:
+        """The loss over the vocabulary alone, which takes many times the memory otherwise."""
+        if self.chunk_terms is chunk_terms:
+            self.chunk_terms = torch.compile(chunk_terms, **options)
+
     def compile(self, **options: Any) -> None:
         """Regional compilation: each decoder layer alone, and the losses.
 
@@ -114,7 +123,7 @@ class Objective(nn.Module):
             for layer in layers_of(model):
                 # not the call: hooks of FSDP2 stay outside
                 layer.forward = torch.compile(layer.forward, **options)
-        self.chunk_terms = torch.compile(chunk_terms, **options)
+        self.compile_head(**options)
         self.relation_sum = torch.compile(relation_sum, **options)
         if self._alignment is not None:
             self._alignment.distance = torch.compile(alignment_sum, **options)
@@ -144,7 +153,7 @@ class Objective(nn.Module):
         answers = self._answers(mine, theirs, batch, per)
         loss, terms = answers.loss, {"ce": answers.ce}
         logits = self.settings.logits
-        if theirs is not None and logits.weight > 0:
+        if (theirs is not None and logits.weight > 0) or "top_logits" in batch:
             terms["logits"] = answers.kl
         if theirs is not None and logits.prompt_weight > 0:
             weights = torch.zeros_like(per.prompt), logits.prompt_weight * per.prompt
@@ -164,7 +173,10 @@ class Objective(nn.Module):
             targets_P = as_candidates(targets_P, self.candidates)
         teacher = theirs[rows_P] if theirs is not None and kl_weight > 0 else None
         weights = self.settings.ce * per.answers, kl_weight * per.compared
-        return self._head(mine[rows_P], teacher, targets_P, weights, self.candidates)
+        top = None
+        if "top_logits" in batch:
+            top = Top(batch["top_logits"], batch["top_ids"], batch["top_total"])
+        return self._head(mine[rows_P], teacher, targets_P, weights, self.candidates, top)
 
     def _head(
         self,
@@ -173,6 +185,7 @@ class Objective(nn.Module):
         targets: Tensor,
         weights: tuple[Tensor, Tensor],
         candidates: Tensor | None,
+        top: Top | None = None,
     ) -> HeadTerms:
         """The terms of rows of hidden states, over the vocabulary or over some of its tokens."""
 
@@ -196,6 +209,7 @@ class Objective(nn.Module):
             theirs,
             their_table,
             self.chunk_terms,
+            top,
         )
 
     def _states_terms(self, batch: Batch, per: Counts[Tensor]) -> dict[str, Tensor]:
@@ -203,8 +217,10 @@ class Objective(nn.Module):
         terms: dict[str, Tensor] = {}
         mask_BT = batch["attention_mask"]
         if self._captures is not None:
-            mine, theirs = (capture.take() for capture in self._captures)
-            relation = self.relation_sum(mine, theirs, mask_BT, self.relations)
+            mine, *rest = (capture.take() for capture in self._captures)
+            theirs = rest[0] if rest else tuple(batch[f"teacher_{name}"] for name in "qkv")
+            documents = batch.get("documents")
+            relation = self.relation_sum(mine, theirs, mask_BT, self.relations, documents)
             terms["relations"] = self.relation_weight * per.related * relation
         if self._alignment is not None:
             weight = self.settings.alignment.weight
@@ -244,9 +260,10 @@ def make_objective(
     teacher: PreTrainedModel | None,
     settings: Training,
     candidates: list[int] | None = None,
+    remembered: int | None = None,
 ) -> Objective:
     """The objective of a stage: plain cross-entropy, or distillation as its settings say."""
     if not isinstance(settings, Distillation):
         return Objective(student, None, Distillation(steps=1), candidates)
     used = teacher if settings.needs_teacher else None
-    return Objective(student, used, settings, candidates)
+    return Objective(student, used, settings, candidates, remembered)

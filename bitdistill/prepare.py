@@ -15,10 +15,14 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bitdistill.data import IGNORED, UNLABELLED, Batch
 from bitdistill.schema import RelationLoss
 
+# what batches bring of a teacher that is not there (teacher_cache.py)
+REMEMBERED_ANSWERS = {"top_logits", "top_ids", "top_total"}
+REMEMBERED_STATES = {"teacher_q", "teacher_k", "teacher_v"}
 Number = TypeVar("Number", float, Tensor)
 
 
@@ -68,7 +72,8 @@ def prepare(batch: Batch, counts: Counts[float]) -> Batch:
 
     rows_P: flat positions b * T + t whose next token is learnt; targets_P: that token; both filled
     up to a round number with targets that do not count. prompt_targets_BT, and scales, one over
-    each of the counts. `documents` (B, T), where given, says which tokens belong together.
+    each of the counts. `documents` (B, T), where given, says which tokens belong together; what a
+    cache remembers of a teacher's answers is filled up like the rows.
     """
     labels_BT = batch["labels"]
     next_BT = torch.full_like(labels_BT, IGNORED)
@@ -83,6 +88,11 @@ def prepare(batch: Batch, counts: Counts[float]) -> Batch:
     prepared = {key: batch[key] for key in ("input_ids", "attention_mask")}
     prepared |= {"rows": rows_P, "targets": targets_P, "scales": scales.to(labels_BT.device)}
     prepared["prompt_targets"] = prompt_targets(batch)
+    for key in REMEMBERED_STATES & batch.keys():
+        prepared[key] = batch[key]
+    for key in REMEMBERED_ANSWERS & batch.keys():  # a row for each learnt position
+        rest = (0, 0) * (batch[key].ndim - 1)
+        prepared[key] = F.pad(batch[key], (*rest, 0, size - len(learnt)))
     if "documents" in batch:
         prepared |= {"documents": batch["documents"], "position_ids": batch["position_ids"]}
     return prepared

@@ -30,17 +30,19 @@ from bitdistill.cards import model_card
 from bitdistill.config import dump_config
 from bitdistill.data import Batch, Batches, check_sources
 from bitdistill.distributed import World, collect
-from bitdistill.feeds import candidates, corpus_batches, seed_of, task_batches
-from bitdistill.hardware import Hardware, TrainingError
+from bitdistill.feeds import calibration, candidates, corpus_batches, seed_of, task_batches
+from bitdistill.hardware import Hardware, TrainingError, start_compilers
 from bitdistill.initialise import initialise
 from bitdistill.inputs import Inputs
+from bitdistill.int8 import weights_to_int8
 from bitdistill.objective import make_objective
 from bitdistill.prefetch import prefetched
 from bitdistill.progress import Reporter
-from bitdistill.schema import Config, Training
+from bitdistill.schema import Config, Distillation, Training
 from bitdistill.stages import LAST, Stage, describe, fingerprint, plan_stages
 from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
 from bitdistill.teacher import check_teacher, load_model
+from bitdistill.teacher_cache import remember
 from bitdistill.training import Fit
 
 LoadedModel = tuple[PreTrainedModel, Tokenizer]
@@ -77,6 +79,7 @@ class Recipe:
         with self.world.joined(Hardware.resolve(self.config.machine)):
             if self.config.machine.threads is not None:
                 torch.set_num_threads(self.config.machine.threads)
+            start_compilers(self.config.machine)
             for name, stage in self.stages.items():
                 with self._alone(stage):
                     self._stage(stage, WORK[name])
@@ -106,9 +109,8 @@ class Recipe:
     def _train_base(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
         model, tokenizer = load_model(self.config.model, self.config.seed)
         batches = corpus_batches(self.config, self.config.base, tokenizer, self.world)
-        return (model, tokenizer), self._fit(
-            stage, tokenizer, model, None, batches, self.config.base
-        )
+        settings = self.config.base
+        return (model, tokenizer), self._fit(stage, tokenizer, model, None, batches, settings)
 
     def _train_teacher(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
         model, tokenizer = self._teacher_base()
@@ -134,24 +136,12 @@ class Recipe:
         measure = options.calibrate and options.norm_style != "none"
         moved: list[Batch] = []
         if measure or options.initialise != "absmean":
-            moved = [hardware.move(batch) for batch in self._calibration(tokenizer)]
+            moved = [hardware.move(batch) for batch in calibration(self.config, tokenizer)]
         if measure:
             gains = measure_gains(model, options.norm_style, moved)
             set_gains(student, gains)
         errors = initialise(student, options.initialise, moved)
         return (student, tokenizer), {"gains": gains, "initialisation": errors}
-
-    def _calibration(self, tokenizer: Tokenizer) -> Iterator[Batch]:
-        """The first batches of what the student is trained on next, the same for any world."""
-        config, alone = self.config, World()
-        batches: Batches
-        if config.pretrain.enabled:
-            batches = corpus_batches(config, config.pretrain, tokenizer, alone)
-        else:
-            batches = task_batches(config, config.distill, tokenizer, alone)
-        with closing(batches):
-            for step in range(config.student.calibration_batches):
-                yield from batches.window(step)
 
     def _pretrain(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
         student, tokenizer = self._load(self.stages["refined"])
@@ -205,11 +195,21 @@ class Recipe:
             )
         torch.manual_seed(seed_of(self.config, settings))
         among = candidates(settings, self.config.task.resolve(), tokenizer)
+        if self.config.machine.teacher_bits == 8 and teacher is not None:
+            weights_to_int8(teacher)
+        layer = None
+        if isinstance(settings, Distillation) and settings.cache and teacher is not None:
+            asked = settings, among, Hardware.resolve(self.config.machine), self.world
+            teacher_mark = fingerprint(self.stages["teacher"], self.config, self.inputs)
+            made_from = f"{teacher_mark}-{self.config.machine.teacher_bits}"
+            models, root = (model, teacher), self.out / "teacher-cache"
+            batches, layer = remember(root, made_from, models, batches, *asked)
+            teacher = None
         # sharding changes a model for good: what is saved in the end is another one
         trained = copy.deepcopy(model) if self.world.size > 1 else model
         fit = Fit(
             stage.name,
-            make_objective(trained, teacher, settings, among),
+            make_objective(trained, teacher, settings, among, layer),
             prefetched(batches, self.config.machine),
             settings,
             self.config.machine,

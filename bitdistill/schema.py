@@ -100,6 +100,8 @@ class Distillation(Training):
 
     `mixtures` new examples for each labelled one are made every epoch from parts of the task's own
     inputs (mixtures.py); they have no answer, only what the teacher says of them.
+    With `cache` the teacher runs once, beforehand: that many of its likeliest tokens of an answer,
+    and the relations' states, are kept on the disk (teacher_cache.py).
     """
 
     ce: float = Field(1.0, ge=0)
@@ -107,6 +109,7 @@ class Distillation(Training):
     relations: RelationLoss = RelationLoss()
     alignment: AlignmentLoss = AlignmentLoss()
     mixtures: int = Field(0, ge=0)
+    cache: int = Field(0, ge=0)
 
     @property
     def needs_teacher(self) -> bool:
@@ -118,6 +121,9 @@ class Distillation(Training):
     def _mixtures_are_judged(self) -> Distillation:
         if self.mixtures and not self.logits.weight:
             raise ValueError("mixtures have no answers: they need logits.weight above 0")
+        live = self.mixtures or self.logits.prompt_weight or self.alignment.weight
+        if self.cache and (live or isinstance(self, Pretraining)):
+            raise ValueError("cache must be 0 for a corpus, mixtures, prompt_weight and alignment")
         return self
 
 
@@ -148,11 +154,9 @@ class Machine(Section):
     `auto` does so on CUDA. `pad_multiple` keeps the number of batch lengths, and so of graphs,
     small. `integer_forward` takes ternary products on int8 tensor cores once annealing is over
     (the gradients stay in `precision`). `recompute` keeps one layer's activations at a time and
-    computes them again backward: less memory, about a third more arithmetic.
-
-    A stage's state is saved after `save_minutes` or `save_steps`, whichever comes first; the last
-    `keep_states` of them are kept.
-
+    computes them again backward: less memory, about a third more arithmetic. `teacher_bits`: 8
+    keeps a teacher's linear layers in int8 (int8.py), 16 in `precision`.
+    A stage's state is saved after `save_minutes` or `save_steps`; the last `keep_states` are kept.
     `workers` processes read, tokenise and pack a corpus; 0 does so in the training process. The
     sequences do not depend on it. A thread makes `prefetch` windows of batches ready ahead.
     """
@@ -163,6 +167,7 @@ class Machine(Section):
     graphs: bool | Literal["auto"] = "auto"
     integer_forward: bool = False
     recompute: bool = False
+    teacher_bits: Literal[8, 16] = 16
     threads: int | None = Field(None, gt=0)
     save_minutes: float = Field(10.0, gt=0)
     save_steps: int | None = Field(None, gt=0)

@@ -86,12 +86,15 @@ class Fit:
 
     def run(self) -> dict[str, float]:
         """Train to the end; the mean terms of the last records."""
-        if self.hardware.wants(self.machine.compile):
-            self.objective.compile()
+        compiled = self.hardware.wants(self.machine.compile)
+        if compiled:
+            self.objective.compile_head()
         with self.engine.stream():
             if self.step == 0:
-                self.fit_relation_weight()
+                self.fit_relation_weight()  # once: no reason to compile layers
                 self._record_histogram()
+            if compiled:
+                self.objective.compile()
             self.anneal.fill_(1.0)
             last = self._loop()
             self._check_weights()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bitdistill import losses
 from bitdistill.data import IGNORED
-from bitdistill.losses import chunk_terms, head_terms, relation_sum
+from bitdistill.losses import chunk_terms, chunk_tokens, head_terms, relation_sum
 from bitdistill.schema import LogitsLoss, RelationLoss
 
 
@@ -83,7 +83,7 @@ TARGETS = torch.tensor([3, 0, IGNORED, 49, 7, IGNORED, 11, 12, 13, 14, 15])
 def test_head_loss_equals_autograd_for_every_chunk(
     monkeypatch: pytest.MonkeyPatch, elements: int, squared: bool
 ) -> None:
-    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "plain", elements)
     generator = torch.Generator().manual_seed(0)
     hidden, head, teacher, teacher_head = (
         torch.randn(rows, 8, generator=generator, dtype=torch.float64) for rows in (11, 50, 11, 50)
@@ -99,6 +99,20 @@ def test_head_loss_equals_autograd_for_every_chunk(
     torch.testing.assert_close(terms.ce + terms.kl, terms.loss.detach())
     for a, b in zip(mine, plain, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "fused", "expected"),
+    [
+        (16384, 151936, True, 8192),  # 32 x 512 tokens of Qwen3
+        (16384, 151936, False, 256),
+        (32, 49152, True, 32),
+        (11, 1 << 26, False, 1),
+        (0, 50, False, 1),
+    ],
+)
+def test_chunks_are_equal(rows: int, vocabulary: int, fused: bool, expected: int) -> None:
+    assert chunk_tokens(rows, vocabulary, fused) == expected
 
 
 def numpy_relations(
@@ -172,6 +186,20 @@ def test_padding_does_not_change_relations() -> None:
     mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
     longer = relation_sum((padded[0],), (padded[1],), mask, options)
     torch.testing.assert_close(longer, short)
+
+
+def test_relations_stay_within_a_document() -> None:
+    """Two documents in one row give what they give in rows of their own."""
+    options = RelationLoss(weight=1, split_heads=2)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 4, 8, generator=generator) for _ in range(2))
+    apart = relation_sum((student,), (teacher,), torch.ones(2, 4, dtype=torch.long), options)
+    packed, ones = [x.view(1, 8, 8) for x in (student, teacher)], torch.ones(1, 8)
+    documents = torch.tensor([[0] * 4 + [1] * 4])
+    within = relation_sum((packed[0],), (packed[1],), ones, options, documents)
+    torch.testing.assert_close(within, apart)
+    across = relation_sum((packed[0],), (packed[1],), ones, options)
+    assert not torch.allclose(across, apart)
 
 
 def test_split_heads_must_divide() -> None:

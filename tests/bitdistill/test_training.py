@@ -14,7 +14,7 @@ import torch
 from short_runs import TEXTS, advance, anneal_of, packed_batches, settings, task_batches, weights
 
 from bitdistill.data import Batch, TaskBatches
-from bitdistill.hardware import Hardware, TrainingError
+from bitdistill.hardware import Hardware, TrainingError, start_compilers
 from bitdistill.quantize import BitLinear
 from bitdistill.schema import Machine, Training
 from bitdistill.training import Fit, schedule, total_steps
@@ -195,6 +195,18 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainingError, match=r"machine.device is mps, but torch has no Metal; use"):
         Hardware.resolve(Machine(device="mps"))
     assert Hardware.resolve(Machine()) == Hardware(torch.device("cpu"), torch.float32)
+
+
+def test_compilers_start_where_something_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.async_compile import AsyncCompile
+
+    started: list[str] = []
+    monkeypatch.setattr(AsyncCompile, "warm_pool", lambda: started.append("pool"))
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: started.append("workers"))
+    start_compilers(Machine(device="cpu"))
+    assert started == []
+    start_compilers(Machine(device="cpu", compile=True))
+    assert started == ["pool", "workers"]
 
 
 def test_bfloat16_arithmetic_keeps_fp32_weights(start: Callable[..., Fit]) -> None:
