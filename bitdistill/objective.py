@@ -247,7 +247,7 @@ class Objective(nn.Module):
         ce, relation = total([ce, relation])
         if not relation > 0.0:
             raise ValueError("the attention relations do not differ: target_ratio has no meaning")
-        if not ce > 0.0:
+        if ce == 0.0:
             raise ValueError(
                 "the first step has no labelled example to find relations.target_ratio with; raise "
                 "batch_size, or give relations.weight"
