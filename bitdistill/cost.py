@@ -114,10 +114,12 @@ def memory_gib(
     recompute: bool = False,
     gpus: int = 1,
     learnt: float | None = None,
+    chunk: int = CHUNK_ELEMENTS["fused"],
 ) -> float:
     """Peak GiB of one GPU for micro-batches of `tokens`, of which `learnt` (all) have a loss.
 
-    `kind` is float, ternary or distill. The state is shared by `gpus`; the teacher is not.
+    `kind` is float, ternary or distill. The state is shared by `gpus`; the teacher is not. `chunk`
+    logits are computed at once.
     """
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
@@ -125,7 +127,7 @@ def memory_gib(
     held += 2 * sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0
     values, layers = _values_a_token(config) * BYTES[kind], config.num_hidden_layers
     kept = layers * 4 * config.hidden_size + values if recompute else layers * values
-    logits = min((tokens if learnt is None else learnt) * config.vocab_size, CHUNK_ELEMENTS["cuda"])
+    logits = min((tokens if learnt is None else learnt) * config.vocab_size, chunk)
     head = 6 * model.lm_head.weight.numel() + (6 if teacher is not None else 4) * logits
     return (held + tokens * kept + head) / GIB
 
