@@ -8,11 +8,11 @@ a job that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def _predict(
             save=log.append,
             progress=lambda done, total: progress("predict", done, total),
         )
-        outcome = dataclasses.asdict(predictions)
+        outcome = dict(vars(predictions))  # not `asdict`, which would copy every record
         records = outcome.pop("records")
         outcome |= {
             "backend": runtime.name,
@@ -100,9 +100,15 @@ def _predict(
 
 
 def _load(path: str, threads: int | None, **options: Any) -> Any:
+    """The runtime with its tokenizer, whose file is parsed while the model is loaded."""
     from bitdistill.backends import load
+    from bitdistill.backends.tokenizer import Tokenizer
 
-    return load(path, threads=threads, **options)
+    with ThreadPoolExecutor(1) as pool:
+        tokenizer = pool.submit(Tokenizer, Path(path))
+        runtime = load(path, threads=threads, **options)
+        runtime.tokenizer = tokenizer.result()
+    return runtime
 
 
 def _print_progress(stage: str, done: int, total: int) -> None:
