@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +99,9 @@ def _predict(
 
 
 def _load(path: str, threads: int | None, **options: Any) -> Any:
-    """The runtime with its tokenizer, whose file is parsed while the model is loaded."""
-    from bitdistill.backends import load
-    from bitdistill.backends.tokenizer import Tokenizer
+    from bitdistill.backends import load_with_tokenizer
 
-    with ThreadPoolExecutor(1) as pool:
-        tokenizer = pool.submit(Tokenizer, Path(path))
-        runtime = load(path, threads=threads, **options)
-        runtime.tokenizer = tokenizer.result()
-    return runtime
+    return load_with_tokenizer(path, threads=threads, **options)
 
 
 def _print_progress(stage: str, done: int, total: int) -> None:

@@ -312,6 +312,7 @@ def test_a_name_means_the_recorded_task(make: Make, data: Path) -> None:
     assert [Task.from_json(job["task"]) for job in jobs] == [TASK, TASK]
     assert jobs[0]["parts"][0]["examples"][1] == {
         "index": 1, "prompt": "text 1\nMood:", "answer": " bad", "label": 0,
+        "inputs": ("text 1",),
     }  # fmt: skip
 
 
