@@ -6,6 +6,7 @@ them: a runtime is a row in BACKENDS and one file with a subclass of `Runtime`.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from bitdistill import manifest as manifests
 from bitdistill.backends.base import Cache, Runtime
 from bitdistill.backends.registry import resolve
 
-__all__ = ["BACKENDS", "Cache", "Runtime", "load"]
+__all__ = ["BACKENDS", "Cache", "Runtime", "load", "load_with_tokenizer"]
 
 BACKENDS = {
     "torch": "bitdistill.backends.torch_runtime:TorchRuntime",
@@ -49,6 +50,17 @@ def load(
         )
     (manifests.verify_files if verify else manifests.check_sizes)(path, manifest)
     return runtime(path, manifest, threads=threads, **options)
+
+
+def load_with_tokenizer(path: str | Path, **options: Any) -> Runtime:
+    """As `load`; the tokenizer, else read on first use, is parsed while the model is loaded."""
+    from bitdistill.backends.tokenizer import Tokenizer
+
+    with ThreadPoolExecutor(1) as pool:
+        tokenizer = pool.submit(Tokenizer, Path(path))
+        runtime = load(path, **options)
+        runtime.tokenizer = tokenizer.result()
+    return runtime
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """A GGUF file as a row of the benchmark: through a llama-bench program, or llama-cpp-python.
 
 For speed and memory alone; the model inside is somebody else's quantisation of the same shape.
+llama-bench decodes from an empty context, where the other rows decode after the prompt.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import threading
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,23 +25,32 @@ from bitdistill.evals.process import WorkerError
 POLL_SECONDS = 0.02
 
 
-class LlamaCpp:
-    """What the benchmark needs of a runtime, on llama-cpp-python.
+def find_program(name: str | Path) -> Path:
+    """The llama-bench that a name or path means; FileNotFoundError where it cannot be run."""
+    found = shutil.which(name)
+    if found is None:
+        raise FileNotFoundError(f"{name} is not a program; give the path of llama-bench")
+    return Path(found)
 
-    ImportError with the pip command where that package is missing.
-    """
+
+def require_package(path: Path) -> None:
+    """ImportError with the pip command where llama-cpp-python, which times `path`, is missing."""
+    if find_spec("llama_cpp") is None:
+        raise ImportError(
+            f"{path} needs llama-cpp-python, which is not installed; run: pip install "
+            "llama-cpp-python, or give a llama-bench program"
+        )
+
+
+class LlamaCpp:
+    """What the benchmark needs of a runtime, on llama-cpp-python."""
 
     name = "llama.cpp"
     context = 2048
 
     def __init__(self, path: str, threads: int | None) -> None:
-        try:
-            from llama_cpp import Llama
-        except ImportError:
-            raise ImportError(
-                f"{path} needs llama-cpp-python, which is not installed; run: pip install "
-                "llama-cpp-python, or give a llama-bench program"
-            ) from None
+        from llama_cpp import Llama
+
         self.model = Llama(
             path,
             n_ctx=self.context,

@@ -117,7 +117,7 @@ def encode_prompts(
             f"an answer of up to {room} tokens leaves no room for a prompt in {limit} tokens; "
             "raise max_length, or lower max_new_tokens of the task"
         )
-    prompts = [list(runtime.tokenizer.encode(e.prompt, special=True)) for e in examples]
+    prompts = runtime.tokenizer.encode_all([e.prompt for e in examples], special=True)
     truncated = sum(len(prompt) > budget for prompt in prompts)
     suffix = runtime.tokenizer.encode(task.suffix, special=False)
     return [shorten(prompt, suffix, budget) for prompt in prompts], truncated

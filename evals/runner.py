@@ -23,7 +23,7 @@ from typing import Any
 
 from bitdistill import manifest
 from bitdistill.backends.generation import Search
-from bitdistill.evals import environment
+from bitdistill.evals import environment, gguf
 from bitdistill.evals.alternate import time_rows
 from bitdistill.evals.bench import Plan
 from bitdistill.evals.directories import (
@@ -85,6 +85,7 @@ def run(
     FileNotFoundError say what is wrong. WorkerError when a directory cannot be evaluated.
     """
     directories = open_directories(paths)
+    program = _llama_bench(directories, llama_bench) if speed else None
     task = choose_task(directories, task)
     sets = _read_sets(directories, task, data, split, limit, columns)
     if max_length is None:  # the same prompts for every row, also where one context is shorter
@@ -98,7 +99,6 @@ def run(
         work = _Work(Store(Path(folder)), task, options, threads, seed, say, execute, time)
         speeds = None
         if speed:
-            program = None if llama_bench is None else str(llama_bench)
             speeds = work.time_all(directories, plan or Plan(), program)
         rows = [work.predict(directory, sets) for directory in directories if directory.is_scored]
     settings = {
@@ -109,6 +109,16 @@ def run(
     }
     by_split = [list(column) for column in zip(*rows, strict=True)]
     return summarise(Measured(directories, task, sets, by_split, speeds, seed, settings))
+
+
+def _llama_bench(directories: Sequence[Directory], name: str | Path | None) -> Path | None:
+    """The program that times GGUF files, or None where llama-cpp-python does."""
+    files = [directory.path for directory in directories if not directory.is_scored]
+    if name is not None:
+        return gguf.find_program(name)
+    if files:
+        gguf.require_package(files[0])
+    return None
 
 
 def _read_sets(
@@ -201,13 +211,13 @@ class _Work:
         return self.execute(job, lambda stage, d, n: self.say(f"{name}: {stage}", d, n))
 
     def time_all(
-        self, directories: Sequence[Directory], plan: Plan, llama_bench: str | None
+        self, directories: Sequence[Directory], plan: Plan, llama_bench: Path | None
     ) -> list[Outcome]:
         """Timings of all rows, made together; timings of another set of rows are not reused."""
         common = {"threads": self.threads, "plan": dataclasses.asdict(plan), "seed": self.seed}
         identity = {
             "rows": [directory.hash for directory in directories],
-            "llama_bench": llama_bench,
+            "llama_bench": None if llama_bench is None else manifest.hash_file(llama_bench),
             **common,
             **self._conditions(directories),
         }
@@ -218,7 +228,9 @@ class _Work:
                 "name": directory.name,
                 "bytes": directory.bytes,
                 "load": directory.load,
-                "llama_bench": None if directory.is_scored else llama_bench,
+                "llama_bench": None
+                if directory.is_scored or llama_bench is None
+                else str(llama_bench),
             }
             for directory in directories
         ]

@@ -8,7 +8,6 @@ a job that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
@@ -83,7 +82,7 @@ def _predict(
             save=log.append,
             progress=lambda done, total: progress("predict", done, total),
         )
-        outcome = dataclasses.asdict(predictions)
+        outcome = dict(vars(predictions))  # not `asdict`, which would copy every record
         records = outcome.pop("records")
         outcome |= {
             "backend": runtime.name,
@@ -100,9 +99,9 @@ def _predict(
 
 
 def _load(path: str, threads: int | None, **options: Any) -> Any:
-    from bitdistill.backends import load
+    from bitdistill.backends import load_with_tokenizer
 
-    return load(path, threads=threads, **options)
+    return load_with_tokenizer(path, threads=threads, **options)
 
 
 def _print_progress(stage: str, done: int, total: int) -> None:

@@ -199,10 +199,12 @@ def text_tokenizer(tmp_path: Path, tokenizer: Any) -> Tokenizer:
 
 
 def test_tokenizer_equals_transformers(text_tokenizer: Tokenizer, tokenizer: Any) -> None:
-    for text in ("the film is not good", " a plot", "naïve Überfilm 漢字 🎬", ""):
+    texts = ("the film is not good", " a plot", "naïve Überfilm 漢字 🎬", "")
+    for text in texts:
         ids = text_tokenizer.encode(text)
         assert ids == tokenizer(text)["input_ids"]
         assert text_tokenizer.decode(ids) == text
+    assert text_tokenizer.encode_all(texts) == [text_tokenizer.encode(text) for text in texts]
     assert text_tokenizer.decode([1, *text_tokenizer.encode("good"), 2]) == "good"
 
 

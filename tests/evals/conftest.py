@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,9 @@ class LetterTokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return [0] * special + [LETTERS.index(letter) for letter in text]
+
+    def encode_all(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+        return [self.encode(text, special) for text in texts]
 
     def decode(self, ids: Any) -> str:
         return "".join(LETTERS[i] for i in ids)

@@ -148,12 +148,6 @@ def test_llama_bench_that_fails(tmp_path: Path) -> None:
         LlamaBench(job(tmp_path / "m.gguf", llama_bench=str(tmp_path / "nothing"))).repeat()
 
 
-def test_gguf_without_a_program_or_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(ImportError, match="pip install llama-cpp-python, or give a llama-bench"):
-        LlamaCpp("model.gguf", 1)
-
-
 def test_gguf_through_llama_cpp_python(monkeypatch: pytest.MonkeyPatch) -> None:
     from bitdistill.evals.bench import Plan, measure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -208,8 +209,8 @@ def test_a_gguf_file_is_timed_and_not_scored(make: Make, data: Path, tmp_path: P
         seen.extend((Path(job["path"]).name, job["llama_bench"]) for job in jobs)
         return time([job | {"name": "teacher"} for job in jobs], progress)
 
-    results = run([teacher, gguf], data=data, execute=execute, time=keep, llama_bench="bench")
-    assert seen == [("teacher", None), ("Q4_0.gguf", "bench")]
+    results = run([teacher, gguf], data=data, execute=execute, time=keep, llama_bench="sh")
+    assert seen == [("teacher", None), ("Q4_0.gguf", shutil.which("sh"))]
     own = {r.metric for r in results if r.backend == "llama.cpp"}
     assert "decode_ratio" in own
     assert "accuracy" not in own
@@ -218,6 +219,25 @@ def test_a_gguf_file_is_timed_and_not_scored(make: Make, data: Path, tmp_path: P
     }
     with pytest.raises(ValueError, match="nothing to evaluate; give at least one teacher"):
         run([gguf], data=data, execute=refuse)
+    with pytest.raises(FileNotFoundError, match="no-bench is not a program; give the path of"):
+        run([teacher, gguf], data=data, llama_bench=tmp_path / "no-bench", execute=refuse)
+
+
+def test_another_llama_bench_is_timed_again(make: Make, data: Path, tmp_path: Path) -> None:
+    gguf, program = tmp_path / "Q4_0.gguf", tmp_path / "llama-bench"
+    gguf.write_bytes(b"gguf")
+    calls: list[int] = []
+
+    def count(jobs: Any, progress: Any) -> Any:
+        calls.append(len(jobs))
+        return time([job | {"name": "teacher"} for job in jobs], progress)
+
+    rows = [make("teacher", "teacher", method="fp16-sft"), gguf]
+    for content in ("a", "a", "b"):
+        program.write_text(content)
+        program.chmod(0o755)
+        run(rows, data=data, execute=execute, time=count, llama_bench=program, store=tmp_path)
+    assert calls == [2, 2]
 
 
 def test_a_hugging_face_directory_is_a_row(make: Make, data: Path, tmp_path: Path) -> None:
@@ -292,6 +312,7 @@ def test_a_name_means_the_recorded_task(make: Make, data: Path) -> None:
     assert [Task.from_json(job["task"]) for job in jobs] == [TASK, TASK]
     assert jobs[0]["parts"][0]["examples"][1] == {
         "index": 1, "prompt": "text 1\nMood:", "answer": " bad", "label": 0,
+        "inputs": ("text 1",),
     }  # fmt: skip
 
 
@@ -350,6 +371,15 @@ def test_a_missing_runtime_names_the_pip_command(
     path = make("it", kind, target=backend, student_fingerprint="")
     with pytest.raises(ImportError, match=f"needs {package}; run: pip install {package}"):
         run([path], data=data, execute=refuse)
+
+
+def test_a_gguf_file_without_a_program_names_the_pip_command(
+    make: Make, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "Q4_0.gguf").write_bytes(b"gguf")
+    monkeypatch.setattr("bitdistill.evals.gguf.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install llama-cpp-python, or give a llama-bench"):
+        run([make("teacher", "teacher"), tmp_path / "Q4_0.gguf"], data=data, execute=refuse)
 
 
 def test_a_missing_metric_package_is_found_first(
