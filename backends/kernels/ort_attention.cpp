@@ -1,0 +1,309 @@
+// Attention: rotation, the cache, and causal attention over it, with the norms of queries and keys
+// inside. Inputs and outputs are those of com.microsoft.GroupQueryAttention where they mean the
+// same; the cache is of float, float16, or int8 with a scale behind each row (8 bits).
+//
+// Inputs      query float (B, T, heads * D), or q, k and v together (B, T, (heads + 2 kv_heads) * D);
+//             key, value float (B, T, kv_heads * D), both absent where the query holds them;
+//             past_key, past_value (B, kv_heads, S, D, or D + 4 of int8);
+//             seqlens_k int32 (B): tokens of each sequence with its past, less 1;
+//             total_sequence_length int32 (): the largest, with its past;
+//             cos, sin float (positions, D / 2); q_norm, k_norm float (D), absent without norms
+// Outputs     y float (B, T, heads * D); present_key, present_value like the past, with room for
+//             total_sequence_length at least; where one is its past's own buffer nothing is copied
+// Attributes  num_heads, kv_num_heads, local_window_size (0: all), scale, epsilon
+//
+// Where T is total_sequence_length there is no past, and sequences may be padded on the right: y is
+// zero there. Else every sequence is T tokens longer than its past.
+#include <string.h>
+
+#include <atomic>
+#include <new>
+
+#include "ort_support.h"
+#include "work_memory.h"
+
+namespace bitdistill {
+namespace {
+
+enum Input : size_t {
+  kQuery, kKey, kValue, kPastKey, kPastValue, kLengths, kTotal, kCos, kSin, kQNorm, kKNorm, kInputs
+};
+enum Output : size_t { kY, kPresentKey, kPresentValue, kOutputs };
+constexpr const char *kName = "Attention";
+constexpr int64_t kTileRows = BD_TILE_ROWS;
+
+struct Kernel {
+  const ort::Api *api;
+  const BdKernels *kernels;
+  int64_t heads, kv_heads, window;
+  float scale, epsilon;
+  char name[kNameSize];
+};
+
+// One call: sizes, and where each sequence's parts begin.
+struct Call {
+  Tensor in[kInputs];
+  int64_t batch, tokens, size, past_room, room, total;
+  ort::ElementType type;
+  int64_t bits;
+  char *present[2];
+  float *y;
+
+  const int32_t *lengths() const { return static_cast<const int32_t *>(in[kLengths].data); }
+  bool prompt() const { return tokens == total; }
+  int64_t past(int64_t b) const { return prompt() ? 0 : lengths()[b] + 1 - tokens; }
+  int64_t given(int64_t b) const { return prompt() ? lengths()[b] + 1 : tokens; }
+  int64_t row_bytes() const { return bd_cache_row_bytes(size, bits); }
+};
+
+ort::Status *read_attributes(Kernel *k, const ort::KernelInfo *info) {
+  BD_TRY(read_int(k->api, info, k->name, "num_heads", &k->heads));
+  BD_TRY(read_int(k->api, info, k->name, "kv_num_heads", &k->kv_heads));
+  BD_TRY(read_int(k->api, info, k->name, "local_window_size", &k->window));
+  BD_TRY(read_float(k->api, info, k->name, "scale", &k->scale));
+  BD_TRY(read_float(k->api, info, k->name, "epsilon", &k->epsilon));
+  if (k->kv_heads < 1 || k->heads < 1 || k->heads % k->kv_heads != 0 || k->window < 0)
+    return refuse(k->api, "%s: num_heads = %lld, kv_num_heads = %lld, local_window_size = %lld do "
+                  "not belong together; export the model again", k->name,
+                  static_cast<long long>(k->heads), static_cast<long long>(k->kv_heads),
+                  static_cast<long long>(k->window));
+  return nullptr;
+}
+
+ort::Status *make(Kernel *k, const ort::KernelInfo *info) {
+  k->kernels = bd_kernels(nullptr);
+  if (k->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
+  read_name(k->api, info, kName, k->name);
+  return read_attributes(k, info);
+}
+
+ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
+                    void **out) noexcept {
+  Kernel *k = new (std::nothrow) Kernel();
+  if (k == nullptr) return refuse(api, "%s: out of memory", kName);
+  k->api = api;
+  ort::Status *status = make(k, info);
+  if (status != nullptr)
+    delete k;
+  else
+    *out = k;
+  return status;
+}
+
+void destroy(void *kernel) noexcept { delete static_cast<Kernel *>(kernel); }
+
+// Sizes from the query and the cache; everything else must agree with them.
+ort::Status *read_sizes(const Kernel &k, Call *c) {
+  const Tensor &query = c->in[kQuery], &past = c->in[kPastKey];
+  BD_TRY(check_tensor(k.api, k.name, query, {"query", ort::kFloat, 0, {}}));
+  if (query.rank != 3 || past.rank != 4)
+    return refuse(k.api, "%s: query must have 3 dimensions and past_key 4, got %zu and %zu", k.name,
+                  query.rank, past.rank);
+  const int64_t heads = c->in[kKey].present ? k.heads : k.heads + 2 * k.kv_heads;
+  c->batch = query.dims[0], c->tokens = query.dims[1], c->size = query.dims[2] / heads;
+  c->past_room = past.dims[2], c->type = past.type;
+  c->bits = past.type == ort::kFloat ? 32 : past.type == ort::kFloat16 ? 16 : 8;
+  if (c->size < 1 || c->size % BD_HEAD_MULTIPLE != 0 || c->size > BD_MAX_HEAD_SIZE ||
+      c->size * heads != query.dims[2])
+    return refuse(k.api, "%s: query has %lld columns, which are not %lld heads of a multiple of %d "
+                  "(at most %d)", k.name, static_cast<long long>(query.dims[2]),
+                  static_cast<long long>(heads), BD_HEAD_MULTIPLE, BD_MAX_HEAD_SIZE);
+  return nullptr;
+}
+
+ort::Status *check_inputs(const Kernel &k, const Call &c) {
+  const int64_t half = c.size / 2, positions = c.in[kCos].present ? c.in[kCos].dims[0] : 0;
+  const int64_t row = c.bits == 8 ? c.size + 4 : c.size;
+  const Expected past = {"past_key", c.type, 4, {c.batch, k.kv_heads, c.past_room, row}};
+  Expected value = past;
+  value.name = "past_value";
+  BD_TRY(check_tensor(k.api, k.name, c.in[kPastKey], past));
+  BD_TRY(check_tensor(k.api, k.name, c.in[kPastValue], value));
+  BD_TRY(check_tensor(k.api, k.name, c.in[kLengths], {"seqlens_k", ort::kInt32, 1, {c.batch}}));
+  BD_TRY(check_tensor(k.api, k.name, c.in[kCos], {"cos", ort::kFloat, 2, {positions, half}}));
+  BD_TRY(check_tensor(k.api, k.name, c.in[kSin], {"sin", ort::kFloat, 2, {positions, half}}));
+  if (c.in[kQNorm].present)
+    BD_TRY(check_tensor(k.api, k.name, c.in[kQNorm], {"q_norm", ort::kFloat, 1, {c.size}}));
+  if (c.in[kKNorm].present)
+    BD_TRY(check_tensor(k.api, k.name, c.in[kKNorm], {"k_norm", ort::kFloat, 1, {c.size}}));
+  if (!c.in[kKey].present) return nullptr;
+  const int64_t columns = k.kv_heads * c.size;
+  BD_TRY(check_tensor(k.api, k.name, c.in[kKey],
+                      {"key", ort::kFloat, 3, {c.batch, c.tokens, columns}}));
+  return check_tensor(k.api, k.name, c.in[kValue],
+                      {"value", ort::kFloat, 3, {c.batch, c.tokens, columns}});
+}
+
+ort::Status *check_lengths(const Kernel &k, const Call &c) {
+  const int64_t positions = c.in[kCos].dims[0];
+  if (c.total < c.tokens || c.total > positions)
+    return refuse(k.api, "%s: total_sequence_length %lld is not between %lld tokens and a context "
+                  "of %lld", k.name, static_cast<long long>(c.total),
+                  static_cast<long long>(c.tokens), static_cast<long long>(positions));
+  for (int64_t b = 0; b < c.batch; ++b) {
+    const int64_t past = c.past(b), end = past + c.given(b);
+    if (past < 0 || past > c.past_room || end < 1 || end > c.total)
+      return refuse(k.api, "%s: seqlens_k[%lld] = %d does not fit %lld tokens, a past with room for "
+                    "%lld and total_sequence_length %lld", k.name, static_cast<long long>(b),
+                    c.lengths()[b], static_cast<long long>(c.tokens),
+                    static_cast<long long>(c.past_room), static_cast<long long>(c.total));
+  }
+  return nullptr;
+}
+
+ort::Status *read_call(const Kernel &k, const ort::KernelContext *context, Call *c) {
+  for (size_t i = 0; i < kInputs; ++i) BD_TRY(read_input(k.api, context, i, &c->in[i]));
+  const Tensor &total = c->in[kTotal];
+  BD_TRY(check_tensor(k.api, k.name, total, {"total_sequence_length", ort::kInt32, 0, {}}));
+  for (size_t i = 0; i < total.rank; ++i)
+    if (total.dims[i] != 1) return refuse(k.api, "%s: total_sequence_length is one number", k.name);
+  c->total = *static_cast<const int32_t *>(total.data);
+  BD_TRY(read_sizes(k, c));
+  BD_TRY(check_inputs(k, *c));
+  return check_lengths(k, *c);
+}
+
+ort::Status *make_outputs(const Kernel &k, ort::KernelContext *context, Call *c) {
+  c->room = c->past_room > c->total ? c->past_room : c->total;
+  const Tensor &past = c->in[kPastKey];
+  const int64_t present[] = {c->batch, k.kv_heads, c->room, past.dims[3]};
+  const int64_t y[] = {c->batch, c->tokens, k.heads * c->size};
+  void *data[kOutputs];
+  for (size_t i = 0; i < kOutputs; ++i) {
+    ort::Value *value = nullptr;
+    BD_TRY(k.api->KernelContext_GetOutput(context, i, i == kY ? y : present, i == kY ? 3 : 4,
+                                          &value));
+    BD_TRY(k.api->GetTensorMutableData(value, &data[i]));
+  }
+  c->y = static_cast<float *>(data[kY]);
+  c->present[0] = static_cast<char *>(data[kPresentKey]);
+  c->present[1] = static_cast<char *>(data[kPresentValue]);
+  return nullptr;
+}
+
+// What one key head of one sequence works on.
+BdAttention part_of(const Kernel &k, const Call &c, int64_t b, int64_t head) {
+  const int64_t group = k.heads / k.kv_heads, size = c.size;
+  const int64_t columns = c.in[kQuery].dims[2], keys = k.kv_heads * size;
+  const bool packed = !c.in[kKey].present;
+  const int64_t row = b * c.tokens;
+  const float *query = c.in[kQuery].floats() + row * columns;
+  BdAttention a = {};
+  a.q = query + head * group * size;
+  a.k = (packed ? query + k.heads * size : c.in[kKey].floats() + row * keys) + head * size;
+  a.v = (packed ? query + k.heads * size + keys : c.in[kValue].floats() + row * keys) + head * size;
+  a.y = c.y + (row * k.heads + head * group) * size;
+  a.q_stride = columns, a.y_stride = k.heads * size;
+  a.k_stride = a.v_stride = packed ? columns : keys;
+  const int64_t place = (b * k.kv_heads + head) * c.room * c.row_bytes();
+  a.keys = c.present[0] + place, a.values = c.present[1] + place;
+  a.cos = c.in[kCos].floats(), a.sin = c.in[kSin].floats();
+  a.q_norm = c.in[kQNorm].floats(), a.k_norm = c.in[kKNorm].floats();
+  a.epsilon = k.epsilon, a.scale = k.scale;
+  a.past = c.past(b), a.group = group, a.head_size = size;
+  a.window = k.window, a.cache_bits = c.bits;
+  return a;
+}
+
+void copy_past(const Kernel &k, const Call &c, int64_t unit) {
+  const size_t bytes = static_cast<size_t>(c.past(unit / k.kv_heads) * c.row_bytes());
+  for (int i = 0; i < 2; ++i) {
+    const char *past = static_cast<const char *>(c.in[kPastKey + static_cast<size_t>(i)].data);
+    if (past != c.present[i] && bytes > 0)
+      memcpy(c.present[i] + unit * c.room * c.row_bytes(), past + unit * c.past_room * c.row_bytes(),
+             bytes);
+  }
+}
+
+ort::Status *keep(const Kernel &k, const Call &c, const ort::KernelContext *context) {
+  const int64_t units = c.batch * k.kv_heads;
+  const double cost = static_cast<double>(c.tokens * c.size) * 2;
+  return parallel(k.api, context, units, chunk_of(cost), [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      copy_past(k, c, unit);
+      const int64_t b = unit / k.kv_heads;
+      const BdAttention a = part_of(k, c, b, unit % k.kv_heads);
+      k.kernels->attention->keep(&a, 0, c.given(b));
+    }
+  });
+}
+
+// One tile of rows; those of padding are zero. False: out of memory.
+bool attend(const Kernel &k, const Call &c, int64_t unit, int64_t tile) {
+  const int64_t b = unit / k.kv_heads;
+  const BdAttention a = part_of(k, c, b, unit % k.kv_heads);
+  const int64_t first = tile * kTileRows, all = c.tokens * a.group;
+  const int64_t end = first + kTileRows < all ? first + kTileRows : all;
+  const int64_t held = c.given(b) * a.group;
+  const int64_t last = end < held ? end : held;
+  for (int64_t row = last > first ? last : first; row < end; ++row)
+    memset(a.y + row / a.group * a.y_stride + row % a.group * c.size, 0,
+           static_cast<size_t>(c.size) * sizeof(float));
+  if (last <= first) return true;
+  void *scratch = work_memory(bd_attention_scratch_bytes(&a, first, last));
+  if (scratch != nullptr) k.kernels->attention->attend(&a, first, last, scratch);
+  return scratch != nullptr;
+}
+
+ort::Status *attend_all(const Kernel &k, const Call &c, const ort::KernelContext *context) {
+  const int64_t rows = c.tokens * (k.heads / k.kv_heads);
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const double cost = static_cast<double>((rows + tiles - 1) / tiles * c.total * c.size) * 0.03;
+  std::atomic<bool> failed{false};
+  BD_TRY(parallel(k.api, context, c.batch * k.kv_heads * tiles, chunk_of(cost),
+                  [&](int64_t first, int64_t last) {
+                    for (int64_t i = first; i < last; ++i)
+                      if (!attend(k, c, i / tiles, i % tiles)) failed = true;
+                  }));
+  return failed ? refuse(k.api, "%s: out of memory", k.name) : nullptr;
+}
+
+ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
+  const Kernel &k = *static_cast<const Kernel *>(kernel);
+  Call c = {};
+  BD_TRY(read_call(k, context, &c));
+  BD_TRY(make_outputs(k, context, &c));
+  if (c.batch == 0 || c.tokens == 0) return nullptr;
+  BD_TRY(keep(k, c, context));
+  return attend_all(k, c, context);
+}
+
+template <ort::ElementType Type>
+ort::ElementType input_type(const ort::CustomOp *, size_t index) {
+  if (index == kPastKey || index == kPastValue) return Type;
+  return index == kLengths || index == kTotal ? ort::kInt32 : ort::kFloat;
+}
+
+template <ort::ElementType Type>
+ort::ElementType output_type(const ort::CustomOp *, size_t index) {
+  return index == kY ? ort::kFloat : Type;
+}
+
+ort::Characteristic characteristic(const ort::CustomOp *, size_t index) {
+  const bool optional = index == kKey || index == kValue || index == kQNorm || index == kKNorm;
+  return optional ? ort::kOptional : ort::kRequired;
+}
+
+template <ort::ElementType Type>
+void fill(Op *op, const ort::Api *api) {
+  fill_common(op, api);
+  op->GetName = [](const ort::CustomOp *) { return kName; };
+  op->GetInputTypeCount = [](const ort::CustomOp *) -> size_t { return kInputs; };
+  op->GetInputCharacteristic = characteristic;
+  op->GetInputType = input_type<Type>;
+  op->GetOutputTypeCount = [](const ort::CustomOp *) -> size_t { return kOutputs; };
+  op->GetOutputType = output_type<Type>;
+  op->CreateKernelV2 = create;
+  op->KernelComputeV2 = compute;
+  op->KernelDestroy = destroy;
+}
+
+}  // namespace
+
+void fill_attention(Op (&ops)[3], const ort::Api *api) {
+  fill<ort::kFloat>(&ops[0], api);
+  fill<ort::kFloat16>(&ops[1], api);
+  fill<ort::kInt8>(&ops[2], api);
+}
+
+}  // namespace bitdistill
