@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from bitdistill import checkpoint, manifest
-from bitdistill.backends import onnx_runtime
+from bitdistill.backends import kv_cache, onnx_runtime
 from bitdistill.backends.torch_runtime import cast, round_storage
 from bitdistill.decoder import DecoderSpec, config_class, family_of
 from bitdistill.quantize import BitLinear
@@ -43,15 +43,15 @@ def layer_outputs(artifact: Path, tokens: list[int], threads: int | None) -> lis
     probe.write_bytes(proto.SerializeToString())
     try:
         session = onnx_runtime.open_session(probe, threads, content["ops"] == onnx_runtime.CUSTOM)
-        return _run(session, names, tokens, spec)
+        return _run(session, names, tokens, spec, content["kv_bits"])
     finally:
         probe.unlink()
 
 
 def _run(
-    session: ort.InferenceSession, names: list[str], tokens: list[int], spec: DecoderSpec
+    session: ort.InferenceSession, names: list[str], tokens: list[int], spec: DecoderSpec, kv_bits: int
 ) -> list[Hidden]:
-    nothing = np.zeros((1, spec.kv_heads, 0, spec.head_dim), np.float32)
+    nothing = np.zeros(kv_cache.shape(spec, kv_bits, 1, 0), kv_cache.DTYPES[kv_bits])
     inputs = {value.name: nothing for value in session.get_inputs() if "past" in value.name}
     inputs["input_ids"] = np.array([tokens], np.int64)
     inputs["seqlens_k"] = np.array([len(tokens) - 1], np.int32)

@@ -17,12 +17,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitdistill import packing, tables
+from bitdistill.backends import kv_cache
 from bitdistill.backends.embedding_file import NAME as EMBEDDING_FILE
 from bitdistill.checkpoint import StudentFiles
 from bitdistill.decoder import LINEARS, DecoderSpec
 from bitdistill.exporters import onnx_classifier as classifier
 from bitdistill.exporters import onnx_genai as genai
 from bitdistill.exporters.base import Options, Progress
+from bitdistill.exporters.onnx_attention import HEAD_SIZE_MULTIPLE, KV_BITS, resolve_bits
 from bitdistill.exporters.onnx_graph import DecoderGraph
 from bitdistill.exporters.onnx_layout import stored_linears
 from bitdistill.exporters.onnx_linears import DEFAULT, OPERATORS
@@ -36,8 +38,7 @@ OPS = tuple(OPERATORS)
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-OPTIONS = ("ops", "with_library", "task")
-HEAD_SIZE_MULTIPLE = 16  # what GroupQueryAttention can rotate
+OPTIONS = ("ops", "with_library", "task", "kv_bits")
 
 
 class _Reader:
@@ -99,7 +100,9 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
         )
     if labels is None:  # GenAI generates text
         genai.write_graph(model, out)
-        genai.write_config(spec, context, student.config, student.stop_tokens, out, ops)
+        genai.write_config(
+            spec, context, student.config, student.stop_tokens, out, ops, graph.kv_bits
+        )
     if options.with_library:
         genai.copy_library(out)
     verify(student, out, reader, ops)
@@ -110,7 +113,8 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
         "kernel_layout": packing.LAYOUTS[options.weight_bits] if ops == DEFAULT else None,
         "scale_granularity": "matrix",
         "label_tokens": labels,
-        "storage": _storage(ops, options.embed_bits),
+        "kv_bits": graph.kv_bits,
+        "storage": _storage(ops, options.embed_bits, graph.kv_bits),
         "embedding_error": errors,
         "parts": _parts(spec, data, out),
     }
@@ -129,6 +133,7 @@ def check_supported(spec: DecoderSpec, options: Options) -> None:
             "columns; export with --embed-bits 16"
         )
     _check_operators(spec, options)
+    resolve_bits(options.kv_bits, options.ops or DEFAULT)
     if options.weight_bits != 2 and spec.activation_bits is None:
         raise ValueError(
             "the kernels read 1.6-bit weights with 8-bit activations alone, and this student's are "
@@ -157,9 +162,11 @@ def _check_operators(spec: DecoderSpec, options: Options) -> None:
         )
 
 
-def _storage(ops: str, embed_bits: int) -> dict[str, str]:
+def _storage(ops: str, embed_bits: int, kv_bits: int) -> dict[str, str]:
     """What is rounded, so that PyTorch can be given the same roundings for comparison."""
     storage = {"embedding": STORAGE[embed_bits], "norms": "float32"}
+    if kv_bits != 32:
+        storage["cache"] = kv_cache.STORAGE[kv_bits]
     if ops == "portable":
         storage["activations"] = "int8 blocks"
     if ops != DEFAULT and embed_bits in (8, 4):

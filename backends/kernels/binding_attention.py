@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill.backends.kernels.binding import Kernels
+from bitdistill.backends.kv_cache import DTYPES, SCALE_BYTES, row_elements
 
 Floats = NDArray[np.float32]
-DTYPES = {32: np.float32, 16: np.float16, 8: np.int8}
-SCALE_BYTES = 4  # behind the codes of an 8-bit row
 
 
 class AttentionCall(c.Structure):
@@ -31,7 +30,7 @@ class AttentionCall(c.Structure):
 
 def new_cache(bits: int, positions: int, head_size: int) -> NDArray:
     """An empty cache of one key head: (S, D) of float32 or float16, (S, D + 4) of int8."""
-    return np.zeros((positions, head_size + (SCALE_BYTES if bits == 8 else 0)), DTYPES[bits])
+    return np.zeros((positions, row_elements(head_size, bits)), DTYPES[bits])
 
 
 def held_rows(cache: NDArray) -> NDArray[np.float64]:

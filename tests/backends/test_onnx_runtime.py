@@ -9,6 +9,7 @@ not must be explained by the share that fp64 shows.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from bitdistill import backends, exporters, manifest
 from bitdistill.backends import onnx_runtime
 
 TIGHT = 1e-4
+WIDE = {"kv_bits": 32}  # nothing of the cache is rounded
 Pair = Callable[..., tuple[Path, Path]]
 CASES = [
     ("llama", "paper", {}),
@@ -79,17 +81,40 @@ def violations(logits: NDArray[Any], fp32: NDArray[Any], fp64: NDArray[Any]) -> 
 def test_equals_pytorch_without_activation_rounding(
     onnx_pair: Pair, family: str, style: str, config: dict[str, Any]
 ) -> None:
-    student, artifact = onnx_pair(family, style, None, **config)
+    student, artifact = onnx_pair(family, style, None, options=WIDE, **config)
     runtime, tokens = backends.load(artifact), sequences()
     logits = flat(runtime, tokens)
     expected = flat(reference(student, artifact), tokens)
     assert expected.std() > 0.1
     assert error(logits, expected).max() < TIGHT
-    # The cache: a prompt in two pieces, then token by token, is the full forward.
-    cache, whole = runtime.new_cache(64), logits[:40]
-    steps = [runtime.step(tokens[0][:7], cache), runtime.step(tokens[0][7:20], cache)]
-    steps += [runtime.step([token], cache) for token in tokens[0][20:]]
-    assert error(np.array(steps), whole[[6, *range(19, 40)]]).max() < TIGHT
+    assert_steps_are_the_whole(runtime, tokens[0], logits[:40])
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize(("family", "style", "config"), INT8_CASES, ids=INT8_IDS)
+def test_a_narrow_cache_equals_pytorch_that_rounds_keys_and_values(
+    onnx_pair: Pair, family: str, style: str, config: dict[str, Any], bits: int
+) -> None:
+    """A key on a rounding boundary flips between two orders of summation, as in fp64 PyTorch."""
+    student, artifact = onnx_pair(family, style, None, options={"kv_bits": bits}, **config)
+    runtime, tokens = backends.load(artifact), sequences()
+    logits = flat(runtime, tokens)
+    fp32 = flat(reference(student, artifact), tokens)
+    floor = error(flat(reference(student, artifact, "float64"), tokens), fp32).max()
+    assert error(logits, fp32).max() < 2 * floor + 1e-5
+    unrounded = flat(backends.load(student, storage={"embedding": "float16"}), tokens)
+    assert np.median(error(logits, unrounded)) > 10 * np.median(error(logits, fp32))
+    assert_steps_are_the_whole(runtime, tokens[0], logits[:40])
+
+
+def assert_steps_are_the_whole(
+    runtime: backends.Runtime, tokens: list[int], whole: NDArray[np.float32]
+) -> None:
+    """A prompt in two pieces, then token by token, gives the bits of the full forward."""
+    cache = runtime.new_cache(64)
+    steps = [runtime.step(tokens[:7], cache), runtime.step(tokens[7:20], cache)]
+    steps += [runtime.step([token], cache) for token in tokens[20:]]
+    np.testing.assert_array_equal(np.array(steps), whole[[6, *range(19, 40)]])
 
 
 @pytest.mark.parametrize(("family", "style", "config"), INT8_CASES, ids=INT8_IDS)
@@ -116,7 +141,7 @@ def test_the_contract_notices_missing_activation_rounding(onnx_pair: Pair) -> No
 
 
 def test_a_window_that_is_off_by_one_is_noticed(onnx_pair: Pair, tmp_path: Path) -> None:
-    student, artifact = onnx_pair("gemma3_text", "paper", None)
+    student, artifact = onnx_pair("gemma3_text", "paper", None, options=WIDE)
     tokens = sequences(1)
     expected = flat(reference(student, artifact), tokens)
     for window in (7, 9):
@@ -171,6 +196,26 @@ def test_the_cache_is_written_in_place(onnx_pair: Pair) -> None:
         assert written.tolist() == [True] * 4 + [False] * 12
 
 
+@pytest.mark.parametrize("bits", [32, 16, 8])
+def test_rows_of_a_batch_are_decoded_as_each_alone(onnx_pair: Pair, bits: int) -> None:
+    """Prompts of different lengths, then tokens for each, and a batch that is cut down."""
+    options = {"kv_bits": bits}
+    runtime = backends.load(onnx_pair("gemma3_text", "paper", 8, options=options)[1])
+    prompts = sequences()
+    logits, rows = runtime.start_rows(prompts, 4)
+    single = [runtime.new_cache(len(prompt) + 4) for prompt in prompts]
+    alone = [runtime.step(p, cache) for p, cache in zip(prompts, single, strict=True)]
+    np.testing.assert_array_equal(logits, np.stack(alone))
+    for keep in ([0, 1, 2, 3], [2, 0, 0]):
+        rows, single = runtime.select_rows(rows, keep), [copy.copy(single[i]) for i in keep]
+        if keep == [2, 0, 0]:
+            single[2] = single[1].select([0])
+        tokens = list(range(5, 5 + len(keep)))
+        logits = runtime.step_rows(tokens, rows)
+        alone = [runtime.step([t], cache) for t, cache in zip(tokens, single, strict=True)]
+        np.testing.assert_array_equal(logits, np.stack(alone))
+
+
 def test_logits_of_a_step_survive_the_next(onnx_pair: Pair) -> None:
     runtime = backends.load(onnx_pair("qwen3", "paper", 8)[1])
     cache = runtime.new_cache(8)
@@ -190,8 +235,8 @@ def test_generates_what_pytorch_generates(onnx_pair: Pair, threads: int) -> None
 
 
 def test_a_32_bit_embedding_equals_the_unrounded_student(onnx_pair: Pair, tmp_path: Path) -> None:
-    student, half = onnx_pair("llama", "paper", None)
-    full = exporters.export(student, "onnx", tmp_path / "full", embed_bits=32)
+    student, half = onnx_pair("llama", "paper", None, options=WIDE)
+    full = exporters.export(student, "onnx", tmp_path / "full", embed_bits=32, **WIDE)
     tokens = sequences()
     expected = flat(backends.load(student), tokens)
     assert error(flat(backends.load(full), tokens), expected).max() < TIGHT
