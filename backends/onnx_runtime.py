@@ -188,6 +188,8 @@ def open_session(model: Path, threads: int | None, custom: bool = True) -> ort.I
     """A CPU session, with our operators if `custom`; FormatError or RuntimeError with a remedy."""
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
+    # A pattern for each length of prompt would take 2 MB more, and be kept.
+    options.enable_mem_pattern = False
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads must be 1 or more, got {threads}")

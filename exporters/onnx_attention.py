@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from bitdistill.backends import kv_cache
-from bitdistill.decoder import DecoderSpec
+from bitdistill.decoder import DecoderSpec, LayerSpec, RotarySpec
+from bitdistill.exporters.onnx_layout import rotary_tables
 from bitdistill.exporters.onnx_linears import DEFAULT
 from bitdistill.exporters.onnx_nodes import typed_value
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 KV_BITS = tuple(kv_cache.DTYPES)
 DEFAULT_KV_BITS = {"custom": 16}  # stock operators: 32
 HEAD_SIZE_MULTIPLE = 16  # what either operator can rotate
-Rotary = tuple[ir.Value, ir.Value]
 
 
 def resolve_bits(bits: int | None, ops: str) -> int:
@@ -45,8 +45,21 @@ def cache_value(name: str, spec: DecoderSpec, bits: int, positions: str) -> ir.V
     return typed_value(name, ["batch", heads, positions, elements], dtype)
 
 
+def rotary(graph: DecoderGraph, index: int, spec: RotarySpec) -> list[ir.Value]:
+    """What an attention node is given of a rotary table: frequencies, or cosines and sines."""
+    name = f"rotary.{index}"
+    if graph.ops == DEFAULT:
+        frequencies = np.array(spec.frequencies, np.float32)
+        return [graph.data.add(f"{name}.frequencies", frequencies, "rotary")]
+    cos, sin = rotary_tables(spec, graph.context)
+    return [
+        graph.data.add(f"{name}.cos", cos, "rotary"),
+        graph.data.add(f"{name}.sin", sin, "rotary"),
+    ]
+
+
 def attend(
-    graph: DecoderGraph, projected: list[ir.Value], index: int, rotary: Rotary, window: int | None
+    graph: DecoderGraph, projected: list[ir.Value], index: int, layer: LayerSpec
 ) -> ir.Value:
     """Attention of projected q, k and v, or of all three in one tensor: (B, T, heads * D)."""
     spec, block = graph.spec, f"layers.{index}.self_attn"
@@ -64,15 +77,17 @@ def attend(
     past = [graph.inputs[f"past_key_values.{index}.{part}"] for part in ("key", "value")]
     lengths = [graph.inputs["seqlens_k"], graph.inputs["total_sequence_length"]]
     # A packed projection (q, k and v in one tensor) leaves the key and value inputs empty.
+    rotary = graph.rotary[layer.rotary]
     inputs = [*projected, *([None] * (3 - len(projected))), *past, *lengths, *rotary, *norms]
     y = ir.Value(name=f"{block}.attention")
     present = [
         cache_value(f"present.{index}.{part}", spec, graph.kv_bits, "present")
         for part in ("key", "value")
     ]
-    outputs, attributes = [y, *present], _attributes(graph, window)
+    outputs, attributes = [y, *present], _attributes(graph, layer.window)
     if own:
-        attributes |= {"epsilon": spec.norm_eps}
+        scale = spec.rotary[layer.rotary].scale
+        attributes |= {"epsilon": spec.norm_eps, "context": graph.context, "rotary_scale": scale}
         graph.append("Attention", inputs, outputs, "bitdistill", attributes)
     else:
         attributes |= {"do_rotary": 1}

@@ -26,10 +26,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitdistill import packing
-from bitdistill.decoder import DecoderSpec
+from bitdistill.decoder import DecoderSpec, LayerSpec
 from bitdistill.exporters import onnx_attention, onnx_tables
 from bitdistill.exporters.base import Options
-from bitdistill.exporters.onnx_layout import FUSED, rotary_tables, scale_rows, stored_linears
+from bitdistill.exporters.onnx_layout import FUSED, scale_rows, stored_linears
 from bitdistill.exporters.onnx_linears import DEFAULT, OPERATORS, Stacked
 from bitdistill.exporters.onnx_nodes import (
     IR_VERSION,
@@ -69,10 +69,13 @@ class DecoderGraph(NodeBuilder):
     def build(self) -> ir.Model:
         """The model, its tensors written to the data file."""
         self.inputs = self._inputs()
-        rotary = [self._rotary(i) for i in range(len(self.spec.rotary))]
+        self.rotary = [
+            onnx_attention.rotary(self, index, rotary)
+            for index, rotary in enumerate(self.spec.rotary)
+        ]
         x = self.embedding()
         for index, layer in enumerate(self.spec.layers):
-            x = self.attention(x, index, rotary[layer.rotary], layer.window)
+            x = self.attention(x, index, layer)
             x = self.mlp(x, index)
         logits = self.head(x)
         return self._model([logits, *self.outputs])
@@ -92,13 +95,11 @@ class DecoderGraph(NodeBuilder):
             x = self.op("Mul", [x, scale], "embed_tokens/scale")
         return x
 
-    def attention(
-        self, x: ir.Value, index: int, rotary: tuple[ir.Value, ir.Value], window: int | None
-    ) -> ir.Value:
+    def attention(self, x: ir.Value, index: int, layer: LayerSpec) -> ir.Value:
         """x + [norm] o_proj(attention of input_norm(x))."""
         names = self.spec.names
         projected = self._project(x, index, names.input_norm, "self_attn.qkv_proj")
-        y = onnx_attention.attend(self, projected, index, rotary, window)
+        y = onnx_attention.attend(self, projected, index, layer)
         y = self.linear("self_attn.o_proj", y, index)
         return self._residual(x, y, index, names.post_attention_norm, "attention")
 
@@ -201,11 +202,6 @@ class DecoderGraph(NodeBuilder):
     def _table(self, name: str, part: str) -> onnx_tables.StoredTable:
         """The embedding or head (V, hidden)."""
         return onnx_tables.store(self, name, self.tensor(name), part, self.embed_bits, self.ops)
-
-    def _rotary(self, index: int) -> tuple[ir.Value, ir.Value]:
-        cos, sin = rotary_tables(self.spec.rotary[index], self.context)
-        add = self.data.add
-        return add(f"rotary.{index}.cos", cos, "rotary"), add(f"rotary.{index}.sin", sin, "rotary")
 
     # The model
 

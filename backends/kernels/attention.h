@@ -7,8 +7,8 @@
 
 namespace {
 
-constexpr int kSumLanes = 16;     // partial sums of a dot product and of the sum of p
-constexpr int kBlock = 32;        // positions whose keys or values are widened at a time
+constexpr int kSumLanes = 16;  // partial sums of a dot product and of the sum of p
+constexpr int kBlock = 32;     // positions whose keys or values are widened at a time
 constexpr float kLargestHalf = 65504.0f;
 constexpr float kSmallestRow = 7.888609e-31f;  // 2^-100: below it 127 / g could overflow
 
@@ -85,8 +85,8 @@ inline void keep_codes(const float *x, int64_t size, char *row) {
     codes[i] = static_cast<int8_t>(static_cast<int32_t>(round_even(x[i] * up)));
 }
 
-// Positions that rows [first, last) see: from `base`, a multiple of 16, to `end`. `padded` positions
-// have scores.
+// Positions that rows [first, last) see: from `base`, a multiple of 16, to `end`. `padded`
+// positions have scores.
 struct Span {
   int64_t base, end, padded;
 };

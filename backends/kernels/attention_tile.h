@@ -225,8 +225,7 @@ void attend(const BdAttention *a, int64_t first, int64_t last, void *scratch) {
   over_cache<I>(a, t, a->keys, true);
   float inverse[BD_TILE_ROWS];
   for (int64_t r = 0; r < t.rows; ++r)
-    inverse[r] =
-        soften<I>(a, t, a->past + (first + r) / a->group, t.scores + r * t.span.padded);
+    inverse[r] = soften<I>(a, t, a->past + (first + r) / a->group, t.scores + r * t.span.padded);
   over_cache<I>(a, t, a->values, false);
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t token = (first + r) / a->group, head = (first + r) % a->group;

@@ -1,5 +1,6 @@
 // The table of AVX2, F16C and FMA. avx2_quantize.cpp, avx2_ternary.cpp, avx2_float.cpp,
-// avx2_head.cpp and avx2_attention.cpp hold its functions; they are empty on processors other than x86-64.
+// avx2_head.cpp and avx2_attention.cpp hold its functions; they are empty on processors other than
+// x86-64.
 #include "avx2.h"
 #include "cpu.h"
 
@@ -13,9 +14,10 @@ int supported() {
 
 namespace avx2 = bitdistill::avx2;
 
-const BdKernels kTable = {"avx2",        supported,           avx2::quantize,      avx2::normalize,
-                          avx2::ternary, avx2::ternary_float, avx2::ternary_base3, &avx2::heads,
-                          &avx2::attention};
+const BdKernels kTable = {
+    "avx2",          supported,           avx2::quantize,      avx2::normalize,
+    avx2::ternary,   avx2::ternary_float, avx2::ternary_base3, &avx2::heads,
+    &avx2::attention};
 
 }  // namespace
 

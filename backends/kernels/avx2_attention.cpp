@@ -20,8 +20,7 @@ struct Avx2 {
   static void store(float *y, F x) { _mm256_storeu_ps(y, x); }
   static void store_half(uint16_t *y, F x) {  // a NaN is the second operand, and so kept
     x = _mm256_max_ps(all(-kLargestHalf), _mm256_min_ps(all(kLargestHalf), x));
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(y),
-                     _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(y), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
   static F zero() { return _mm256_setzero_ps(); }
   static F all(float x) { return _mm256_set1_ps(x); }
@@ -54,8 +53,8 @@ struct Avx2 {
     for (int p = 0; p < 2; ++p)
       four[p] = add(_mm256_permute2f128_ps(eight[p], eight[p + 2], 0x20),
                     _mm256_permute2f128_ps(eight[p], eight[p + 2], 0x31));
-    const F two = add(_mm256_shuffle_ps(four[0], four[1], 0x44),
-                      _mm256_shuffle_ps(four[0], four[1], 0xee));
+    const F two =
+        add(_mm256_shuffle_ps(four[0], four[1], 0x44), _mm256_shuffle_ps(four[0], four[1], 0xee));
     const F one = add(_mm256_shuffle_ps(two, two, 0x88), _mm256_shuffle_ps(two, two, 0xdd));
     _mm_storeu_ps(out, _mm_movelh_ps(_mm256_castps256_ps128(one), _mm256_extractf128_ps(one, 1)));
   }

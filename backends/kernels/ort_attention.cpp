@@ -2,15 +2,18 @@
 // inside. Inputs and outputs are those of com.microsoft.GroupQueryAttention where they mean the
 // same; the cache is of float, float16, or int8 with a scale behind each row (8 bits).
 //
-// Inputs      query float (B, T, heads * D), or q, k and v together (B, T, (heads + 2 kv_heads) * D);
+// Inputs      query float (B, T, heads * D), or q, k and v together (B, T, (heads + 2 kv_heads) *
+// D);
 //             key, value float (B, T, kv_heads * D), both absent where the query holds them;
 //             past_key, past_value (B, kv_heads, S, D, or D + 4 of int8);
 //             seqlens_k int32 (B): tokens of each sequence with its past, less 1;
 //             total_sequence_length int32 (): the largest, with its past;
-//             cos, sin float (positions, D / 2); q_norm, k_norm float (D), absent without norms
+//             frequencies float (D / 2), constant; q_norm, k_norm float (D), absent without norms
 // Outputs     y float (B, T, heads * D); present_key, present_value like the past, with room for
 //             total_sequence_length at least; where one is its past's own buffer nothing is copied
-// Attributes  num_heads, kv_num_heads, local_window_size (0: all), scale, epsilon
+// Attributes  num_heads, kv_num_heads, local_window_size (0: all), scale, epsilon; context, the
+// most
+//             positions, and rotary_scale, of cosines and sines
 //
 // Where T is total_sequence_length there is no past, and sequences may be padded on the right: y is
 // zero there. Else every sequence is T tokens longer than its past.
@@ -19,6 +22,7 @@
 #include <atomic>
 #include <new>
 
+#include "ort_rotary.h"
 #include "ort_support.h"
 #include "work_memory.h"
 
@@ -26,7 +30,17 @@ namespace bitdistill {
 namespace {
 
 enum Input : size_t {
-  kQuery, kKey, kValue, kPastKey, kPastValue, kLengths, kTotal, kCos, kSin, kQNorm, kKNorm, kInputs
+  kQuery,
+  kKey,
+  kValue,
+  kPastKey,
+  kPastValue,
+  kLengths,
+  kTotal,
+  kFrequencies,
+  kQNorm,
+  kKNorm,
+  kInputs
 };
 enum Output : size_t { kY, kPresentKey, kPresentValue, kOutputs };
 constexpr const char *kName = "Attention";
@@ -36,7 +50,9 @@ struct Kernel {
   const ort::Api *api;
   const BdKernels *kernels;
   int64_t heads, kv_heads, window;
+  int64_t context;
   float scale, epsilon;
+  Rotary *rotary;
   char name[kNameSize];
 };
 
@@ -48,6 +64,7 @@ struct Call {
   int64_t bits;
   char *present[2];
   float *y;
+  RotaryTable rotary;
 
   const int32_t *lengths() const { return static_cast<const int32_t *>(in[kLengths].data); }
   bool prompt() const { return tokens == total; }
@@ -62,19 +79,42 @@ ort::Status *read_attributes(Kernel *k, const ort::KernelInfo *info) {
   BD_TRY(read_int(k->api, info, k->name, "local_window_size", &k->window));
   BD_TRY(read_float(k->api, info, k->name, "scale", &k->scale));
   BD_TRY(read_float(k->api, info, k->name, "epsilon", &k->epsilon));
-  if (k->kv_heads < 1 || k->heads < 1 || k->heads % k->kv_heads != 0 || k->window < 0)
-    return refuse(k->api, "%s: num_heads = %lld, kv_num_heads = %lld, local_window_size = %lld do "
-                  "not belong together; export the model again", k->name,
-                  static_cast<long long>(k->heads), static_cast<long long>(k->kv_heads),
-                  static_cast<long long>(k->window));
+  BD_TRY(read_int(k->api, info, k->name, "context", &k->context));
+  if (k->kv_heads < 1 || k->heads < 1 || k->heads % k->kv_heads != 0 || k->window < 0 ||
+      k->context < 1 || k->context > INT32_MAX)
+    return refuse(k->api,
+                  "%s: num_heads = %lld, kv_num_heads = %lld, local_window_size = %lld and "
+                  "context = %lld are not those of a model; export it again",
+                  k->name, static_cast<long long>(k->heads), static_cast<long long>(k->kv_heads),
+                  static_cast<long long>(k->window), static_cast<long long>(k->context));
   return nullptr;
+}
+
+ort::Status *read_rotary(Kernel *k, const ort::KernelInfo *info) {
+  float scale = 1;
+  BD_TRY(read_float(k->api, info, k->name, "rotary_scale", &scale));
+  Tensor given;
+  BD_TRY(read_constant(k->api, info, kFrequencies, &given));
+  if (!given.present || given.type != ort::kFloat || given.rank != 1 || given.dims[0] < 1)
+    return refuse(k->api,
+                  "%s: frequencies must be a constant vector of float; export the model "
+                  "again",
+                  k->name);
+  k->rotary = Rotary::acquire(given.floats(), given.dims[0], scale, k->context);
+  return k->rotary != nullptr ? nullptr : refuse(k->api, "%s: out of memory", k->name);
 }
 
 ort::Status *make(Kernel *k, const ort::KernelInfo *info) {
   k->kernels = bd_kernels(nullptr);
   if (k->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
   read_name(k->api, info, kName, k->name);
-  return read_attributes(k, info);
+  BD_TRY(read_attributes(k, info));
+  return read_rotary(k, info);
+}
+
+void destroy(void *kernel) noexcept {
+  Rotary::release(static_cast<Kernel *>(kernel)->rotary);
+  delete static_cast<Kernel *>(kernel);
 }
 
 ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
@@ -84,13 +124,11 @@ ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::Kerne
   k->api = api;
   ort::Status *status = make(k, info);
   if (status != nullptr)
-    delete k;
+    destroy(k);
   else
     *out = k;
   return status;
 }
-
-void destroy(void *kernel) noexcept { delete static_cast<Kernel *>(kernel); }
 
 // Sizes from the query and the cache; everything else must agree with them.
 ort::Status *read_sizes(const Kernel &k, Call *c) {
@@ -105,14 +143,15 @@ ort::Status *read_sizes(const Kernel &k, Call *c) {
   c->bits = past.type == ort::kFloat ? 32 : past.type == ort::kFloat16 ? 16 : 8;
   if (c->size < 1 || c->size % BD_HEAD_MULTIPLE != 0 || c->size > BD_MAX_HEAD_SIZE ||
       c->size * heads != query.dims[2])
-    return refuse(k.api, "%s: query has %lld columns, which are not %lld heads of a multiple of %d "
-                  "(at most %d)", k.name, static_cast<long long>(query.dims[2]),
-                  static_cast<long long>(heads), BD_HEAD_MULTIPLE, BD_MAX_HEAD_SIZE);
+    return refuse(k.api,
+                  "%s: query has %lld columns, which are not %lld heads of a multiple of %d "
+                  "(at most %d)",
+                  k.name, static_cast<long long>(query.dims[2]), static_cast<long long>(heads),
+                  BD_HEAD_MULTIPLE, BD_MAX_HEAD_SIZE);
   return nullptr;
 }
 
 ort::Status *check_inputs(const Kernel &k, const Call &c) {
-  const int64_t half = c.size / 2, positions = c.in[kCos].present ? c.in[kCos].dims[0] : 0;
   const int64_t row = c.bits == 8 ? c.size + 4 : c.size;
   const Expected past = {"past_key", c.type, 4, {c.batch, k.kv_heads, c.past_room, row}};
   Expected value = past;
@@ -120,8 +159,8 @@ ort::Status *check_inputs(const Kernel &k, const Call &c) {
   BD_TRY(check_tensor(k.api, k.name, c.in[kPastKey], past));
   BD_TRY(check_tensor(k.api, k.name, c.in[kPastValue], value));
   BD_TRY(check_tensor(k.api, k.name, c.in[kLengths], {"seqlens_k", ort::kInt32, 1, {c.batch}}));
-  BD_TRY(check_tensor(k.api, k.name, c.in[kCos], {"cos", ort::kFloat, 2, {positions, half}}));
-  BD_TRY(check_tensor(k.api, k.name, c.in[kSin], {"sin", ort::kFloat, 2, {positions, half}}));
+  BD_TRY(check_tensor(k.api, k.name, c.in[kFrequencies],
+                      {"frequencies", ort::kFloat, 1, {c.size / 2}}));
   if (c.in[kQNorm].present)
     BD_TRY(check_tensor(k.api, k.name, c.in[kQNorm], {"q_norm", ort::kFloat, 1, {c.size}}));
   if (c.in[kKNorm].present)
@@ -135,18 +174,21 @@ ort::Status *check_inputs(const Kernel &k, const Call &c) {
 }
 
 ort::Status *check_lengths(const Kernel &k, const Call &c) {
-  const int64_t positions = c.in[kCos].dims[0];
-  if (c.total < c.tokens || c.total > positions)
-    return refuse(k.api, "%s: total_sequence_length %lld is not between %lld tokens and a context "
-                  "of %lld", k.name, static_cast<long long>(c.total),
-                  static_cast<long long>(c.tokens), static_cast<long long>(positions));
+  if (c.total < c.tokens || c.total > k.context)
+    return refuse(k.api,
+                  "%s: total_sequence_length %lld is not between %lld tokens and a context "
+                  "of %lld",
+                  k.name, static_cast<long long>(c.total), static_cast<long long>(c.tokens),
+                  static_cast<long long>(k.context));
   for (int64_t b = 0; b < c.batch; ++b) {
     const int64_t past = c.past(b), end = past + c.given(b);
     if (past < 0 || past > c.past_room || end < 1 || end > c.total)
-      return refuse(k.api, "%s: seqlens_k[%lld] = %d does not fit %lld tokens, a past with room for "
-                    "%lld and total_sequence_length %lld", k.name, static_cast<long long>(b),
-                    c.lengths()[b], static_cast<long long>(c.tokens),
-                    static_cast<long long>(c.past_room), static_cast<long long>(c.total));
+      return refuse(k.api,
+                    "%s: seqlens_k[%lld] = %d does not fit %lld tokens, a past with room for "
+                    "%lld and total_sequence_length %lld",
+                    k.name, static_cast<long long>(b), c.lengths()[b],
+                    static_cast<long long>(c.tokens), static_cast<long long>(c.past_room),
+                    static_cast<long long>(c.total));
   }
   return nullptr;
 }
@@ -171,8 +213,8 @@ ort::Status *make_outputs(const Kernel &k, ort::KernelContext *context, Call *c)
   void *data[kOutputs];
   for (size_t i = 0; i < kOutputs; ++i) {
     ort::Value *value = nullptr;
-    BD_TRY(k.api->KernelContext_GetOutput(context, i, i == kY ? y : present, i == kY ? 3 : 4,
-                                          &value));
+    BD_TRY(
+        k.api->KernelContext_GetOutput(context, i, i == kY ? y : present, i == kY ? 3 : 4, &value));
     BD_TRY(k.api->GetTensorMutableData(value, &data[i]));
   }
   c->y = static_cast<float *>(data[kY]);
@@ -197,7 +239,7 @@ BdAttention part_of(const Kernel &k, const Call &c, int64_t b, int64_t head) {
   a.k_stride = a.v_stride = packed ? columns : keys;
   const int64_t place = (b * k.kv_heads + head) * c.room * c.row_bytes();
   a.keys = c.present[0] + place, a.values = c.present[1] + place;
-  a.cos = c.in[kCos].floats(), a.sin = c.in[kSin].floats();
+  a.cos = c.rotary.cos, a.sin = c.rotary.sin;
   a.q_norm = c.in[kQNorm].floats(), a.k_norm = c.in[kKNorm].floats();
   a.epsilon = k.epsilon, a.scale = k.scale;
   a.past = c.past(b), a.group = group, a.head_size = size;
@@ -210,8 +252,8 @@ void copy_past(const Kernel &k, const Call &c, int64_t unit) {
   for (int i = 0; i < 2; ++i) {
     const char *past = static_cast<const char *>(c.in[kPastKey + static_cast<size_t>(i)].data);
     if (past != c.present[i] && bytes > 0)
-      memcpy(c.present[i] + unit * c.room * c.row_bytes(), past + unit * c.past_room * c.row_bytes(),
-             bytes);
+      memcpy(c.present[i] + unit * c.room * c.row_bytes(),
+             past + unit * c.past_room * c.row_bytes(), bytes);
   }
 }
 
@@ -264,6 +306,7 @@ ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   BD_TRY(read_call(k, context, &c));
   BD_TRY(make_outputs(k, context, &c));
   if (c.batch == 0 || c.tokens == 0) return nullptr;
+  c.rotary = k.rotary->rows(c.total);
   BD_TRY(keep(k, c, context));
   return attend_all(k, c, context);
 }
