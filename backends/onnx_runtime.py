@@ -30,7 +30,8 @@ ERRORS_ONLY = 3
 class OnnxCache:
     """Keys and values of R sequences, in the memory that the session reads and writes.
 
-    For each layer's key and value an array as kv_cache.py says. `lengths` are the tokens that each row holds. `memory`: contents to start with, instead of nothing.
+    For each layer's key and value an array as kv_cache.py says. `lengths` are the tokens that each
+    row holds. `memory`: contents to start with, instead of nothing.
     """
 
     def __init__(
@@ -82,6 +83,8 @@ class OnnxCache:
 class OnnxRuntime(Runtime):
     """An ONNX artifact, loaded. `threads` is the size of ONNX Runtime's pool (None: every core).
 
+    With `warm` the first request is not slower than those after it: its work is done at loading.
+
     A classifier's head knows the label tokens alone (the other words' logits are minus infinity),
     and its embedding is read from its file row by row.
 
@@ -92,7 +95,14 @@ class OnnxRuntime(Runtime):
     name = "onnx"
     prefill_chunk = 64  # tokens; 135M, two cores: 1,790 a second, 1,885 by 128, 1,722 by 256
 
-    def __init__(self, path: Path, manifest: dict[str, Any], *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        *,
+        threads: int | None = None,
+        warm: bool = False,
+    ) -> None:
         if absent := {"ops", "label_tokens", "kv_bits"} - manifest.keys():
             raise FormatError(
                 f"{path} does not say its {' and '.join(sorted(absent))}: another version wrote "
@@ -111,6 +121,15 @@ class OnnxRuntime(Runtime):
             self.embedding = EmbeddingFile(path / NAME, *table)
         self._check_window()
         self.session = open_session(path / MODEL, threads, manifest["ops"] == CUSTOM)
+        if warm:
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Run a chunk of a prompt and a step, which reads every weight and takes the memory."""
+        count = min(self.prefill_chunk, self.context - 1)
+        cache = self.new_cache(count + 1)
+        self.step([0] * count, cache)
+        self.step([0], cache)
 
     def _check_window(self) -> None:
         installed = tuple(int(part) for part in ort.__version__.split(".")[:2])

@@ -45,9 +45,7 @@ def _register(name: str, rounding: Callable[[Tensor], Tensor]) -> None:
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        return sdpa_attention_forward(
-            module, query, rounding(key), rounding(value), mask, **kwargs
-        )
+        return sdpa_attention_forward(module, query, rounding(key), rounding(value), mask, **kwargs)
 
     AttentionInterface.register(f"bitdistill_{name}", attention)
     AttentionMaskInterface.register(f"bitdistill_{name}", sdpa_mask)

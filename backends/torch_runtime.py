@@ -66,7 +66,8 @@ class TorchRuntime(Runtime):
     artifact's manifest: {"embedding": "float16", "norms": "float32"}; "embedding" covers the head
     and may be "int8" or "int4", "biases" are those of the ternary linears; "activations" and
     "head_activations" (of a quantised head) say how an artifact rounds them where that is not as in
-    training; "cache" is the type of keys and values. `tables`: float32 arrays to take the place of embedding and head, by tensor name.
+    training; "cache" is the type of keys and values. `tables`: float32 arrays to take the place of
+    embedding and head, by tensor name.
     `activation_bits`: 8 or None, instead of what the student was trained with. `threads` sets
     PyTorch's threads, which are the process's. ValueError for an unknown type or architecture.
     """

@@ -7,13 +7,13 @@ Makes a student (random_student.py) and an artifact for every combination of opt
 that are in --work already, and appends JSON lines:
 
 decode   milliseconds a token at a position: rounds over all artifacts in turn, the median of a
-         round's tokens, then the median of rounds; `ratio` to the first position, likewise by round;
+         round's tokens, then the median of rounds; `ratio` to the first position, by round too;
          `roofline` the share of the time that reading body and head once takes, at the bandwidth
          that the same run measured
 prefill  tokens a second of one prompt, fed in the runtime's own chunks, as a user's is
 memory   of a fresh process that runs 128 token ids and decodes 4, less a process that has imported
-         onnxruntime and run a small session; without the cache (`cache_mb`) and the tokenizer, which
-         is not loaded. MB are 1e6 bytes. `file_mb` is what the session may touch: model and weights
+         onnxruntime and run a small session; without the cache (`cache_mb`) and the tokenizer,
+         which is not loaded. MB are 1e6 bytes. `file_mb`: model and weights, what it may touch
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ def read_bandwidth(threads: int) -> float:
     """Bytes a second that `threads` threads read from memory."""
     from bitdistill.backends.kernels.bench.ceilings import ceilings
 
-    return next(f.gbytes for f in ceilings(threads, 0.5) if f.implementation == "ceiling-read") * 1e9
+    return (
+        next(f.gbytes for f in ceilings(threads, 0.5) if f.implementation == "ceiling-read") * 1e9
+    )
 
 
 def speed(artifacts: dict[str, Path], threads: int, seconds: float) -> Iterable[dict[str, Any]]:

@@ -106,7 +106,13 @@ def _widen_logits(graph: ir.Graph) -> None:
 
 
 def write_config(
-    spec: DecoderSpec, context: int, config: dict[str, Any], stop: list[int], out: Path, ops: str, kv_bits: int
+    spec: DecoderSpec,
+    context: int,
+    config: dict[str, Any],
+    stop: list[int],
+    out: Path,
+    ops: str,
+    kv_bits: int,
 ) -> None:
     """Write genai_config.json; `config` is the student's, for the ids of special tokens."""
     session: dict[str, Any] = {

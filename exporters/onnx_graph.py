@@ -19,7 +19,6 @@ model-local function, one node in Netron and one fused kernel in ONNX Runtime.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir

@@ -21,10 +21,10 @@ from bitdistill.backends import kv_cache
 from bitdistill.backends.embedding_file import NAME as EMBEDDING_FILE
 from bitdistill.checkpoint import StudentFiles
 from bitdistill.decoder import LINEARS, DecoderSpec
+from bitdistill.exporters import onnx_attention as attention
 from bitdistill.exporters import onnx_classifier as classifier
 from bitdistill.exporters import onnx_genai as genai
 from bitdistill.exporters.base import Options, Progress
-from bitdistill.exporters.onnx_attention import HEAD_SIZE_MULTIPLE, KV_BITS, resolve_bits
 from bitdistill.exporters.onnx_graph import DecoderGraph
 from bitdistill.exporters.onnx_layout import stored_linears
 from bitdistill.exporters.onnx_linears import DEFAULT, OPERATORS
@@ -35,6 +35,7 @@ from bitdistill.manifest import FormatError
 EMBED_BITS = (32, 16, 8, 4)
 WEIGHT_BITS = tuple(packing.LAYOUTS)
 OPS = tuple(OPERATORS)
+KV_BITS = attention.KV_BITS
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -133,16 +134,16 @@ def check_supported(spec: DecoderSpec, options: Options) -> None:
             "columns; export with --embed-bits 16"
         )
     _check_operators(spec, options)
-    resolve_bits(options.kv_bits, options.ops or DEFAULT)
+    attention.resolve_bits(options.kv_bits, options.ops or DEFAULT)
     if options.weight_bits != 2 and spec.activation_bits is None:
         raise ValueError(
             "the kernels read 1.6-bit weights with 8-bit activations alone, and this student's are "
             "not quantised; export with --weight-bits 2"
         )
-    if spec.head_dim % HEAD_SIZE_MULTIPLE:
+    if spec.head_dim % attention.HEAD_SIZE_MULTIPLE:
         raise ValueError(
-            f"head size {spec.head_dim} is not a multiple of {HEAD_SIZE_MULTIPLE}, which ONNX "
-            "Runtime's attention needs; export with target mlx, or use another teacher"
+            f"head size {spec.head_dim} is not a multiple of {attention.HEAD_SIZE_MULTIPLE}, which "
+            "attention needs; export with target mlx, or use another teacher"
         )
 
 

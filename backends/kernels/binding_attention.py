@@ -1,4 +1,4 @@
-"""ctypes binding to the attention of the kernels (bitdistill_attention.h), for tests and benchmarks.
+"""ctypes binding to the kernels' attention (bitdistill_attention.h), for tests and benchmarks.
 
 Shapes: T tokens, G query heads of one key head, S positions of the cache, D head size.
 """
@@ -76,4 +76,3 @@ class Head:
 def address(array: NDArray | None) -> int | None:
     """Where an array's elements lie; None for no array."""
     return None if array is None else array.ctypes.data
-

@@ -2,8 +2,7 @@
 // inside. Inputs and outputs are those of com.microsoft.GroupQueryAttention where they mean the
 // same; the cache is of float, float16, or int8 with a scale behind each row (8 bits).
 //
-// Inputs      query float (B, T, heads * D), or q, k and v together (B, T, (heads + 2 kv_heads) *
-// D);
+// Inputs      query float (B, T, heads * D), or with k and v (B, T, (heads + 2 kv_heads) * D);
 //             key, value float (B, T, kv_heads * D), both absent where the query holds them;
 //             past_key, past_value (B, kv_heads, S, D, or D + 4 of int8);
 //             seqlens_k int32 (B): tokens of each sequence with its past, less 1;
@@ -11,115 +10,41 @@
 //             frequencies float (D / 2), constant; q_norm, k_norm float (D), absent without norms
 // Outputs     y float (B, T, heads * D); present_key, present_value like the past, with room for
 //             total_sequence_length at least; where one is its past's own buffer nothing is copied
-// Attributes  num_heads, kv_num_heads, local_window_size (0: all), scale, epsilon; context, the
-// most
-//             positions, and rotary_scale, of cosines and sines
+// Attributes  num_heads, kv_num_heads, local_window_size (0: all), scale, epsilon;
+//             context (the most positions) and rotary_scale, of cosines and sines
 //
 // Where T is total_sequence_length there is no past, and sequences may be padded on the right: y is
 // zero there. Else every sequence is T tokens longer than its past.
+#include "ort_attention.h"
+
 #include <string.h>
 
 #include <atomic>
 #include <new>
 
-#include "ort_rotary.h"
-#include "ort_support.h"
 #include "work_memory.h"
 
 namespace bitdistill {
 namespace {
 
-enum Input : size_t {
-  kQuery,
-  kKey,
-  kValue,
-  kPastKey,
-  kPastValue,
-  kLengths,
-  kTotal,
-  kFrequencies,
-  kQNorm,
-  kKNorm,
-  kInputs
-};
-enum Output : size_t { kY, kPresentKey, kPresentValue, kOutputs };
 constexpr const char *kName = "Attention";
 constexpr int64_t kTileRows = BD_TILE_ROWS;
 
-struct Kernel {
-  const ort::Api *api;
-  const BdKernels *kernels;
-  int64_t heads, kv_heads, window;
-  int64_t context;
-  float scale, epsilon;
-  Rotary *rotary;
-  char name[kNameSize];
-};
-
-// One call: sizes, and where each sequence's parts begin.
-struct Call {
-  Tensor in[kInputs];
-  int64_t batch, tokens, size, past_room, room, total;
-  ort::ElementType type;
-  int64_t bits;
-  char *present[2];
-  float *y;
-  RotaryTable rotary;
-
-  const int32_t *lengths() const { return static_cast<const int32_t *>(in[kLengths].data); }
-  bool prompt() const { return tokens == total; }
-  int64_t past(int64_t b) const { return prompt() ? 0 : lengths()[b] + 1 - tokens; }
-  int64_t given(int64_t b) const { return prompt() ? lengths()[b] + 1 : tokens; }
-  int64_t row_bytes() const { return bd_cache_row_bytes(size, bits); }
-};
-
-ort::Status *read_attributes(Kernel *k, const ort::KernelInfo *info) {
-  BD_TRY(read_int(k->api, info, k->name, "num_heads", &k->heads));
-  BD_TRY(read_int(k->api, info, k->name, "kv_num_heads", &k->kv_heads));
-  BD_TRY(read_int(k->api, info, k->name, "local_window_size", &k->window));
-  BD_TRY(read_float(k->api, info, k->name, "scale", &k->scale));
-  BD_TRY(read_float(k->api, info, k->name, "epsilon", &k->epsilon));
-  BD_TRY(read_int(k->api, info, k->name, "context", &k->context));
-  if (k->kv_heads < 1 || k->heads < 1 || k->heads % k->kv_heads != 0 || k->window < 0 ||
-      k->context < 1 || k->context > INT32_MAX)
-    return refuse(k->api,
-                  "%s: num_heads = %lld, kv_num_heads = %lld, local_window_size = %lld and "
-                  "context = %lld are not those of a model; export it again",
-                  k->name, static_cast<long long>(k->heads), static_cast<long long>(k->kv_heads),
-                  static_cast<long long>(k->window), static_cast<long long>(k->context));
-  return nullptr;
-}
-
-ort::Status *read_rotary(Kernel *k, const ort::KernelInfo *info) {
-  float scale = 1;
-  BD_TRY(read_float(k->api, info, k->name, "rotary_scale", &scale));
-  Tensor given;
-  BD_TRY(read_constant(k->api, info, kFrequencies, &given));
-  if (!given.present || given.type != ort::kFloat || given.rank != 1 || given.dims[0] < 1)
-    return refuse(k->api,
-                  "%s: frequencies must be a constant vector of float; export the model "
-                  "again",
-                  k->name);
-  k->rotary = Rotary::acquire(given.floats(), given.dims[0], scale, k->context);
-  return k->rotary != nullptr ? nullptr : refuse(k->api, "%s: out of memory", k->name);
-}
-
-ort::Status *make(Kernel *k, const ort::KernelInfo *info) {
+ort::Status *make(AttentionNode *k, const ort::KernelInfo *info) {
   k->kernels = bd_kernels(nullptr);
   if (k->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
   read_name(k->api, info, kName, k->name);
-  BD_TRY(read_attributes(k, info));
-  return read_rotary(k, info);
+  return read_node(k, info);
 }
 
 void destroy(void *kernel) noexcept {
-  Rotary::release(static_cast<Kernel *>(kernel)->rotary);
-  delete static_cast<Kernel *>(kernel);
+  Rotary::release(static_cast<AttentionNode *>(kernel)->rotary);
+  delete static_cast<AttentionNode *>(kernel);
 }
 
 ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
                     void **out) noexcept {
-  Kernel *k = new (std::nothrow) Kernel();
+  AttentionNode *k = new (std::nothrow) AttentionNode();
   if (k == nullptr) return refuse(api, "%s: out of memory", kName);
   k->api = api;
   ort::Status *status = make(k, info);
@@ -131,87 +56,14 @@ ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::Kerne
 }
 
 // Sizes from the query and the cache; everything else must agree with them.
-ort::Status *read_sizes(const Kernel &k, Call *c) {
-  const Tensor &query = c->in[kQuery], &past = c->in[kPastKey];
-  BD_TRY(check_tensor(k.api, k.name, query, {"query", ort::kFloat, 0, {}}));
-  if (query.rank != 3 || past.rank != 4)
-    return refuse(k.api, "%s: query must have 3 dimensions and past_key 4, got %zu and %zu", k.name,
-                  query.rank, past.rank);
-  const int64_t heads = c->in[kKey].present ? k.heads : k.heads + 2 * k.kv_heads;
-  c->batch = query.dims[0], c->tokens = query.dims[1], c->size = query.dims[2] / heads;
-  c->past_room = past.dims[2], c->type = past.type;
-  c->bits = past.type == ort::kFloat ? 32 : past.type == ort::kFloat16 ? 16 : 8;
-  if (c->size < 1 || c->size % BD_HEAD_MULTIPLE != 0 || c->size > BD_MAX_HEAD_SIZE ||
-      c->size * heads != query.dims[2])
-    return refuse(k.api,
-                  "%s: query has %lld columns, which are not %lld heads of a multiple of %d "
-                  "(at most %d)",
-                  k.name, static_cast<long long>(query.dims[2]), static_cast<long long>(heads),
-                  BD_HEAD_MULTIPLE, BD_MAX_HEAD_SIZE);
-  return nullptr;
-}
 
-ort::Status *check_inputs(const Kernel &k, const Call &c) {
-  const int64_t row = c.bits == 8 ? c.size + 4 : c.size;
-  const Expected past = {"past_key", c.type, 4, {c.batch, k.kv_heads, c.past_room, row}};
-  Expected value = past;
-  value.name = "past_value";
-  BD_TRY(check_tensor(k.api, k.name, c.in[kPastKey], past));
-  BD_TRY(check_tensor(k.api, k.name, c.in[kPastValue], value));
-  BD_TRY(check_tensor(k.api, k.name, c.in[kLengths], {"seqlens_k", ort::kInt32, 1, {c.batch}}));
-  BD_TRY(check_tensor(k.api, k.name, c.in[kFrequencies],
-                      {"frequencies", ort::kFloat, 1, {c.size / 2}}));
-  if (c.in[kQNorm].present)
-    BD_TRY(check_tensor(k.api, k.name, c.in[kQNorm], {"q_norm", ort::kFloat, 1, {c.size}}));
-  if (c.in[kKNorm].present)
-    BD_TRY(check_tensor(k.api, k.name, c.in[kKNorm], {"k_norm", ort::kFloat, 1, {c.size}}));
-  if (!c.in[kKey].present) return nullptr;
-  const int64_t columns = k.kv_heads * c.size;
-  BD_TRY(check_tensor(k.api, k.name, c.in[kKey],
-                      {"key", ort::kFloat, 3, {c.batch, c.tokens, columns}}));
-  return check_tensor(k.api, k.name, c.in[kValue],
-                      {"value", ort::kFloat, 3, {c.batch, c.tokens, columns}});
-}
-
-ort::Status *check_lengths(const Kernel &k, const Call &c) {
-  if (c.total < c.tokens || c.total > k.context)
-    return refuse(k.api,
-                  "%s: total_sequence_length %lld is not between %lld tokens and a context "
-                  "of %lld",
-                  k.name, static_cast<long long>(c.total), static_cast<long long>(c.tokens),
-                  static_cast<long long>(k.context));
-  for (int64_t b = 0; b < c.batch; ++b) {
-    const int64_t past = c.past(b), end = past + c.given(b);
-    if (past < 0 || past > c.past_room || end < 1 || end > c.total)
-      return refuse(k.api,
-                    "%s: seqlens_k[%lld] = %d does not fit %lld tokens, a past with room for "
-                    "%lld and total_sequence_length %lld",
-                    k.name, static_cast<long long>(b), c.lengths()[b],
-                    static_cast<long long>(c.tokens), static_cast<long long>(c.past_room),
-                    static_cast<long long>(c.total));
-  }
-  return nullptr;
-}
-
-ort::Status *read_call(const Kernel &k, const ort::KernelContext *context, Call *c) {
-  for (size_t i = 0; i < kInputs; ++i) BD_TRY(read_input(k.api, context, i, &c->in[i]));
-  const Tensor &total = c->in[kTotal];
-  BD_TRY(check_tensor(k.api, k.name, total, {"total_sequence_length", ort::kInt32, 0, {}}));
-  for (size_t i = 0; i < total.rank; ++i)
-    if (total.dims[i] != 1) return refuse(k.api, "%s: total_sequence_length is one number", k.name);
-  c->total = *static_cast<const int32_t *>(total.data);
-  BD_TRY(read_sizes(k, c));
-  BD_TRY(check_inputs(k, *c));
-  return check_lengths(k, *c);
-}
-
-ort::Status *make_outputs(const Kernel &k, ort::KernelContext *context, Call *c) {
+ort::Status *make_outputs(const AttentionNode &k, ort::KernelContext *context, AttentionCall *c) {
   c->room = c->past_room > c->total ? c->past_room : c->total;
   const Tensor &past = c->in[kPastKey];
   const int64_t present[] = {c->batch, k.kv_heads, c->room, past.dims[3]};
   const int64_t y[] = {c->batch, c->tokens, k.heads * c->size};
-  void *data[kOutputs];
-  for (size_t i = 0; i < kOutputs; ++i) {
+  void *data[kAttentionOutputs];
+  for (size_t i = 0; i < kAttentionOutputs; ++i) {
     ort::Value *value = nullptr;
     BD_TRY(
         k.api->KernelContext_GetOutput(context, i, i == kY ? y : present, i == kY ? 3 : 4, &value));
@@ -224,7 +76,7 @@ ort::Status *make_outputs(const Kernel &k, ort::KernelContext *context, Call *c)
 }
 
 // What one key head of one sequence works on.
-BdAttention part_of(const Kernel &k, const Call &c, int64_t b, int64_t head) {
+BdAttention part_of(const AttentionNode &k, const AttentionCall &c, int64_t b, int64_t head) {
   const int64_t group = k.heads / k.kv_heads, size = c.size;
   const int64_t columns = c.in[kQuery].dims[2], keys = k.kv_heads * size;
   const bool packed = !c.in[kKey].present;
@@ -247,7 +99,7 @@ BdAttention part_of(const Kernel &k, const Call &c, int64_t b, int64_t head) {
   return a;
 }
 
-void copy_past(const Kernel &k, const Call &c, int64_t unit) {
+void copy_past(const AttentionNode &k, const AttentionCall &c, int64_t unit) {
   const size_t bytes = static_cast<size_t>(c.past(unit / k.kv_heads) * c.row_bytes());
   for (int i = 0; i < 2; ++i) {
     const char *past = static_cast<const char *>(c.in[kPastKey + static_cast<size_t>(i)].data);
@@ -257,7 +109,8 @@ void copy_past(const Kernel &k, const Call &c, int64_t unit) {
   }
 }
 
-ort::Status *keep(const Kernel &k, const Call &c, const ort::KernelContext *context) {
+ort::Status *keep(const AttentionNode &k, const AttentionCall &c,
+                  const ort::KernelContext *context) {
   const int64_t units = c.batch * k.kv_heads;
   const double cost = static_cast<double>(c.tokens * c.size) * 2;
   return parallel(k.api, context, units, chunk_of(cost), [&](int64_t first, int64_t last) {
@@ -271,7 +124,7 @@ ort::Status *keep(const Kernel &k, const Call &c, const ort::KernelContext *cont
 }
 
 // One tile of rows; those of padding are zero. False: out of memory.
-bool attend(const Kernel &k, const Call &c, int64_t unit, int64_t tile) {
+bool attend(const AttentionNode &k, const AttentionCall &c, int64_t unit, int64_t tile) {
   const int64_t b = unit / k.kv_heads;
   const BdAttention a = part_of(k, c, b, unit % k.kv_heads);
   const int64_t first = tile * kTileRows, all = c.tokens * a.group;
@@ -287,7 +140,8 @@ bool attend(const Kernel &k, const Call &c, int64_t unit, int64_t tile) {
   return scratch != nullptr;
 }
 
-ort::Status *attend_all(const Kernel &k, const Call &c, const ort::KernelContext *context) {
+ort::Status *attend_all(const AttentionNode &k, const AttentionCall &c,
+                        const ort::KernelContext *context) {
   const int64_t rows = c.tokens * (k.heads / k.kv_heads);
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const double cost = static_cast<double>((rows + tiles - 1) / tiles * c.total * c.size) * 0.03;
@@ -301,8 +155,8 @@ ort::Status *attend_all(const Kernel &k, const Call &c, const ort::KernelContext
 }
 
 ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
-  const Kernel &k = *static_cast<const Kernel *>(kernel);
-  Call c = {};
+  const AttentionNode &k = *static_cast<const AttentionNode *>(kernel);
+  AttentionCall c = {};
   BD_TRY(read_call(k, context, &c));
   BD_TRY(make_outputs(k, context, &c));
   if (c.batch == 0 || c.tokens == 0) return nullptr;
@@ -331,10 +185,10 @@ template <ort::ElementType Type>
 void fill(Op *op, const ort::Api *api) {
   fill_common(op, api);
   op->GetName = [](const ort::CustomOp *) { return kName; };
-  op->GetInputTypeCount = [](const ort::CustomOp *) -> size_t { return kInputs; };
+  op->GetInputTypeCount = [](const ort::CustomOp *) -> size_t { return kAttentionInputs; };
   op->GetInputCharacteristic = characteristic;
   op->GetInputType = input_type<Type>;
-  op->GetOutputTypeCount = [](const ort::CustomOp *) -> size_t { return kOutputs; };
+  op->GetOutputTypeCount = [](const ort::CustomOp *) -> size_t { return kAttentionOutputs; };
   op->GetOutputType = output_type<Type>;
   op->CreateKernelV2 = create;
   op->KernelComputeV2 = compute;

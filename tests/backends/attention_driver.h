@@ -49,11 +49,11 @@ inline bool same_attention(const BdKernels *kernels, const BdKernels *oracle,
                            std::mt19937 &random) {
   std::normal_distribution<float> normal;
   for (const int64_t bits : {32, 16, 8})
-    for (const int64_t size : {16, 80, 128})
-      for (const int64_t group : {1, 3, 40})
+    for (const int64_t size : {16, 80})
+      for (const int64_t group : {1, 5})
         for (const int64_t window : {0, 9}) {
-          const AttentionCase c = {size, group, window, bits, {35, 1, 1, 6}};
-          std::vector<float> x(static_cast<size_t>(43 * (group + 2) * size));
+          const AttentionCase c = {size, group, window, bits, {17, 1, 3}};
+          std::vector<float> x(static_cast<size_t>(21 * (group + 2) * size));
           for (float &value : x) value = normal(random);
           const std::vector<char> expected = run_attention(oracle, c, x);
           if (expected.empty() || run_attention(kernels, c, x) != expected) return false;

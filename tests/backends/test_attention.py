@@ -3,6 +3,7 @@ bit, which equals NumPy in fp64 over the cache's own values; the cache holds wha
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def run(isa: str, given: dict[str, NDArray], at: Head, pieces: list[int]) -> NDA
     ends = np.cumsum([0, *pieces])
     found = [
         at.attend(Kernels(isa), *(given[name][a:b] for name in ("q", "k", "v")))
-        for a, b in zip(ends[:-1], ends[1:], strict=True)
+        for a, b in itertools.pairwise(ends)
     ]
     return np.concatenate(found)
 

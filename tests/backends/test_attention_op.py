@@ -62,7 +62,9 @@ def attention(bits: int, threads: int = 2, **changes: Any) -> onnxruntime.Infere
     return session(proto.SerializeToString(), threads)
 
 
-def feed(bits: int, lengths: list[int], tokens: int, total: int, room: int, seed: int = 0) -> Inputs:
+def feed(
+    bits: int, lengths: list[int], tokens: int, total: int, room: int, seed: int = 0
+) -> Inputs:
     """Inputs of sequences that hold `lengths` tokens in the end, with an empty past."""
     shape = (len(lengths), KV_HEADS, room, row_elements(SIZE, bits))
     columns = (HEADS + 2 * KV_HEADS) * SIZE

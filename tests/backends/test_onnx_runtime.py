@@ -1,15 +1,8 @@
-"""ONNX artifacts against PyTorch, by the numerical contract, and against themselves.
-
-Errors are per position: the largest difference of a logit, over the standard deviation of all
-logits. Without int8 activations nothing is rounded discontinuously and 1e-4 must hold everywhere.
-With them, an activation on a rounding boundary may flip between two orders of summation, as it does
-between fp32 and fp64 PyTorch: then most positions must still be within 1e-4, and the share that is
-not must be explained by the share that fp64 shows.
-"""
+"""ONNX artifacts against PyTorch, by the numerical contract (onnx_contract.py), and against
+themselves."""
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +12,11 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from onnx_contract import TIGHT, error, flat, reference, sequences, violations
 
 from bitdistill import backends, exporters, manifest
 from bitdistill.backends import onnx_runtime
 
-TIGHT = 1e-4
 WIDE = {"kv_bits": 32}  # nothing of the cache is rounded
 Pair = Callable[..., tuple[Path, Path]]
 CASES = [
@@ -40,41 +33,6 @@ CASES = [
 IDS = ["-".join([family, style, *config]) for family, style, config in CASES]
 INT8_CASES = [CASES[0], CASES[3], CASES[4], CASES[6]]
 INT8_IDS = [IDS[0], IDS[3], IDS[4], IDS[6]]
-
-
-def sequences(count: int = 4) -> list[list[int]]:
-    """Random tokens; 40 of them reach far beyond the window of 8."""
-    random = np.random.default_rng(3)
-    return [random.integers(3, 280, n).tolist() for n in (40, 17, 1, 29)[:count]]
-
-
-def flat(runtime: backends.Runtime, tokens: list[list[int]]) -> NDArray[np.float32]:
-    return np.concatenate(runtime.logits(tokens))
-
-
-def error(logits: NDArray[Any], reference: NDArray[Any]) -> NDArray[Any]:
-    """Per position, as said above."""
-    return np.abs(logits - reference).max(-1) / reference.std()
-
-
-def reference(student: Path, artifact: Path, dtype: str = "float32") -> backends.Runtime:
-    """PyTorch with the weights as the artifact stores them."""
-    storage = manifest.read_manifest(artifact)["storage"]
-    return backends.load(student, dtype=dtype, storage=storage)
-
-
-def violations(logits: NDArray[Any], fp32: NDArray[Any], fp64: NDArray[Any]) -> list[str]:
-    """What breaks the contract for models with int8 activations; empty if nothing does."""
-    off, floor = error(logits, fp32) > TIGHT, error(fp64, fp32) > TIGHT
-    broken = []
-    if np.median(error(logits, fp32)) > TIGHT:
-        broken.append("most positions differ")
-    if off.mean() > 2 * floor.mean() + 0.1:
-        broken.append(f"{off.mean():.0%} of positions differ, {floor.mean():.0%} explained")
-    agree = (logits.argmax(-1) == fp32.argmax(-1)).mean()
-    if agree < (fp64.argmax(-1) == fp32.argmax(-1)).mean() - 0.02:
-        broken.append(f"predictions agree on {agree:.1%}")
-    return broken
 
 
 @pytest.mark.parametrize(("family", "style", "config"), CASES, ids=IDS)
@@ -194,26 +152,6 @@ def test_the_cache_is_written_in_place(onnx_pair: Pair) -> None:
     for memory in cache.memory:
         written = np.abs(memory.numpy()).sum(axis=(0, 1, 3)) > 0
         assert written.tolist() == [True] * 4 + [False] * 12
-
-
-@pytest.mark.parametrize("bits", [32, 16, 8])
-def test_rows_of_a_batch_are_decoded_as_each_alone(onnx_pair: Pair, bits: int) -> None:
-    """Prompts of different lengths, then tokens for each, and a batch that is cut down."""
-    options = {"kv_bits": bits}
-    runtime = backends.load(onnx_pair("gemma3_text", "paper", 8, options=options)[1])
-    prompts = sequences()
-    logits, rows = runtime.start_rows(prompts, 4)
-    single = [runtime.new_cache(len(prompt) + 4) for prompt in prompts]
-    alone = [runtime.step(p, cache) for p, cache in zip(prompts, single, strict=True)]
-    np.testing.assert_array_equal(logits, np.stack(alone))
-    for keep in ([0, 1, 2, 3], [2, 0, 0]):
-        rows, single = runtime.select_rows(rows, keep), [copy.copy(single[i]) for i in keep]
-        if keep == [2, 0, 0]:
-            single[2] = single[1].select([0])
-        tokens = list(range(5, 5 + len(keep)))
-        logits = runtime.step_rows(tokens, rows)
-        alone = [runtime.step([t], cache) for t, cache in zip(tokens, single, strict=True)]
-        np.testing.assert_array_equal(logits, np.stack(alone))
 
 
 def test_logits_of_a_step_survive_the_next(onnx_pair: Pair) -> None:
