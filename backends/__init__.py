@@ -34,7 +34,8 @@ def load(
 
     `backend` is found from the directory; naming one only checks it. `threads` limits CPU threads
     (None: the runtime's own choice). `verify` compares every file with the hash in the manifest;
-    sizes are compared always. `options` go to the runtime (torch: `dtype`, `storage`).
+    sizes are compared always. `options` go to the runtime (torch: `dtype`, `storage`; onnx:
+    `warm`).
 
     Raises FormatError for a directory that is incomplete, altered or of another format version,
     ValueError for an unknown backend or one that cannot run the directory.

@@ -16,13 +16,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill.backends.sampling import Sampler
-from bitdistill.backends.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from bitdistill.backends.tokenizer import Tokenizer
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -58,6 +60,8 @@ class Runtime(ABC):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The directory's tokenizer; read on first use, so that ids alone need no tokenizer."""
+        from bitdistill.backends.tokenizer import Tokenizer
+
         return Tokenizer(self.path)
 
     @abstractmethod

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from bitdistill.backends import kv_cache
 from bitdistill.backends.base import Floats, Integers, Runtime, pad
 from bitdistill.backends.embedding_file import NAME, EmbeddingFile
 from bitdistill.backends.kernels import library_path
@@ -29,8 +30,8 @@ ERRORS_ONLY = 3
 class OnnxCache:
     """Keys and values of R sequences, in the memory that the session reads and writes.
 
-    float32 (R, KV heads, capacity, head size) for each layer's key and value. `lengths` are the
-    tokens that each row holds. `memory`: contents to start with, instead of nothing.
+    For each layer's key and value an array as kv_cache.py says. `lengths` are the tokens that each
+    row holds. `memory`: contents to start with, instead of nothing.
     """
 
     def __init__(
@@ -38,16 +39,15 @@ class OnnxCache:
         runtime: OnnxRuntime,
         capacity: int,
         rows: int = 1,
-        memory: Sequence[NDArray[np.float32]] | None = None,
+        memory: Sequence[NDArray[Any]] | None = None,
     ) -> None:
         self.lengths, self.capacity = np.zeros(rows, np.int64), capacity
         self.runtime, spec = runtime, runtime.spec
         self.binding = runtime.session.io_binding()
         self.memory: list[ort.OrtValue] = []
         names = [f"{i}.{part}" for i in range(len(spec.layers)) for part in ("key", "value")]
-        shape = (rows, spec.kv_heads, capacity, spec.head_dim)
         for index, name in enumerate(names):
-            held = np.zeros(shape, np.float32) if memory is None else memory[index]
+            held = runtime.empty(rows, capacity) if memory is None else memory[index]
             value = ort.OrtValue.ortvalue_from_numpy(held)
             self.memory.append(value)
             self.binding.bind_ortvalue_input(f"past_key_values.{name}", value)
@@ -83,6 +83,8 @@ class OnnxCache:
 class OnnxRuntime(Runtime):
     """An ONNX artifact, loaded. `threads` is the size of ONNX Runtime's pool (None: every core).
 
+    With `warm` the first request is not slower than those after it: its work is done at loading.
+
     A classifier's head knows the label tokens alone (the other words' logits are minus infinity),
     and its embedding is read from its file row by row.
 
@@ -93,8 +95,15 @@ class OnnxRuntime(Runtime):
     name = "onnx"
     prefill_chunk = 64  # tokens; 135M, two cores: 1,790 a second, 1,885 by 128, 1,722 by 256
 
-    def __init__(self, path: Path, manifest: dict[str, Any], *, threads: int | None = None) -> None:
-        if absent := {"ops", "label_tokens"} - manifest.keys():
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        *,
+        threads: int | None = None,
+        warm: bool = False,
+    ) -> None:
+        if absent := {"ops", "label_tokens", "kv_bits"} - manifest.keys():
             raise FormatError(
                 f"{path} does not say its {' and '.join(sorted(absent))}: another version wrote "
                 "it; export the student again"
@@ -102,6 +111,7 @@ class OnnxRuntime(Runtime):
         self.path, self.manifest = path, manifest
         self.spec = DecoderSpec.from_json(manifest["decoder"])
         self.vocabulary, self.context = self.spec.vocabulary, int(manifest["context"])
+        self.kv_bits: int = manifest["kv_bits"]
         self.stop_tokens = list(manifest["stop_tokens"])
         self.labels: list[int] | None = manifest["label_tokens"]
         self.words = self.vocabulary if self.labels is None else len(self.labels)
@@ -111,6 +121,15 @@ class OnnxRuntime(Runtime):
             self.embedding = EmbeddingFile(path / NAME, *table)
         self._check_window()
         self.session = open_session(path / MODEL, threads, manifest["ops"] == CUSTOM)
+        if warm:
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Run a chunk of a prompt and a step, which reads every weight and takes the memory."""
+        count = min(self.prefill_chunk, self.context - 1)
+        cache = self.new_cache(count + 1)
+        self.step([0] * count, cache)
+        self.step([0], cache)
 
     def _check_window(self) -> None:
         installed = tuple(int(part) for part in ort.__version__.split(".")[:2])
@@ -120,6 +139,11 @@ class OnnxRuntime(Runtime):
                 f"onnxruntime {ort.__version__} counts attention windows differently, and this "
                 "model has them; run: pip install -U 'onnxruntime>=1.24'"
             )
+
+    def empty(self, rows: int, positions: int) -> NDArray[Any]:
+        """Keys, or values, of a layer that hold nothing yet."""
+        shape = kv_cache.shape(self.spec, self.kv_bits, rows, positions)
+        return np.zeros(shape, kv_cache.DTYPES[self.kv_bits])
 
     def new_cache(self, capacity: int) -> OnnxCache:
         """An empty cache for one sequence of up to `capacity` tokens."""
@@ -150,8 +174,7 @@ class OnnxRuntime(Runtime):
         """float32 (P, V) at rows (b, t), by one forward without a cache."""
         flat = rows[:, 0] * tokens_BT.shape[1] + rows[:, 1]
         inputs = self.inputs(tokens_BT, lengths_B, flat)
-        shape = (len(tokens_BT), self.spec.kv_heads, 0, self.spec.head_dim)
-        nothing = np.zeros(shape, np.float32)
+        nothing = self.empty(len(tokens_BT), 0)
         for index in range(len(self.spec.layers)):
             for part in ("key", "value"):
                 inputs[f"past_key_values.{index}.{part}"] = nothing
@@ -184,6 +207,8 @@ def open_session(model: Path, threads: int | None, custom: bool = True) -> ort.I
     """A CPU session, with our operators if `custom`; FormatError or RuntimeError with a remedy."""
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
+    # A pattern for each length of prompt would take 2 MB more, and be kept.
+    options.enable_mem_pattern = False
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads must be 1 or more, got {threads}")

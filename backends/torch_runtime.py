@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from bitdistill import checkpoint, tables
 from bitdistill.backends.base import Floats, Integers, Runtime
+from bitdistill.backends.torch_attention import TYPES as CACHE
+from bitdistill.backends.torch_attention import round_cache
 from bitdistill.decoder import family_of
 from bitdistill.names import suggest
 from bitdistill.packing import stock_block
@@ -64,7 +66,8 @@ class TorchRuntime(Runtime):
     artifact's manifest: {"embedding": "float16", "norms": "float32"}; "embedding" covers the head
     and may be "int8" or "int4", "biases" are those of the ternary linears; "activations" and
     "head_activations" (of a quantised head) say how an artifact rounds them where that is not as in
-    training. `tables`: float32 arrays to take the place of embedding and head, by tensor name.
+    training; "cache" is the type of keys and values. `tables`: float32 arrays to take the place of
+    embedding and head, by tensor name.
     `activation_bits`: 8 or None, instead of what the student was trained with. `threads` sets
     PyTorch's threads, which are the process's. ValueError for an unknown type or architecture.
     """
@@ -190,6 +193,7 @@ def round_storage(model: PreTrainedModel, storage: Mapping[str, str]) -> None:
     A quantised head reads rounded activations, and so does this model's then.
     """
     _check_storage(storage)
+    round_cache(model, storage.get("cache", "float32"))
     rounded: set[int] = set()  # a tied table is one parameter of two modules
     for module in model.modules():
         part = _part(module)
@@ -212,6 +216,7 @@ def _check_storage(storage: Mapping[str, str]) -> None:
         "biases": tuple(STORAGE),
         "activations": ACTIVATIONS,
         "head_activations": HEAD_ACTIVATIONS,
+        "cache": CACHE,
     }
     for part, name in storage.items():
         if part not in types:

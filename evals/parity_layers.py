@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from bitdistill import checkpoint, manifest
-from bitdistill.backends import onnx_runtime
+from bitdistill.backends import kv_cache, onnx_runtime
 from bitdistill.backends.torch_runtime import cast, round_storage
-from bitdistill.decoder import DecoderSpec, config_class, family_of
+from bitdistill.decoder import DecoderSpec, LayerSpec, config_class, family_of
 from bitdistill.quantize import BitLinear
 from bitdistill.student import model_class
 
@@ -43,15 +43,19 @@ def layer_outputs(artifact: Path, tokens: list[int], threads: int | None) -> lis
     probe.write_bytes(proto.SerializeToString())
     try:
         session = onnx_runtime.open_session(probe, threads, content["ops"] == onnx_runtime.CUSTOM)
-        return _run(session, names, tokens, spec)
+        return _run(session, names, tokens, spec, content["kv_bits"])
     finally:
         probe.unlink()
 
 
 def _run(
-    session: ort.InferenceSession, names: list[str], tokens: list[int], spec: DecoderSpec
+    session: ort.InferenceSession,
+    names: list[str],
+    tokens: list[int],
+    spec: DecoderSpec,
+    kv_bits: int,
 ) -> list[Hidden]:
-    nothing = np.zeros((1, spec.kv_heads, 0, spec.head_dim), np.float32)
+    nothing = np.zeros(kv_cache.shape(spec, kv_bits, 1, 0), kv_cache.DTYPES[kv_bits])
     inputs = {value.name: nothing for value in session.get_inputs() if "past" in value.name}
     inputs["input_ids"] = np.array([tokens], np.int64)
     inputs["seqlens_k"] = np.array([len(tokens) - 1], np.int32)
@@ -65,35 +69,45 @@ def reference_outputs(
 ) -> Iterator[tuple[Hidden, NDArray[Any]]]:
     """Each layer of the student on what the artifact's was given: its output in fp32 and fp64."""
     files = checkpoint.open_student(student)
-    for index, given in enumerate(inputs):
-        outputs = []
-        for dtype in (torch.float32, torch.float64):
-            model = _one_layer(files, index)
-            round_storage(model, {k: v for k, v in storage.items() if k != "embedding"})
-            cast(model, dtype)
-            for module in model.modules():
-                if isinstance(module, BitLinear):
+    layers: dict[LayerSpec, _Layer] = {}  # by kind: making one takes as long as running it
+    for index, (kind, given) in enumerate(zip(files.spec.layers, inputs, strict=True)):
+        if kind not in layers:
+            layers[kind] = _Layer(files, index)
+        layers[kind].take(files, index, {k: v for k, v in storage.items() if k != "embedding"})
+        yield layers[kind].output(given, torch.float32), layers[kind].output(given, torch.float64)
+
+
+class _Layer:
+    """A student of one layer, of the kind of layer `index`; no norm follows it."""
+
+    def __init__(self, files: checkpoint.StudentFiles, index: int) -> None:
+        family = family_of(files.config["model_type"])
+        config = config_class(family).from_pretrained(files.path)
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[index]]
+        config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
+        self.model = model_class(family)(config).eval()
+        self.model.model.norm = torch.nn.Identity()
+        # now, because rounding activations by block renames some
+        self.parameters = dict(self.model.model.layers[0].named_parameters())
+
+    def take(self, files: checkpoint.StudentFiles, index: int, storage: dict[str, str]) -> None:
+        """Weights of layer `index`, rounded as an artifact stores them, and their trits."""
+        for name, parameter in self.parameters.items():
+            parameter.data = files.tensor(f"model.layers.{index}.{name}")
+        round_storage(self.model, storage)
+        for module in self.model.modules():
+            if isinstance(module, BitLinear):
+                with torch.no_grad():
                     module.freeze()
-            with torch.inference_mode():
-                hidden = torch.from_numpy(given)[None].to(dtype)
-                outputs.append(model.model(inputs_embeds=hidden, use_cache=False)[0][0].numpy())
-        yield outputs[0], outputs[1]
 
-
-def _one_layer(files: checkpoint.StudentFiles, index: int) -> Any:
-    """A student of one layer, with the weights of layer `index`; no norm follows it."""
-    family = family_of(files.config["model_type"])
-    config = config_class(family).from_pretrained(files.path)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index]]
-    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
-    model = model_class(family)(config).eval()
-    model.model.norm = torch.nn.Identity()
-    prefix = f"model.layers.{index}."
-    with torch.no_grad():
-        for name, parameter in model.model.layers[0].named_parameters():
-            parameter.copy_(files.tensor(prefix + name))
-    return model
+    @torch.inference_mode()
+    def output(self, given: Hidden, dtype: torch.dtype) -> NDArray[Any]:
+        """(T, hidden) -> (T, hidden) in a wider type than the last one."""
+        cast(self.model, dtype)  # trits are the same in both, and so are rounded values
+        hidden = torch.from_numpy(given)[None].to(dtype)
+        found: NDArray[Any] = self.model.model(inputs_embeds=hidden, use_cache=False)[0][0].numpy()
+        return found
 
 
 def report(

@@ -31,7 +31,7 @@ EXPORTERS = {
 }
 DEFAULT_CONTEXT = 8192
 # fields of Options that few targets have
-OPTIONAL = ("activation_bits", "dtype", "model_file", "ops", "with_library", "task")
+OPTIONAL = ("activation_bits", "dtype", "model_file", "ops", "with_library", "task", "kv_bits")
 INHERITED = ("family", "method", "task", "base_model", "licence")
 
 Progress = Callable[[str, int, int], None]  # name of a tensor, tensors done, tensors in all
@@ -49,7 +49,9 @@ class Options:
     computed in (None: the target's choice); `model_file`, whether to add the architecture as a
     Python file for loaders that trust it; `ops`, which operators the artifact uses, one of the
     target's OPS (None: its default); `with_library`, whether to copy the custom operators' library
-    in; `task`, to make a classifier for this label task: a head of its answers alone.
+    in; `task`, to make a classifier for this label task: a head of its answers alone; `kv_bits`,
+    bits of an element of the cache of keys and values, one of the target's KV_BITS (None: its
+    default).
     """
 
     embed_bits: int = 16
@@ -61,6 +63,7 @@ class Options:
     ops: str | None = None
     with_library: bool = False
     task: str | None = None
+    kv_bits: int | None = None
 
     def resolve_context(self, model_context: int) -> int:
         """The context of the artifact; ValueError unless it is between 1 and the model's."""
@@ -121,6 +124,8 @@ def _checked(target: str, exporter: Any, given: dict[str, Any]) -> Options:
             raise ValueError(
                 f"{target} has no option {name}; leave it out, or choose another target"
             )
+    if options.kv_bits is not None:
+        _check_bits(target, "kv_bits", options.kv_bits, exporter.KV_BITS)
     if options.ops is not None and options.ops not in exporter.OPS:
         raise ValueError(f"unknown ops {options.ops!r}{suggest(options.ops, exporter.OPS)}")
     return options

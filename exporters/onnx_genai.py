@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitdistill import manifest
+from bitdistill.backends import kv_cache
 from bitdistill.backends.kernels import library_path
 from bitdistill.decoder import DecoderSpec
 from bitdistill.exporters.onnx_nodes import typed_value
@@ -105,7 +106,13 @@ def _widen_logits(graph: ir.Graph) -> None:
 
 
 def write_config(
-    spec: DecoderSpec, context: int, config: dict[str, Any], stop: list[int], out: Path, ops: str
+    spec: DecoderSpec,
+    context: int,
+    config: dict[str, Any],
+    stop: list[int],
+    out: Path,
+    ops: str,
+    kv_bits: int,
 ) -> None:
     """Write genai_config.json; `config` is the student's, for the ids of special tokens."""
     session: dict[str, Any] = {
@@ -124,20 +131,20 @@ def write_config(
         "bos_token_id": first if bos is None else bos,
         "eos_token_id": stop or [first],
         "pad_token_id": first if pad is None else pad,
-        "decoder": _decoder(spec, session),
+        "decoder": _decoder(spec, session, kv_bits),
     }
     search = {"do_sample": False, "max_length": min(context, MAX_LENGTH), "num_beams": 1}
     search["past_present_share_buffer"] = True
     manifest.write_json(out / CONFIG, {"model": model, "search": search})
 
 
-def _decoder(spec: DecoderSpec, session: dict[str, Any]) -> dict[str, Any]:
+def _decoder(spec: DecoderSpec, session: dict[str, Any], kv_bits: int) -> dict[str, Any]:
     past = {f"past_{part}_names": f"past_key_values.%d.{part}" for part in ("key", "value")}
     present = {f"present_{part}_names": f"present.%d.{part}" for part in ("key", "value")}
     return {
         "session_options": session,
         "filename": MODEL,
-        "head_size": spec.head_dim,
+        "head_size": kv_cache.row_elements(spec.head_dim, kv_bits),  # GenAI: of the cache alone
         "hidden_size": spec.hidden,
         "num_attention_heads": spec.heads,
         "num_hidden_layers": len(spec.layers),

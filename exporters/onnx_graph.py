@@ -5,31 +5,30 @@ Inputs   input_ids int64 (B, T)            right-padded where B > 1; of a classi
          seqlens_k int32 (B)               length of each sequence, past included, minus 1
          total_sequence_length int32 ()    the longest of them, past included
          logit_rows int64 (P)              positions of B * T whose logits are wanted
-         past_key_values.{i}.key/.value    float32 (B, KV heads, S, head size)
+         past_key_values.{i}.key/.value    (B, KV heads, S, ...), of backends/kv_cache.py
 Outputs  logits float32 (P, V), present.{i}.key/.value; a present may share its past's buffer.
 
 Every ternary matrix is one `bitdistill.TernaryLinear`, or the stock operators that onnx_linears.py
 puts in its place; its RMSNorm prologue is the linear's own norm, or the block's where nothing else
 reads that. Matrices that read the same input are stacked
 (`qkv_proj`, `gate_up_proj`), with one scale for each `scale_rows` rows. Attention, with rotation
-and cache, is ONNX Runtime's `com.microsoft.GroupQueryAttention`. The norms that remain are a
+and cache, is one node as well (onnx_attention.py). The norms that remain are a
 model-local function, one node in Netron and one fused kernel in ONNX Runtime.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitdistill import packing
-from bitdistill.decoder import DecoderSpec
-from bitdistill.exporters import onnx_tables
+from bitdistill.decoder import DecoderSpec, LayerSpec
+from bitdistill.exporters import onnx_attention, onnx_tables
 from bitdistill.exporters.base import Options
-from bitdistill.exporters.onnx_layout import FUSED, rotary_tables, scale_rows, stored_linears
+from bitdistill.exporters.onnx_layout import FUSED, scale_rows, stored_linears
 from bitdistill.exporters.onnx_linears import DEFAULT, OPERATORS, Stacked
 from bitdistill.exporters.onnx_nodes import (
     IR_VERSION,
@@ -59,6 +58,7 @@ class DecoderGraph(NodeBuilder):
     ) -> None:
         super().__init__(data)
         self.spec, self.context, self.ops = spec, context, options.ops or DEFAULT
+        self.kv_bits = onnx_attention.resolve_bits(options.kv_bits, self.ops)
         self.label_rows = label_rows
         self.embed_bits, self.layout = options.embed_bits, packing.LAYOUTS[options.weight_bits]
         self.tensor, self.ternary = tensor, ternary
@@ -68,10 +68,13 @@ class DecoderGraph(NodeBuilder):
     def build(self) -> ir.Model:
         """The model, its tensors written to the data file."""
         self.inputs = self._inputs()
-        rotary = [self._rotary(i) for i in range(len(self.spec.rotary))]
+        self.rotary = [
+            onnx_attention.rotary(self, index, rotary)
+            for index, rotary in enumerate(self.spec.rotary)
+        ]
         x = self.embedding()
         for index, layer in enumerate(self.spec.layers):
-            x = self.attention(x, index, rotary[layer.rotary], layer.window)
+            x = self.attention(x, index, layer)
             x = self.mlp(x, index)
         logits = self.head(x)
         return self._model([logits, *self.outputs])
@@ -91,20 +94,11 @@ class DecoderGraph(NodeBuilder):
             x = self.op("Mul", [x, scale], "embed_tokens/scale")
         return x
 
-    def attention(
-        self, x: ir.Value, index: int, rotary: tuple[ir.Value, ir.Value], window: int | None
-    ) -> ir.Value:
+    def attention(self, x: ir.Value, index: int, layer: LayerSpec) -> ir.Value:
         """x + [norm] o_proj(attention of input_norm(x))."""
-        names, block = self.spec.names, f"layers.{index}.self_attn"
+        names = self.spec.names
         projected = self._project(x, index, names.input_norm, "self_attn.qkv_proj")
-        if self.spec.qk_norm:
-            q, k, v = self._split_qkv(projected, block)
-            projected = [
-                self._head_norm(q, f"{block}.q_norm", self.spec.heads),
-                self._head_norm(k, f"{block}.k_norm", self.spec.kv_heads),
-                v,
-            ]
-        y = self._attend(projected, index, rotary, window)
+        y = onnx_attention.attend(self, projected, index, layer)
         y = self.linear("self_attn.o_proj", y, index)
         return self._residual(x, y, index, names.post_attention_norm, "attention")
 
@@ -168,7 +162,7 @@ class DecoderGraph(NodeBuilder):
     ) -> tuple[ir.Value | None, float]:
         """Weight and epsilon of the norm inside a ternary node: the block's, its own, or none."""
         if block_norm is not None:
-            return self._norm_weight(block_norm), self.spec.norm_eps
+            return self.norm_weight(block_norm), self.spec.norm_eps
         if not self.spec.has_norm(part):
             return None, self.spec.norm_eps
         weight = self.tensor(f"{name}.norm.weight")
@@ -178,48 +172,6 @@ class DecoderGraph(NodeBuilder):
         if not self.spec.has_bias(parts[0]):
             return None
         return np.concatenate([self.tensor(f"{prefix}.{part}.bias") for part in parts])
-
-    def _split_qkv(self, projected: list[ir.Value], block: str) -> list[ir.Value]:
-        if len(projected) == 3:
-            return projected
-        queries, keys = (n * self.spec.head_dim for n in (self.spec.heads, self.spec.kv_heads))
-        return self.split(projected[0], [queries, keys, keys], f"{block}.split")
-
-    def _head_norm(self, x: ir.Value, name: str, heads: int) -> ir.Value:
-        """RMSNorm over each head of (B, T, heads * head_dim)."""
-        size = self.spec.head_dim
-        by_head = self.constant(f"heads_{heads}", np.array([0, 0, heads, size], np.int64))
-        flat = self.constant(f"flat_{heads}", np.array([0, 0, heads * size], np.int64))
-        x = self.op("Reshape", [x, by_head], f"{name}.heads")
-        x = self.norm(x, f"model.{name}", name)
-        return self.op("Reshape", [x, flat], f"{name}.flat")
-
-    def _attend(
-        self,
-        projected: list[ir.Value],
-        index: int,
-        rotary: tuple[ir.Value, ir.Value],
-        window: int | None,
-    ) -> ir.Value:
-        """Rotation, cache update and causal attention, by one operator."""
-        past = [self.inputs[f"past_key_values.{index}.{part}"] for part in ("key", "value")]
-        lengths = [self.inputs["seqlens_k"], self.inputs["total_sequence_length"]]
-        # A packed projection (q, k and v in one tensor) leaves the key and value inputs empty.
-        inputs = [*projected, *([None] * (3 - len(projected))), *past, *lengths, *rotary]
-        shape: list[int | str] = ["batch", self.spec.kv_heads, "present", self.spec.head_dim]
-        y = ir.Value(name=f"layers.{index}.self_attn.attention")
-        present = [typed_value(f"present.{index}.{part}", shape) for part in ("key", "value")]
-        attributes: dict[str, Any] = {
-            "num_heads": self.spec.heads,
-            "kv_num_heads": self.spec.kv_heads,
-            "scale": self.spec.attention_scale,
-            "do_rotary": 1,
-        }
-        if window is not None and window < self.context:
-            attributes["local_window_size"] = window
-        self.append("GroupQueryAttention", inputs, [y, *present], "com.microsoft", attributes)
-        self.outputs += present
-        return y
 
     def _activate(self, gate: ir.Value, block: str) -> ir.Value:
         if self.spec.activation == "gelu_tanh":
@@ -236,12 +188,12 @@ class DecoderGraph(NodeBuilder):
 
     def norm(self, x: ir.Value, weight: str, name: str) -> ir.Value:
         """A norm of the teacher's architecture, over the last axis."""
-        inputs = [x, self._norm_weight(weight)]
+        inputs = [x, self.norm_weight(weight)]
         return self.op("RMSNorm", inputs, name, "bitdistill.functions", epsilon=self.spec.norm_eps)
 
     # Tensors
 
-    def _norm_weight(self, module: str) -> ir.Value:
+    def norm_weight(self, module: str) -> ir.Value:
         """The factor a block norm multiplies by: gemma's 1 + w is stored as such."""
         weight = self.tensor(f"{module}.weight") + np.float32(self.spec.norm_offset)
         return self.data.add(f"{module}.weight", weight, "norms")
@@ -250,16 +202,10 @@ class DecoderGraph(NodeBuilder):
         """The embedding or head (V, hidden)."""
         return onnx_tables.store(self, name, self.tensor(name), part, self.embed_bits, self.ops)
 
-    def _rotary(self, index: int) -> tuple[ir.Value, ir.Value]:
-        cos, sin = rotary_tables(self.spec.rotary[index], self.context)
-        add = self.data.add
-        return add(f"rotary.{index}.cos", cos, "rotary"), add(f"rotary.{index}.sin", sin, "rotary")
-
     # The model
 
     def _inputs(self) -> dict[str, ir.Value]:
         spec = self.spec
-        past: list[int | str] = ["batch", spec.kv_heads, "past", spec.head_dim]
         tokens = typed_value("input_ids", ["batch", "sequence"], ir.DataType.INT64)
         if self.label_rows is not None:
             tokens = typed_value("embeddings", ["batch", "sequence", spec.hidden])
@@ -269,7 +215,9 @@ class DecoderGraph(NodeBuilder):
             typed_value("total_sequence_length", [], ir.DataType.INT32),
             typed_value("logit_rows", ["rows"], ir.DataType.INT64),
             *(
-                typed_value(f"past_key_values.{i}.{part}", past)
+                onnx_attention.cache_value(
+                    f"past_key_values.{i}.{part}", spec, self.kv_bits, "past"
+                )
                 for i in range(len(spec.layers))
                 for part in ("key", "value")
             ),

@@ -53,6 +53,7 @@ def export_stock(teacher: str | Path, kind: str, out: str | Path) -> Path:
             "target": "onnx",
             "ops": "portable",
             "label_tokens": None,
+            "kv_bits": 32,
             "precision": kind,
             "teacher": manifest.fingerprint(content["files"]),
             "decoder": spec.to_json(),

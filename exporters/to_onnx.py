@@ -17,9 +17,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitdistill import packing, tables
+from bitdistill.backends import kv_cache
 from bitdistill.backends.embedding_file import NAME as EMBEDDING_FILE
 from bitdistill.checkpoint import StudentFiles
 from bitdistill.decoder import LINEARS, DecoderSpec
+from bitdistill.exporters import onnx_attention as attention
 from bitdistill.exporters import onnx_classifier as classifier
 from bitdistill.exporters import onnx_genai as genai
 from bitdistill.exporters.base import Options, Progress
@@ -33,11 +35,11 @@ from bitdistill.manifest import FormatError
 EMBED_BITS = (32, 16, 8, 4)
 WEIGHT_BITS = tuple(packing.LAYOUTS)
 OPS = tuple(OPERATORS)
+KV_BITS = attention.KV_BITS
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-OPTIONS = ("ops", "with_library", "task")
-HEAD_SIZE_MULTIPLE = 16  # what GroupQueryAttention can rotate
+OPTIONS = ("ops", "with_library", "task", "kv_bits")
 
 
 class _Reader:
@@ -99,7 +101,9 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
         )
     if labels is None:  # GenAI generates text
         genai.write_graph(model, out)
-        genai.write_config(spec, context, student.config, student.stop_tokens, out, ops)
+        genai.write_config(
+            spec, context, student.config, student.stop_tokens, out, ops, graph.kv_bits
+        )
     if options.with_library:
         genai.copy_library(out)
     verify(student, out, reader, ops)
@@ -110,7 +114,8 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
         "kernel_layout": packing.LAYOUTS[options.weight_bits] if ops == DEFAULT else None,
         "scale_granularity": "matrix",
         "label_tokens": labels,
-        "storage": _storage(ops, options.embed_bits),
+        "kv_bits": graph.kv_bits,
+        "storage": _storage(ops, options.embed_bits, graph.kv_bits),
         "embedding_error": errors,
         "parts": _parts(spec, data, out),
     }
@@ -129,15 +134,16 @@ def check_supported(spec: DecoderSpec, options: Options) -> None:
             "columns; export with --embed-bits 16"
         )
     _check_operators(spec, options)
+    attention.resolve_bits(options.kv_bits, options.ops or DEFAULT)
     if options.weight_bits != 2 and spec.activation_bits is None:
         raise ValueError(
             "the kernels read 1.6-bit weights with 8-bit activations alone, and this student's are "
             "not quantised; export with --weight-bits 2"
         )
-    if spec.head_dim % HEAD_SIZE_MULTIPLE:
+    if spec.head_dim % attention.HEAD_SIZE_MULTIPLE:
         raise ValueError(
-            f"head size {spec.head_dim} is not a multiple of {HEAD_SIZE_MULTIPLE}, which ONNX "
-            "Runtime's attention needs; export with target mlx, or use another teacher"
+            f"head size {spec.head_dim} is not a multiple of {attention.HEAD_SIZE_MULTIPLE}, which "
+            "attention needs; export with target mlx, or use another teacher"
         )
 
 
@@ -157,9 +163,11 @@ def _check_operators(spec: DecoderSpec, options: Options) -> None:
         )
 
 
-def _storage(ops: str, embed_bits: int) -> dict[str, str]:
+def _storage(ops: str, embed_bits: int, kv_bits: int) -> dict[str, str]:
     """What is rounded, so that PyTorch can be given the same roundings for comparison."""
     storage = {"embedding": STORAGE[embed_bits], "norms": "float32"}
+    if kv_bits != 32:
+        storage["cache"] = kv_cache.STORAGE[kv_bits]
     if ops == "portable":
         storage["activations"] = "int8 blocks"
     if ops != DEFAULT and embed_bits in (8, 4):

@@ -1,5 +1,6 @@
-// The AVX2 + F16C table. avx2_quantize.cpp, avx2_ternary.cpp, avx2_float.cpp and
-// avx2_head.cpp hold its functions; they are empty on processors other than x86-64.
+// The table of AVX2, F16C and FMA. avx2_quantize.cpp, avx2_ternary.cpp, avx2_float.cpp,
+// avx2_head.cpp and avx2_attention.cpp hold its functions; they are empty on processors other than
+// x86-64.
 #include "avx2.h"
 #include "cpu.h"
 
@@ -8,13 +9,15 @@ namespace {
 
 int supported() {
   const bitdistill::CpuFeatures cpu = bitdistill::cpu_features();
-  return cpu.avx2 && cpu.f16c;
+  return cpu.avx2 && cpu.f16c && cpu.fma;  // every processor with AVX2 known to us has both
 }
 
 namespace avx2 = bitdistill::avx2;
 
-const BdKernels kTable = {"avx2",        supported,           avx2::quantize,      avx2::normalize,
-                          avx2::ternary, avx2::ternary_float, avx2::ternary_base3, &avx2::heads};
+const BdKernels kTable = {
+    "avx2",          supported,           avx2::quantize,      avx2::normalize,
+    avx2::ternary,   avx2::ternary_float, avx2::ternary_base3, &avx2::heads,
+    &avx2::attention};
 
 }  // namespace
 

@@ -16,6 +16,7 @@ int64_t lookup(const BdTernary *w, const BdTokens *in, float *y, int64_t first, 
 void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 extern const BdHeadKernels heads;
+extern const BdAttentionKernels attention;
 }  // namespace avx2
 }  // namespace bitdistill
 

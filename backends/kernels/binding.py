@@ -77,6 +77,7 @@ class KernelTable(c.Structure):
         ("ternary_float", _PRODUCT),
         ("ternary_base3", _PRODUCT),
         ("head", c.POINTER(HeadTable)),
+        ("attention", c.c_void_p),
     )
 
 
@@ -121,6 +122,7 @@ def library() -> c.CDLL:
     ]  # fmt: skip
     declare(lib)
     lib.bd_has_code_3.argtypes = [c.c_void_p, c.c_size_t]
+    lib.bd_attention.argtypes = [c.POINTER(KernelTable), c.c_void_p, c.c_int64]
     return lib
 
 
@@ -253,6 +255,11 @@ class Kernels:
         product = self.table.ternary_base3 if base3 else self.table.ternary
         product(w, tokens, y.ctypes.data, 0, len(packed))
         return y
+
+    def attention(self, call: c.Structure, tokens: int) -> None:
+        """`keep` and `attend` of binding_attention.AttentionCall, on this thread."""
+        if not library().bd_attention(self._table, c.addressof(call), tokens):
+            raise MemoryError("no memory for attention")
 
     def head(self, x: Floats, table: NDArray[np.float16]) -> Floats:
         """x (M, K), table float16 (N, K) -> (M, N), on this thread."""

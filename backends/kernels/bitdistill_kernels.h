@@ -15,6 +15,8 @@
  * halves (16, 8, 4, 2, 1); `ternary_float` adds column 16 q + 4 s + j into partial sum s in the
  * order of q, then j, and folds (0 + 1) + (2 + 3).
  *
+ * Attention has a header of its own, bitdistill_attention.h.
+ *
  * The LM head and the embedding read one table of 16, 8 or 4 bits:
  *
  *   half       y[n] = x . fp32(table[n])
@@ -35,6 +37,8 @@
 
 #include <stddef.h>
 #include <stdint.h>
+
+#include "bitdistill_attention.h"
 
 #if defined(_WIN32)
 #define BD_API __declspec(dllexport)
@@ -149,6 +153,7 @@ typedef struct BdKernels {
   void (*ternary_base3)(const BdTernary *w, const BdTokens *in, float *y, int64_t first_block,
                         int64_t last_block);
   const BdHeadKernels *head;
+  const BdAttentionKernels *attention;
 } BdKernels;
 
 /* The table of an instruction set, or of the best one this CPU has for NULL (once a process, the
@@ -219,6 +224,13 @@ BD_API void bd_head_quantize(const float *x, const BdHeadTokens *out, int64_t fi
 /* Rows `ids` of a table -> rows (count, columns); ids must lie in [0, table->rows). */
 BD_API void bd_gather_int8(const BdTable *table, const int64_t *ids, int64_t count, float *rows);
 BD_API void bd_gather_int4(const BdTable *table, const int64_t *ids, int64_t count, float *rows);
+
+/* Bytes of a cache row of one position, and of scratch memory for rows [first, last). */
+BD_API int64_t bd_cache_row_bytes(int64_t head_size, int64_t cache_bits);
+BD_API size_t bd_attention_scratch_bytes(const BdAttention *a, int64_t first_row, int64_t last_row);
+
+/* `keep` and `attend` of `tokens` tokens on the calling thread; 0 where memory ran out. */
+BD_API int bd_attention(const BdKernels *kernels, const BdAttention *a, int64_t tokens);
 
 /* Blocks of 16 rows: the unit of `int4`. */
 BD_API int64_t bd_table_blocks(int64_t rows);

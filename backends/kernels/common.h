@@ -22,6 +22,7 @@
 #endif
 
 namespace bitdistill {
+extern const BdAttentionKernels scalar_attention;
 const BdKernels *scalar_kernels();
 #if BD_ARM
 const BdKernels *neon_kernels();

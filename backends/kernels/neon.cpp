@@ -1,4 +1,5 @@
-// The NEON table. neon_quantize.cpp, neon_ternary.cpp and neon_head.cpp hold its functions.
+// The NEON table. neon_quantize.cpp, neon_ternary.cpp, neon_head.cpp and neon_attention.cpp
+// hold its functions.
 #include "neon.h"
 #include "cpu.h"
 
@@ -9,8 +10,10 @@ int supported() { return bitdistill::cpu_features().dot_product; }
 
 namespace neon = bitdistill::neon;
 
-const BdKernels kTable = {"neon",        supported,           neon::quantize,      neon::normalize,
-                          neon::ternary, neon::ternary_float, neon::ternary_base3, &neon::heads};
+const BdKernels kTable = {
+    "neon",          supported,           neon::quantize,      neon::normalize,
+    neon::ternary,   neon::ternary_float, neon::ternary_base3, &neon::heads,
+    &neon::attention};
 
 }  // namespace
 

@@ -14,6 +14,7 @@ void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, in
 void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 extern const BdHeadKernels heads;
+extern const BdAttentionKernels attention;
 }  // namespace neon
 }  // namespace bitdistill
 

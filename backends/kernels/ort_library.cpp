@@ -18,6 +18,7 @@ constexpr const char *kDomain = "bitdistill";
 struct Registration {
   const ort::Api *api;
   ort::Domain *domain;
+  Op attention[3];
   Op ternary;
   Op head;
   Op quantized_head;
@@ -39,12 +40,14 @@ bool infers_safely(const char *version) {
 
 ort::Status *fill(Registration *r, const ort::Api *api, const char *version) {
   r->api = api;
+  fill_attention(r->attention, api);
   fill_ternary(&r->ternary, api);
   fill_head(&r->head, api);
   fill_quantized_head(&r->quantized_head, api);
   fill_quantized_embedding(&r->quantized_embedding, api);
   BD_TRY(api->CreateCustomOpDomain(kDomain, &r->domain));
   BD_TRY(api->CustomOpDomain_Add(r->domain, &r->head));
+  for (Op &op : r->attention) BD_TRY(api->CustomOpDomain_Add(r->domain, &op));
   for (Op *op : {&r->ternary, &r->quantized_head, &r->quantized_embedding}) {
     if (!infers_safely(version)) op->InferOutputShape = nullptr;
     BD_TRY(api->CustomOpDomain_Add(r->domain, op));

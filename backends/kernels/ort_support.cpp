@@ -27,6 +27,8 @@ const char *type_name(ort::ElementType type) {
       return "uint8";
     case ort::kInt8:
       return "int8";
+    case ort::kInt32:
+      return "int32";
     case ort::kInt64:
       return "int64";
     case ort::kFloat16:
@@ -100,6 +102,14 @@ ort::Status *read_int(const ort::Api *api, const ort::KernelInfo *info, const ch
   api->ReleaseStatus(status);
   return refuse(api, "%s: the integer attribute %s is missing; export the model again", op,
                 attribute);
+}
+
+ort::Status *read_float(const ort::Api *api, const ort::KernelInfo *info, const char *op,
+                        const char *attribute, float *out) {
+  ort::Status *status = api->KernelInfoGetAttribute_float(info, attribute, out);
+  if (status == nullptr) return nullptr;
+  api->ReleaseStatus(status);
+  return refuse(api, "%s: the attribute %s is missing; export the model again", op, attribute);
 }
 
 ort::Status *check_scales(const ort::Api *api, const char *op, const float *scale, int64_t count) {

@@ -48,6 +48,10 @@ void read_name(const ort::Api *api, const ort::KernelInfo *info, const char *op,
 ort::Status *read_int(const ort::Api *api, const ort::KernelInfo *info, const char *op,
                       const char *attribute, int64_t *out);
 
+// The same of a number.
+ort::Status *read_float(const ort::Api *api, const ort::KernelInfo *info, const char *op,
+                        const char *attribute, float *out);
+
 // Scales must be finite and not negative.
 ort::Status *check_scales(const ort::Api *api, const char *op, const float *scale, int64_t count);
 
@@ -125,6 +129,8 @@ ort::Status *infer_output(const ort::Api *api, ort::ShapeContext *context, size_
 ort::Status *infer_int(const ort::Api *api, const ort::ShapeContext *context, const char *attribute,
                        int64_t *out);
 
+// One operator for each type of the cache: float, float16 and int8.
+void fill_attention(Op (&ops)[3], const ort::Api *api);
 void fill_ternary(Op *op, const ort::Api *api);
 void fill_head(Op *op, const ort::Api *api);
 void fill_quantized_head(Op *op, const ort::Api *api);

@@ -121,8 +121,15 @@ void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t fir
 
 int supported() { return 1; }
 
-const BdKernels kTable = {"scalar", supported,     quantize,      normalize,
-                          ternary,  ternary_float, ternary_base3, &bitdistill::scalar_heads};
+const BdKernels kTable = {"scalar",
+                          supported,
+                          quantize,
+                          normalize,
+                          ternary,
+                          ternary_float,
+                          ternary_base3,
+                          &bitdistill::scalar_heads,
+                          &bitdistill::scalar_attention};
 
 }  // namespace
 

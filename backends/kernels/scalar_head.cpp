@@ -1,20 +1,8 @@
 // The oracle of the three heads, for any CPU.
+#include "half.h"
 #include "head.h"
 
 namespace {
-
-float from_half(uint16_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16;
-  const uint32_t exponent = half >> 10 & 31;
-  const uint32_t fraction = half & 1023u;
-  uint32_t bits = sign | (exponent + 112) << 23 | fraction << 13;
-  if (exponent == 31) bits = sign | 0x7f800000u | fraction << 13;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  if (exponent != 0) return value;
-  const float small = static_cast<float>(fraction) * (1.0f / 16777216.0f);  // subnormal: 2^-24
-  return sign != 0 ? -small : small;
-}
 
 void half(const BdHalfTable *w, const float *x, int64_t tokens, float *y, int64_t first,
           int64_t last) {

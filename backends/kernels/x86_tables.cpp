@@ -39,6 +39,7 @@ BdKernels with_avx512_vnni(const char *name, Supported supported, Ternary ternar
   BdKernels table = over_avx2(name, supported, ternary);
   table.ternary_base3 = avx512_vnni_ternary_base3;
   table.head = &avx512_vnni_heads;
+  table.attention = &avx512_vnni_attention;
   return table;
 }
 

@@ -24,6 +24,7 @@ void avx512_vnni_ternary(const BdTernary *w, const BdTokens *in, float *y, int64
 void avx512_vnni_ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first,
                                int64_t last);
 extern const BdHeadKernels avx512_vnni_heads;
+extern const BdAttentionKernels avx512_vnni_attention;
 void amx_ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 }  // namespace bitdistill
 #endif

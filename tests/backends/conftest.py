@@ -15,15 +15,19 @@ from bitdistill import exporters
 def onnx_pair(
     student_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Path]]:
-    """`onnx_pair(family, norm_style, activation_bits, **config)`: (student, artifact)."""
+    """`onnx_pair(family, norm_style, bits, options={}, **config)`: (student, artifact)."""
     root = tmp_path_factory.mktemp("onnx")
-    made: dict[Path, Path] = {}
+    made: dict[str, Path] = {}
 
-    def make(*args: Any, **overrides: Any) -> tuple[Path, Path]:
+    def make(
+        *args: Any, options: dict[str, Any] | None = None, **overrides: Any
+    ) -> tuple[Path, Path]:
         student = student_dir(*args, **overrides)
-        if student not in made:
-            made[student] = exporters.export(student, "onnx", root / student.name)
-        return student, made[student]
+        key = f"{student.name}{options}"
+        if key not in made:
+            out = root / str(len(made))
+            made[key] = exporters.export(student, "onnx", out, **(options or {}))
+        return student, made[key]
 
     return make
 

@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "attention_driver.h"
 #include "bitdistill_kernels.h"
 
 namespace {
@@ -178,7 +179,7 @@ bool compare(const BdKernels *kernels, unsigned seed, BdPool *pool) {
           if (!same_table(kernels, oracle, random, tokens, rows, columns, bits == 8 ? 8 : 4))
             return false;
         }
-  return same_prefill(kernels, oracle, random, pool);
+  return same_prefill(kernels, oracle, random, pool) && same_attention(kernels, oracle, random);
 }
 
 }  // namespace

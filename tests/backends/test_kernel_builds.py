@@ -33,6 +33,7 @@ AVX512 = ["-mavx2", "-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "dq", 
 # The machine flags of the kernels, by the start of a file's name, and the table they define.
 MACHINE = {
     "avx2_ceilings": (["-mavx2", "-mfma"], None),
+    "avx2_attention": (["-mavx2", "-mf16c", "-mfma"], None),
     "avx2_": (["-mavx2", "-mf16c"], None),
     "avx_vnni_": (["-mavx2", "-mf16c", "-mavxvnni"], "BD_AVX_VNNI"),
     "avx512_vnni_": (AVX512, "BD_AVX512_VNNI"),
@@ -107,8 +108,8 @@ def test_kernels_that_this_cpu_may_lack(compiler: str, sanitize: bool, tmp_path:
     flags = ["-O3"]
     if sanitize:
         flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    machine = ("avx2_", "avx_vnni_t", *(f"avx512_vnni_{part}" for part in "bht"))
-    plain = ("dispatch", "scalar", "x86_tables", "avx2.", "work_memory")
+    machine = ("avx2_", "avx_vnni_t", *(f"avx512_vnni_{part}" for part in "abht"))
+    plain = ("attention", "dispatch", "scalar", "x86_tables", "avx2.", "work_memory")
     sources = [path for path in KERNELS.glob("*.cpp") if path.name.startswith((*machine, *plain))]
     sources.append(DRIVER.with_name("emulated_driver.cpp"))
     objects = [tmp_path / f"{source.stem}.o" for source in sources]

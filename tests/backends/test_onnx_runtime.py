@@ -1,11 +1,5 @@
-"""ONNX artifacts against PyTorch, by the numerical contract, and against themselves.
-
-Errors are per position: the largest difference of a logit, over the standard deviation of all
-logits. Without int8 activations nothing is rounded discontinuously and 1e-4 must hold everywhere.
-With them, an activation on a rounding boundary may flip between two orders of summation, as it does
-between fp32 and fp64 PyTorch: then most positions must still be within 1e-4, and the share that is
-not must be explained by the share that fp64 shows.
-"""
+"""ONNX artifacts against PyTorch, by the numerical contract (onnx_contract.py), and against
+themselves."""
 
 from __future__ import annotations
 
@@ -18,11 +12,12 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from onnx_contract import TIGHT, error, flat, reference, sequences, violations
 
 from bitdistill import backends, exporters, manifest
 from bitdistill.backends import onnx_runtime
 
-TIGHT = 1e-4
+WIDE = {"kv_bits": 32}  # nothing of the cache is rounded
 Pair = Callable[..., tuple[Path, Path]]
 CASES = [
     ("llama", "paper", {}),
@@ -40,56 +35,44 @@ INT8_CASES = [CASES[0], CASES[3], CASES[4], CASES[6]]
 INT8_IDS = [IDS[0], IDS[3], IDS[4], IDS[6]]
 
 
-def sequences(count: int = 4) -> list[list[int]]:
-    """Random tokens; 40 of them reach far beyond the window of 8."""
-    random = np.random.default_rng(3)
-    return [random.integers(3, 280, n).tolist() for n in (40, 17, 1, 29)[:count]]
-
-
-def flat(runtime: backends.Runtime, tokens: list[list[int]]) -> NDArray[np.float32]:
-    return np.concatenate(runtime.logits(tokens))
-
-
-def error(logits: NDArray[Any], reference: NDArray[Any]) -> NDArray[Any]:
-    """Per position, as said above."""
-    return np.abs(logits - reference).max(-1) / reference.std()
-
-
-def reference(student: Path, artifact: Path, dtype: str = "float32") -> backends.Runtime:
-    """PyTorch with the weights as the artifact stores them."""
-    storage = manifest.read_manifest(artifact)["storage"]
-    return backends.load(student, dtype=dtype, storage=storage)
-
-
-def violations(logits: NDArray[Any], fp32: NDArray[Any], fp64: NDArray[Any]) -> list[str]:
-    """What breaks the contract for models with int8 activations; empty if nothing does."""
-    off, floor = error(logits, fp32) > TIGHT, error(fp64, fp32) > TIGHT
-    broken = []
-    if np.median(error(logits, fp32)) > TIGHT:
-        broken.append("most positions differ")
-    if off.mean() > 2 * floor.mean() + 0.1:
-        broken.append(f"{off.mean():.0%} of positions differ, {floor.mean():.0%} explained")
-    agree = (logits.argmax(-1) == fp32.argmax(-1)).mean()
-    if agree < (fp64.argmax(-1) == fp32.argmax(-1)).mean() - 0.02:
-        broken.append(f"predictions agree on {agree:.1%}")
-    return broken
-
-
 @pytest.mark.parametrize(("family", "style", "config"), CASES, ids=IDS)
 def test_equals_pytorch_without_activation_rounding(
     onnx_pair: Pair, family: str, style: str, config: dict[str, Any]
 ) -> None:
-    student, artifact = onnx_pair(family, style, None, **config)
+    student, artifact = onnx_pair(family, style, None, options=WIDE, **config)
     runtime, tokens = backends.load(artifact), sequences()
     logits = flat(runtime, tokens)
     expected = flat(reference(student, artifact), tokens)
     assert expected.std() > 0.1
     assert error(logits, expected).max() < TIGHT
-    # The cache: a prompt in two pieces, then token by token, is the full forward.
-    cache, whole = runtime.new_cache(64), logits[:40]
-    steps = [runtime.step(tokens[0][:7], cache), runtime.step(tokens[0][7:20], cache)]
-    steps += [runtime.step([token], cache) for token in tokens[0][20:]]
-    assert error(np.array(steps), whole[[6, *range(19, 40)]]).max() < TIGHT
+    assert_steps_are_the_whole(runtime, tokens[0], logits[:40])
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize(("family", "style", "config"), INT8_CASES, ids=INT8_IDS)
+def test_a_narrow_cache_equals_pytorch_that_rounds_keys_and_values(
+    onnx_pair: Pair, family: str, style: str, config: dict[str, Any], bits: int
+) -> None:
+    """A key on a rounding boundary flips between two orders of summation, as in fp64 PyTorch."""
+    student, artifact = onnx_pair(family, style, None, options={"kv_bits": bits}, **config)
+    runtime, tokens = backends.load(artifact), sequences()
+    logits = flat(runtime, tokens)
+    fp32 = flat(reference(student, artifact), tokens)
+    floor = error(flat(reference(student, artifact, "float64"), tokens), fp32).max()
+    assert error(logits, fp32).max() < 2 * floor + 1e-5
+    unrounded = flat(backends.load(student, storage={"embedding": "float16"}), tokens)
+    assert np.median(error(logits, unrounded)) > 10 * np.median(error(logits, fp32))
+    assert_steps_are_the_whole(runtime, tokens[0], logits[:40])
+
+
+def assert_steps_are_the_whole(
+    runtime: backends.Runtime, tokens: list[int], whole: NDArray[np.float32]
+) -> None:
+    """A prompt in two pieces, then token by token, gives the bits of the full forward."""
+    cache = runtime.new_cache(64)
+    steps = [runtime.step(tokens[:7], cache), runtime.step(tokens[7:20], cache)]
+    steps += [runtime.step([token], cache) for token in tokens[20:]]
+    np.testing.assert_array_equal(np.array(steps), whole[[6, *range(19, 40)]])
 
 
 @pytest.mark.parametrize(("family", "style", "config"), INT8_CASES, ids=INT8_IDS)
@@ -116,7 +99,7 @@ def test_the_contract_notices_missing_activation_rounding(onnx_pair: Pair) -> No
 
 
 def test_a_window_that_is_off_by_one_is_noticed(onnx_pair: Pair, tmp_path: Path) -> None:
-    student, artifact = onnx_pair("gemma3_text", "paper", None)
+    student, artifact = onnx_pair("gemma3_text", "paper", None, options=WIDE)
     tokens = sequences(1)
     expected = flat(reference(student, artifact), tokens)
     for window in (7, 9):
@@ -190,8 +173,8 @@ def test_generates_what_pytorch_generates(onnx_pair: Pair, threads: int) -> None
 
 
 def test_a_32_bit_embedding_equals_the_unrounded_student(onnx_pair: Pair, tmp_path: Path) -> None:
-    student, half = onnx_pair("llama", "paper", None)
-    full = exporters.export(student, "onnx", tmp_path / "full", embed_bits=32)
+    student, half = onnx_pair("llama", "paper", None, options=WIDE)
+    full = exporters.export(student, "onnx", tmp_path / "full", embed_bits=32, **WIDE)
     tokens = sequences()
     expected = flat(backends.load(student), tokens)
     assert error(flat(backends.load(full), tokens), expected).max() < TIGHT

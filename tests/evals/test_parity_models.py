@@ -100,15 +100,14 @@ def test_a_layer_that_is_a_little_wrong_fails(
     student = student_dir("qwen3", "paper")
     out = export(student, "onnx", tmp_path / "out")
     monkeypatch.setattr(parity, "LARGEST", 1000)
-    exact = parity_layers._one_layer
+    exact = parity_layers._Layer.take
 
-    def wrong(files: Any, index: int) -> Any:
-        model = exact(files, index)
+    def wrong(layer: Any, files: Any, index: int, storage: dict[str, str]) -> None:
+        exact(layer, files, index, storage)
         if index == 1:
-            model.model.layers[0].self_attn.q_norm.weight.data *= 0.95
-        return model
+            layer.model.model.layers[0].self_attn.q_norm.weight.data *= 0.95
 
-    monkeypatch.setattr(parity_layers, "_one_layer", wrong)
+    monkeypatch.setattr(parity_layers._Layer, "take", wrong)
     report = parity.report(student, out)
     assert report["passed"] is False
     assert report["by_layer"][1] > 100 * report["by_layer"][0]

@@ -67,7 +67,9 @@ def test_its_graph_gives_the_logits_of_the_last_tokens(
     student_dir: Students, tmp_path: Path
 ) -> None:
     """A right-padded batch, then one token more for each: what our runtime gives one by one."""
-    artifact = exporters.export(student_dir("qwen2", "paper", None), "onnx", tmp_path / "out")
+    artifact = exporters.export(
+        student_dir("qwen2", "paper", None), "onnx", tmp_path / "out", kv_bits=32
+    )
     runtime, session = backends.load(artifact), genai_session(artifact)
     tokens = [[5, 6, 7, 8, 9], [10, 11, 12]]
     mask = np.array([[1] * 5, [1] * 3 + [0] * 2], np.int64)
@@ -101,7 +103,7 @@ def test_special_tokens_that_a_model_lacks(student_dir: Students, tmp_path: Path
     from bitdistill import checkpoint
 
     spec = checkpoint.open_student(student_dir("llama")).spec
-    onnx_genai.write_config(spec, 4096, {}, [7, 8], tmp_path, "integer")
+    onnx_genai.write_config(spec, 4096, {}, [7, 8], tmp_path, "integer", 32)
     model = config_of(tmp_path)["model"]
     assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (7, [7, 8], 7)
     assert "custom_ops_library" not in model["decoder"]["session_options"]
@@ -128,15 +130,21 @@ print(json.dumps(generator.get_sequence(0).tolist()))
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("onnxruntime_genai") is None, reason="needs onnxruntime-genai")
 @pytest.mark.parametrize(
-    ("family", "ops"),
-    [("qwen3", "custom"), ("gemma3_text", "custom"), ("llama", "portable"), ("qwen2", "integer")],
+    ("family", "ops", "kv_bits"),
+    [
+        ("qwen3", "custom", 16),
+        ("gemma3_text", "custom", 16),
+        ("qwen3", "custom", 8),
+        ("llama", "custom", 32),
+        ("llama", "portable", None),
+        ("qwen2", "integer", None),
+    ],
 )
 def test_genai_generates_our_tokens(
-    student_dir: Students, tmp_path: Path, family: str, ops: str
+    student_dir: Students, tmp_path: Path, family: str, ops: str, kv_bits: int | None
 ) -> None:
-    out = exporters.export(
-        student_dir(family), "onnx", tmp_path / "out", ops=ops, with_library=ops == "custom"
-    )
+    own = {"ops": ops, "kv_bits": kv_bits, "with_library": ops == "custom"}
+    out = exporters.export(student_dir(family), "onnx", tmp_path / "out", **own)
     prompt = [5, 6, 7, 40, 41]
     result = subprocess.run(
         [sys.executable, "-c", GENERATE, str(out), json.dumps(prompt)],

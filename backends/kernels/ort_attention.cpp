@@ -1,0 +1,206 @@
+// Attention: rotation, the cache, and causal attention over it, with the norms of queries and keys
+// inside. Inputs and outputs are those of com.microsoft.GroupQueryAttention where they mean the
+// same; the cache is of float, float16, or int8 with a scale behind each row (8 bits).
+//
+// Inputs      query float (B, T, heads * D), or with k and v (B, T, (heads + 2 kv_heads) * D);
+//             key, value float (B, T, kv_heads * D), both absent where the query holds them;
+//             past_key, past_value (B, kv_heads, S, D, or D + 4 of int8);
+//             seqlens_k int32 (B): tokens of each sequence with its past, less 1;
+//             total_sequence_length int32 (): the largest, with its past;
+//             frequencies float (D / 2), constant; q_norm, k_norm float (D), absent without norms
+// Outputs     y float (B, T, heads * D); present_key, present_value like the past, with room for
+//             total_sequence_length at least; where one is its past's own buffer nothing is copied
+// Attributes  num_heads, kv_num_heads, local_window_size (0: all), scale, epsilon;
+//             context (the most positions) and rotary_scale, of cosines and sines
+//
+// Where T is total_sequence_length there is no past, and sequences may be padded on the right: y is
+// zero there. Else every sequence is T tokens longer than its past.
+#include "ort_attention.h"
+
+#include <string.h>
+
+#include <atomic>
+#include <new>
+
+#include "work_memory.h"
+
+namespace bitdistill {
+namespace {
+
+constexpr const char *kName = "Attention";
+constexpr int64_t kTileRows = BD_TILE_ROWS;
+
+ort::Status *make(AttentionNode *k, const ort::KernelInfo *info) {
+  k->kernels = bd_kernels(nullptr);
+  if (k->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
+  read_name(k->api, info, kName, k->name);
+  return read_node(k, info);
+}
+
+void destroy(void *kernel) noexcept {
+  Rotary::release(static_cast<AttentionNode *>(kernel)->rotary);
+  delete static_cast<AttentionNode *>(kernel);
+}
+
+ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
+                    void **out) noexcept {
+  AttentionNode *k = new (std::nothrow) AttentionNode();
+  if (k == nullptr) return refuse(api, "%s: out of memory", kName);
+  k->api = api;
+  ort::Status *status = make(k, info);
+  if (status != nullptr)
+    destroy(k);
+  else
+    *out = k;
+  return status;
+}
+
+// Sizes from the query and the cache; everything else must agree with them.
+
+ort::Status *make_outputs(const AttentionNode &k, ort::KernelContext *context, AttentionCall *c) {
+  c->room = c->past_room > c->total ? c->past_room : c->total;
+  const Tensor &past = c->in[kPastKey];
+  const int64_t present[] = {c->batch, k.kv_heads, c->room, past.dims[3]};
+  const int64_t y[] = {c->batch, c->tokens, k.heads * c->size};
+  void *data[kAttentionOutputs];
+  for (size_t i = 0; i < kAttentionOutputs; ++i) {
+    ort::Value *value = nullptr;
+    BD_TRY(
+        k.api->KernelContext_GetOutput(context, i, i == kY ? y : present, i == kY ? 3 : 4, &value));
+    BD_TRY(k.api->GetTensorMutableData(value, &data[i]));
+  }
+  c->y = static_cast<float *>(data[kY]);
+  c->present[0] = static_cast<char *>(data[kPresentKey]);
+  c->present[1] = static_cast<char *>(data[kPresentValue]);
+  return nullptr;
+}
+
+// What one key head of one sequence works on.
+BdAttention part_of(const AttentionNode &k, const AttentionCall &c, int64_t b, int64_t head) {
+  const int64_t group = k.heads / k.kv_heads, size = c.size;
+  const int64_t columns = c.in[kQuery].dims[2], keys = k.kv_heads * size;
+  const bool packed = !c.in[kKey].present;
+  const int64_t row = b * c.tokens;
+  const float *query = c.in[kQuery].floats() + row * columns;
+  BdAttention a = {};
+  a.q = query + head * group * size;
+  a.k = (packed ? query + k.heads * size : c.in[kKey].floats() + row * keys) + head * size;
+  a.v = (packed ? query + k.heads * size + keys : c.in[kValue].floats() + row * keys) + head * size;
+  a.y = c.y + (row * k.heads + head * group) * size;
+  a.q_stride = columns, a.y_stride = k.heads * size;
+  a.k_stride = a.v_stride = packed ? columns : keys;
+  const int64_t place = (b * k.kv_heads + head) * c.room * c.row_bytes();
+  a.keys = c.present[0] + place, a.values = c.present[1] + place;
+  a.cos = c.rotary.cos, a.sin = c.rotary.sin;
+  a.q_norm = c.in[kQNorm].floats(), a.k_norm = c.in[kKNorm].floats();
+  a.epsilon = k.epsilon, a.scale = k.scale;
+  a.past = c.past(b), a.group = group, a.head_size = size;
+  a.window = k.window, a.cache_bits = c.bits;
+  return a;
+}
+
+void copy_past(const AttentionNode &k, const AttentionCall &c, int64_t unit) {
+  const size_t bytes = static_cast<size_t>(c.past(unit / k.kv_heads) * c.row_bytes());
+  for (int i = 0; i < 2; ++i) {
+    const char *past = static_cast<const char *>(c.in[kPastKey + static_cast<size_t>(i)].data);
+    if (past != c.present[i] && bytes > 0)
+      memcpy(c.present[i] + unit * c.room * c.row_bytes(),
+             past + unit * c.past_room * c.row_bytes(), bytes);
+  }
+}
+
+ort::Status *keep(const AttentionNode &k, const AttentionCall &c,
+                  const ort::KernelContext *context) {
+  const int64_t units = c.batch * k.kv_heads;
+  const double cost = static_cast<double>(c.tokens * c.size) * 2;
+  return parallel(k.api, context, units, chunk_of(cost), [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      copy_past(k, c, unit);
+      const int64_t b = unit / k.kv_heads;
+      const BdAttention a = part_of(k, c, b, unit % k.kv_heads);
+      k.kernels->attention->keep(&a, 0, c.given(b));
+    }
+  });
+}
+
+// One tile of rows; those of padding are zero. False: out of memory.
+bool attend(const AttentionNode &k, const AttentionCall &c, int64_t unit, int64_t tile) {
+  const int64_t b = unit / k.kv_heads;
+  const BdAttention a = part_of(k, c, b, unit % k.kv_heads);
+  const int64_t first = tile * kTileRows, all = c.tokens * a.group;
+  const int64_t end = first + kTileRows < all ? first + kTileRows : all;
+  const int64_t held = c.given(b) * a.group;
+  const int64_t last = end < held ? end : held;
+  for (int64_t row = last > first ? last : first; row < end; ++row)
+    memset(a.y + row / a.group * a.y_stride + row % a.group * c.size, 0,
+           static_cast<size_t>(c.size) * sizeof(float));
+  if (last <= first) return true;
+  void *scratch = work_memory(bd_attention_scratch_bytes(&a, first, last));
+  if (scratch != nullptr) k.kernels->attention->attend(&a, first, last, scratch);
+  return scratch != nullptr;
+}
+
+ort::Status *attend_all(const AttentionNode &k, const AttentionCall &c,
+                        const ort::KernelContext *context) {
+  const int64_t rows = c.tokens * (k.heads / k.kv_heads);
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const double cost = static_cast<double>((rows + tiles - 1) / tiles * c.total * c.size) * 0.03;
+  std::atomic<bool> failed{false};
+  BD_TRY(parallel(k.api, context, c.batch * k.kv_heads * tiles, chunk_of(cost),
+                  [&](int64_t first, int64_t last) {
+                    for (int64_t i = first; i < last; ++i)
+                      if (!attend(k, c, i / tiles, i % tiles)) failed = true;
+                  }));
+  return failed ? refuse(k.api, "%s: out of memory", k.name) : nullptr;
+}
+
+ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
+  const AttentionNode &k = *static_cast<const AttentionNode *>(kernel);
+  AttentionCall c = {};
+  BD_TRY(read_call(k, context, &c));
+  BD_TRY(make_outputs(k, context, &c));
+  if (c.batch == 0 || c.tokens == 0) return nullptr;
+  c.rotary = k.rotary->rows(c.total);
+  BD_TRY(keep(k, c, context));
+  return attend_all(k, c, context);
+}
+
+template <ort::ElementType Type>
+ort::ElementType input_type(const ort::CustomOp *, size_t index) {
+  if (index == kPastKey || index == kPastValue) return Type;
+  return index == kLengths || index == kTotal ? ort::kInt32 : ort::kFloat;
+}
+
+template <ort::ElementType Type>
+ort::ElementType output_type(const ort::CustomOp *, size_t index) {
+  return index == kY ? ort::kFloat : Type;
+}
+
+ort::Characteristic characteristic(const ort::CustomOp *, size_t index) {
+  const bool optional = index == kKey || index == kValue || index == kQNorm || index == kKNorm;
+  return optional ? ort::kOptional : ort::kRequired;
+}
+
+template <ort::ElementType Type>
+void fill(Op *op, const ort::Api *api) {
+  fill_common(op, api);
+  op->GetName = [](const ort::CustomOp *) { return kName; };
+  op->GetInputTypeCount = [](const ort::CustomOp *) -> size_t { return kAttentionInputs; };
+  op->GetInputCharacteristic = characteristic;
+  op->GetInputType = input_type<Type>;
+  op->GetOutputTypeCount = [](const ort::CustomOp *) -> size_t { return kAttentionOutputs; };
+  op->GetOutputType = output_type<Type>;
+  op->CreateKernelV2 = create;
+  op->KernelComputeV2 = compute;
+  op->KernelDestroy = destroy;
+}
+
+}  // namespace
+
+void fill_attention(Op (&ops)[3], const ort::Api *api) {
+  fill<ort::kFloat>(&ops[0], api);
+  fill<ort::kFloat16>(&ops[1], api);
+  fill<ort::kInt8>(&ops[2], api);
+}
+
+}  // namespace bitdistill

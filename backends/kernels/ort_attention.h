@@ -1,0 +1,59 @@
+// A node of the operator Attention, and what one call of it was given, checked.
+#ifndef BITDISTILL_ORT_ATTENTION_H
+#define BITDISTILL_ORT_ATTENTION_H
+
+#include "ort_rotary.h"
+#include "ort_support.h"
+
+namespace bitdistill {
+
+enum AttentionInput : size_t {
+  kQuery,
+  kKey,
+  kValue,
+  kPastKey,
+  kPastValue,
+  kLengths,
+  kTotal,
+  kFrequencies,
+  kQNorm,
+  kKNorm,
+  kAttentionInputs
+};
+enum AttentionOutput : size_t { kY, kPresentKey, kPresentValue, kAttentionOutputs };
+
+struct AttentionNode {
+  const ort::Api *api;
+  const BdKernels *kernels;
+  int64_t heads, kv_heads, window;
+  int64_t context;
+  float scale, epsilon;
+  Rotary *rotary;
+  char name[kNameSize];
+};
+
+// One call: sizes, and where each sequence's parts begin.
+struct AttentionCall {
+  Tensor in[kAttentionInputs];
+  int64_t batch, tokens, size, past_room, room, total;
+  ort::ElementType type;
+  int64_t bits;
+  char *present[2];
+  float *y;
+  RotaryTable rotary;
+
+  const int32_t *lengths() const { return static_cast<const int32_t *>(in[kLengths].data); }
+  bool prompt() const { return tokens == total; }
+  int64_t past(int64_t b) const { return prompt() ? 0 : lengths()[b] + 1 - tokens; }
+  int64_t given(int64_t b) const { return prompt() ? lengths()[b] + 1 : tokens; }
+  int64_t row_bytes() const { return bd_cache_row_bytes(size, bits); }
+};
+
+// The attributes and rotary frequencies of a node; ort_attention.cpp makes the rest of it.
+ort::Status *read_node(AttentionNode *k, const ort::KernelInfo *info);
+
+// The inputs of a call, refused where they do not belong together; outputs are left open.
+ort::Status *read_call(const AttentionNode &k, const ort::KernelContext *context, AttentionCall *c);
+
+}  // namespace bitdistill
+#endif

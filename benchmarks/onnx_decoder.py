@@ -1,0 +1,221 @@
+"""Speed and memory of ONNX artifacts of a real model's shape, with random weights.
+
+    python benchmarks/onnx_decoder.py --shape qwen3-0.6b --work runs/bench --threads 2 \\
+      --embed-bits 8 4 --kv-bits 16 8 --out docs/results/onnx-decoder.jsonl
+
+Makes a student (random_student.py) and an artifact for every combination of options, or takes those
+that are in --work already, and appends JSON lines:
+
+decode   milliseconds a token at a position: rounds over all artifacts in turn, the median of a
+         round's tokens, then the median of rounds; `ratio` to the first position, by round too;
+         `roofline` the share of the time that reading body and head once takes, at the bandwidth
+         that the same run measured
+prefill  tokens a second of one prompt, fed in the runtime's own chunks, as a user's is
+memory   of a fresh process that runs 128 token ids and decodes 4, less a process that has imported
+         onnxruntime and run a small session; without the cache (`cache_mb`) and the tokenizer,
+         which is not loaded. MB are 1e6 bytes. `file_mb`: model and weights, what it may touch
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+PROMPT, DECODED, STEPS = 128, 4, 8
+MULTIPLIER = 48271  # of the tokens' generator: numpy.random would be counted as the model's memory
+POSITIONS, PREFILL = (128, 512, 900), (128, 512)
+
+
+def tokens(count: int, vocabulary: int) -> list[int]:
+    """Arbitrary token ids."""
+    return [index * MULTIPLIER % vocabulary for index in range(1, count + 1)]
+
+
+def memory(artifact: Path, threads: int, small: Path) -> dict[str, float]:
+    """What a process of its own needs, in MB; called in it."""
+    import numpy as np
+    import onnxruntime
+
+    from bitdistill.evals.environment import peak_memory
+
+    session = onnxruntime.InferenceSession(str(small))
+    session.run(None, {"a": np.zeros(4, np.float32)})
+    bare = peak_memory()
+    from bitdistill import backends
+    from bitdistill.backends import kv_cache
+
+    runtime: Any = backends.load(artifact, threads=threads, verify=False)
+    loaded = peak_memory()
+    fed = tokens(PROMPT + DECODED, runtime.vocabulary)
+    cache = runtime.new_cache(len(fed))
+    runtime.prefill(fed[:PROMPT], cache)
+    for token in fed[PROMPT:]:
+        runtime.step([token], cache)
+    held = kv_cache.position_bytes(runtime.spec, runtime.kv_bits) * len(fed)
+    mb = 2**20 / 1e6  # peak_memory is in MiB
+    return {
+        "load_mb": round((loaded - bare) * mb, 1),
+        "net_mb": round((peak_memory() - bare) * mb - held / 1e6, 1),
+        "cache_mb": round(held / 1e6, 2),
+    }
+
+
+def fresh_memory(artifact: Path, threads: int, work: Path) -> dict[str, float]:
+    """`memory` in a fresh process."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "ab"]
+    graph = helper.make_graph([helper.make_node("Neg", ["a"], ["b"])], "g", values[:1], values[1:])
+    opset = [helper.make_opsetid("", 21)]
+    small = work / "small.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), small)
+    command = [sys.executable, __file__, "--memory-of", str(artifact), "--threads", str(threads)]
+    answer = subprocess.run([*command, "--work", str(work)], check=True, stdout=subprocess.PIPE)
+    figures: dict[str, float] = json.loads(answer.stdout)
+    return figures
+
+
+def make_artifacts(arguments: argparse.Namespace) -> dict[str, Path]:
+    """An artifact for every combination of options, by its name."""
+    from random_student import make
+
+    from bitdistill import exporters
+
+    student, found = arguments.work / arguments.shape, {}
+    grid = itertools.product(arguments.embed_bits, arguments.kv_bits, arguments.weight_bits)
+    for embed, kv, weight in grid:
+        name = f"{arguments.shape}-embed{embed}-kv{kv}-weight{weight:g}"
+        found[name] = arguments.work / name
+        if not found[name].exists():
+            make(arguments.shape, student)
+            options = {"embed_bits": embed, "kv_bits": kv, "weight_bits": weight}
+            exporters.export(student, "onnx", found[name], **options)
+    return found
+
+
+class Timed:
+    """A loaded artifact with a full cache."""
+
+    def __init__(self, artifact: Path, threads: int) -> None:
+        from bitdistill import backends
+
+        self.runtime: Any = backends.load(artifact, threads=threads, verify=False)
+        self.fed = tokens(max(POSITIONS) + STEPS, self.runtime.vocabulary)
+        self.cache = self.runtime.new_cache(len(self.fed))
+        self.runtime.prefill(self.fed[: max(POSITIONS)], self.cache)
+        self.rounds: dict[tuple[str, int], list[float]] = defaultdict(list)
+
+    def round(self, seconds: float) -> None:
+        """Time each figure once; prompts while `seconds` of them have not been spent."""
+        for position in POSITIONS:
+            self.cache.lengths[:] = position
+            steps = []
+            for token in self.fed[position : position + STEPS]:
+                start = time.perf_counter()
+                self.runtime.step([token], self.cache)
+                steps.append(time.perf_counter() - start)
+            self.rounds["decode", position].append(statistics.median(steps))
+        for count in PREFILL:
+            spent = self.rounds["prefill", count]
+            if sum(spent) < seconds:
+                cache = self.runtime.new_cache(count)
+                start = time.perf_counter()
+                self.runtime.prefill(self.fed[:count], cache)
+                spent.append(time.perf_counter() - start)
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second that `threads` threads read from memory."""
+    from bitdistill.backends.kernels.bench.ceilings import ceilings
+
+    return (
+        next(f.gbytes for f in ceilings(threads, 0.5) if f.implementation == "ceiling-read") * 1e9
+    )
+
+
+def speed(artifacts: dict[str, Path], threads: int, seconds: float) -> Iterable[dict[str, Any]]:
+    """Lines of decode and prefill, rounds in turn for `seconds` each artifact."""
+    from bitdistill import manifest
+
+    rates = [read_bandwidth(threads)]
+    timed = {name: Timed(path, threads) for name, path in artifacts.items()}
+    end = time.perf_counter() + seconds * len(timed)
+    while time.perf_counter() < end:
+        for one in timed.values():
+            one.round(seconds / 4)
+    rates.append(read_bandwidth(threads))
+    for name, one in timed.items():
+        parts = manifest.read_manifest(artifacts[name], "artifact")["parts"]
+        head = parts["head"] or parts["embedding"]
+        for (what, count), times in one.rounds.items():
+            line: dict[str, Any] = {"artifact": name, "benchmark": what, "threads": threads}
+            if what == "prefill":
+                figures = {"tokens": count, "tokens_per_second": count / statistics.median(times)}
+                yield line | figures | {"fastest": count / min(times), "rounds": len(times)}
+                continue
+            first = one.rounds["decode", POSITIONS[0]]
+            yield line | {
+                "position": count,
+                "ms": 1e3 * statistics.median(times),
+                "fastest_ms": 1e3 * min(times),
+                "ratio": statistics.median(b / a for a, b in zip(first, times, strict=True)),
+                "roofline": (parts["body"] + head) / max(rates) / statistics.median(times),
+                "read_gb_per_second": max(rates) / 1e9,
+                "rounds": len(times),
+            }
+
+
+def lines(arguments: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    """All lines, with the machine they were measured on."""
+    from bitdistill.backends.kernels.binding import Kernels
+    from bitdistill.evals.environment import machine, versions
+
+    artifacts = make_artifacts(arguments)
+    where = {"isa": Kernels().isa, "machine": machine(), "versions": versions()}
+    for name, path in artifacts.items():
+        size = sum(f.stat().st_size for f in (path / "model.onnx", path / "model.onnx.data"))
+        figures = fresh_memory(path, arguments.threads, arguments.work)
+        line = {"artifact": name, "benchmark": "memory", "threads": arguments.threads}
+        yield line | figures | {"file_mb": round(size / 1e6, 1)} | where
+    for line in speed(artifacts, arguments.threads, arguments.seconds):
+        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
+        yield rounded | where
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="qwen3-0.6b")
+    parser.add_argument("--work", type=Path, required=True, help="where students and artifacts are")
+    parser.add_argument("--embed-bits", type=int, nargs="+", default=[8])
+    parser.add_argument("--kv-bits", type=int, nargs="+", default=[16])
+    parser.add_argument("--weight-bits", type=float, nargs="+", default=[2.0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each artifact's rounds")
+    parser.add_argument("--out", type=Path, help="file to append to; stdout has the lines as well")
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    if arguments.memory_of:
+        figures = memory(arguments.memory_of, arguments.threads, arguments.work / "small.onnx")
+        print(json.dumps(figures))
+        return
+    for line in lines(arguments):
+        print(json.dumps(line), flush=True)
+        if arguments.out:
+            with arguments.out.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""ONNX artifacts in use: batches of growing sequences, a warm start, memory over a long time."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx_contract import flat, sequences
+
+from bitdistill import backends, exporters
+from bitdistill.backends import onnx_runtime
+
+Pair = Callable[..., tuple[Path, Path]]
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+def test_rows_of_a_batch_are_decoded_as_each_alone(onnx_pair: Pair, bits: int) -> None:
+    """Prompts of different lengths, then tokens for each, and a batch that is cut down."""
+    options = {"kv_bits": bits}
+    runtime = backends.load(onnx_pair("gemma3_text", "paper", 8, options=options)[1])
+    prompts = sequences()
+    logits, rows = runtime.start_rows(prompts, 4)
+    single = [runtime.new_cache(len(prompt) + 4) for prompt in prompts]
+    alone = [runtime.step(p, cache) for p, cache in zip(prompts, single, strict=True)]
+    np.testing.assert_array_equal(logits, np.stack(alone))
+    for keep in ([0, 1, 2, 3], [2, 0, 0]):
+        rows, single = runtime.select_rows(rows, keep), [copy.copy(single[i]) for i in keep]
+        if keep == [2, 0, 0]:
+            single[2] = single[1].select([0])
+        tokens = list(range(5, 5 + len(keep)))
+        logits = runtime.step_rows(tokens, rows)
+        alone = [runtime.step([t], cache) for t, cache in zip(tokens, single, strict=True)]
+        np.testing.assert_array_equal(logits, np.stack(alone))
+
+
+def test_a_warm_start_runs_a_prompt_and_a_step(
+    onnx_pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, fed = onnx_pair("qwen3", "paper", 8)[1], []
+    exact = onnx_runtime.OnnxCache.feed
+
+    def feed(cache: Any, tokens: Any, counts: Any) -> Any:
+        fed.append(tokens.shape)
+        return exact(cache, tokens, counts)
+
+    monkeypatch.setattr(onnx_runtime.OnnxCache, "feed", feed)
+    cold = backends.load(artifact)
+    assert fed == []
+    warm = backends.load(artifact, warm=True)
+    assert fed == [(1, 64), (1, 1)]
+    np.testing.assert_array_equal(flat(warm, sequences()), flat(cold, sequences()))
+
+
+GENERATE = """
+import sys
+
+from bitdistill import backends
+
+
+def resident():
+    with open("/proc/self/status") as stream:
+        return next(int(line.split()[1]) for line in stream if line.startswith("VmRSS:"))
+
+
+runtime = backends.load(sys.argv[1], threads=2, verify=False)
+sizes = []
+for turn in range(40):  # prompts of 40 lengths, and generations of 250 tokens
+    prompt = [3 + (turn * 7 + i) % 250 for i in range(1 + 5 * turn)]
+    assert len(list(runtime.generate(prompt, max_new_tokens=250, stop=()))) == 250
+    sizes.append(resident())
+print(sizes[9], sizes[-1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
+def test_memory_does_not_grow_over_ten_thousand_tokens(
+    student_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    student = student_dir("qwen3", max_position_embeddings=512)
+    artifact = exporters.export(student, "onnx", tmp_path / "out")
+    command = [sys.executable, "-c", GENERATE, str(artifact)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert answer.returncode == 0, answer.stderr
+    early, late = map(int, answer.stdout.split())
+    assert late - early < 1024  # KiB; the last prompts are longer than those before
