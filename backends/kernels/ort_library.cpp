@@ -1,8 +1,8 @@
 // The symbol ONNX Runtime looks for in a custom-op library.
-#include <initializer_list>
 #include <stdlib.h>
 #include <string.h>
 
+#include <initializer_list>
 #include <mutex>
 #include <new>
 
