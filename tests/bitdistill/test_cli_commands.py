@@ -88,7 +88,8 @@ def test_export(
     assert not out.exists()
     done = cli(*arguments, "onnx")
     assert (done.code, done.out) == (0, f"{out}\n")
-    assert done.err.splitlines()[-2] == "parity with PyTorch: within the noise floor"
+    # the student is random and the cache 16 bits: how many tokens that costs is not what is tested
+    assert done.err.splitlines()[-2].startswith("parity with PyTorch: within the noise floor; with")
     assert done.err.splitlines()[-1].startswith("bits per weight: body 2.0")
     assert manifest.read_manifest(out, "artifact")["parity"]["passed"]
     before = {p.name: p.read_bytes() for p in out.iterdir()}
