@@ -138,9 +138,8 @@ def read_bandwidth(threads: int) -> float:
     """Bytes a second that `threads` threads read from memory."""
     from bitdistill.backends.kernels.bench.ceilings import ceilings
 
-    return (
-        next(f.gbytes for f in ceilings(threads, 0.5) if f.implementation == "ceiling-read") * 1e9
-    )
+    found = ceilings(threads, 0.5)
+    return 1e9 * next(f.gbytes_per_s for f in found if f.implementation == "ceiling-read")
 
 
 def speed(artifacts: dict[str, Path], threads: int, seconds: float) -> Iterable[dict[str, Any]]:
