@@ -57,7 +57,7 @@ def wordnet(path: Path) -> None:
         (path / f"{name}.jsonl").write_text("".join(part))
 
 
-@pytest.mark.parametrize("make", [invented, wordnet])
+@pytest.mark.parametrize("make", [invented, pytest.param(wordnet, marks=pytest.mark.slow)])
 def test_a_pair_task_from_training_to_the_table(
     cli: Cli, make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path,
     make: Callable[[Path], None],

@@ -13,6 +13,7 @@ from bitdistill.distributed import World
 from bitdistill.schema import Config
 
 
+@pytest.mark.slow
 def test_two_devices_train_as_one(recipe: Callable[..., Config], tmp_path: Path) -> None:
     check_two_devices(shared_recipe(recipe), tmp_path)
 
