@@ -27,18 +27,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-QWEN3 = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 4096,
-}
+SHAPE = "qwen3-0.6b"
+CONTEXT = 4096  # tokens; the stock graphs hold tables of that many positions
 BASELINES = ("fp32", "int2")
 HEAD_BITS = (8, 4)
 BUDGET = 600.0  # seconds a row may take in all; the number of rounds is what bounds it
@@ -49,6 +39,7 @@ Line = dict[str, Any]
 def make(out: Path) -> None:
     """Write OUT/head-int8, OUT/head-int4, OUT/onnx-fp32 and OUT/onnx-int2."""
     import torch
+    from shapes import SHAPES
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from bitdistill import checkpoint, student
@@ -57,7 +48,8 @@ def make(out: Path) -> None:
     from bitdistill.tiny import make_base
 
     torch.manual_seed(0)
-    teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(**QWEN3)).eval()
+    config = AutoConfig.for_model(**SHAPES[SHAPE] | {"max_position_embeddings": CONTEXT})
+    teacher = AutoModelForCausalLM.from_config(config).eval()
     _, tokenizer = make_base(0)
     content = {
         "stage": "student", "method": "random", "base_model": "random", "family": "qwen3",

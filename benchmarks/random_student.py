@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from shapes import SHAPES
 from torch import Tensor
 
 from bitdistill import manifest
@@ -25,39 +26,14 @@ from bitdistill.tokenizing import train_tokenizer
 SHARD_BYTES = 1 << 30
 
 
-def qwen3(hidden: int, mlp: int, layers: int, heads: int) -> dict[str, Any]:
-    """The parts of a Qwen3 configuration that differ between sizes."""
-    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
-    attention = {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128}
-    vocabulary = {"vocab_size": 151936, "max_position_embeddings": 40960}
-    return {"family": "qwen3", **sizes, **attention, **vocabulary}
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "family": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-    },
-    "qwen3-0.6b": qwen3(1024, 3072, 28, 16),
-    "qwen3-1.7b": qwen3(2048, 6144, 28, 16),
-    "qwen3-4b": qwen3(2560, 9728, 36, 32),
-}
-
-
 def make(shape: str, out: Path, layers: int | None = None, seed: int = 0) -> Path:
     """Write the directory and return it; one that is there already is kept."""
     if (out / manifest.MANIFEST).is_file():
         return out
     values = dict(SHAPES[shape])
-    family = values.pop("family")
+    family = values.pop("model_type")
     values["num_hidden_layers"] = layers or values["num_hidden_layers"]
-    config = config_class(family)(**values, tie_word_embeddings=True)
+    config = config_class(family)(**values)
     config.bitdistill = {
         "norm_style": "paper",
         "added_norm_eps": config.rms_norm_eps,

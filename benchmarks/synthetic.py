@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import shapes
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitdistill.data import IGNORED, Batch
 
-
-def qwen3(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
-    """The parts of a Qwen3 configuration that differ between sizes."""
-    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
-    attention = {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128}
-    rest = {"model_type": "qwen3", "vocab_size": 151936, "tie_word_embeddings": tied}
-    return sizes | attention | rest
-
-
-SHAPES: dict[str, dict[str, Any]] = {
+SHAPES = shapes.SHAPES | {
     "tiny": {
         "model_type": "llama",
         "vocab_size": 512,
@@ -29,19 +21,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "tie_word_embeddings": True,
     },
-    "smollm2-135m": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-0.6b": qwen3(1024, 3072, 28, 16, True),
-    "qwen3-1.7b": qwen3(2048, 6144, 28, 16, True),
-    "qwen3-4b": qwen3(2560, 9728, 36, 32, True),
 }
 
 
@@ -76,8 +55,7 @@ def make_model(
     shape: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """Random weights, made on the device that is to compute with them."""
-    values = dict(SHAPES[shape])
-    config = AutoConfig.for_model(values.pop("model_type"), max_position_embeddings=4096, **values)
+    config = AutoConfig.for_model(**SHAPES[shape] | {"max_position_embeddings": 4096})
     torch.manual_seed(0)  # the same on every device
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
