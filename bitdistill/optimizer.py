@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bitdistill.data import Batches
 from bitdistill.hardware import Hardware, TrainingError
-from bitdistill.muon import Muon, Together
 from bitdistill.schema import Training
-from bitdistill.student import layers_of
 
 BETAS = (0.9, 0.98)
 
@@ -41,32 +38,18 @@ def total_steps(settings: Training, batches: Batches) -> int:
 
 def make_optimizer(
     model: nn.Module, settings: Training, hardware: Hardware, *, graphs: bool
-) -> torch.optim.Optimizer:
-    """AdamW, or Muon for the matrices of the layers and AdamW for the rest.
+) -> torch.optim.AdamW:
+    """AdamW; matrices decay, vectors (norms, biases) do not.
 
-    Matrices decay, vectors (norms, biases) do not. With `graphs` the learning rate is a tensor,
-    which a captured step reads from the device. ValueError for Muon where matrices are sharded.
+    With `graphs` the learning rate is a tensor, which a captured step reads from the device.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    inner: list[nn.Parameter] = []
-    if settings.optimizer == "muon":
-        inner = [p for p in layers_of(model).parameters() if p.ndim > 1 and p.requires_grad]
-    if any(isinstance(p, DTensor) for p in inner):
-        raise ValueError(
-            "optimizer=muon needs whole matrices, and several devices share them; use adamw"
-        )
-    taken = set(map(id, inner))
-    matrices = [p for p in parameters if p.ndim > 1 and id(p) not in taken]
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     rate: float | Tensor = settings.learning_rate
     if graphs:
         rate = torch.tensor(rate, device=hardware.device)
     fused = True if hardware.cuda else None
-    adam = torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=fused, capturable=graphs)
-    if not inner:
-        return adam
-    group = {"params": inner, "weight_decay": settings.weight_decay}
-    return Together([adam, Muon([group], rate)])
+    return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=fused, capturable=graphs)

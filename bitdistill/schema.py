@@ -18,8 +18,6 @@ class Training(Section):
 
     `accumulate` micro-batches of `batch_size` make a step; several devices share them.
 
-    `optimizer`: Muon moves the layers' matrices (muon.py) and AdamW the rest, or AdamW moves all.
-
     `anneal` is the share of the steps over which quantisation is blended in (0: hard at once).
     `decay_until` is the share of the run after which weight decay is zero.
 
@@ -33,7 +31,6 @@ class Training(Section):
     batch_size: int = Field(32, gt=0)
     accumulate: int = Field(1, gt=0)
     max_length: int = Field(512, gt=1)
-    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(5e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1)

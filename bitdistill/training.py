@@ -170,8 +170,7 @@ class Fit:
         settings = self.settings
         self._set_anneal()
         if self.step >= settings.decay_until * self.total:
-            for group in self.optimizer.param_groups:
-                group["weight_decay"] = 0.0
+            self.optimizer.param_groups[0]["weight_decay"] = 0.0
         counts = self._counts(window)
         rate = settings.learning_rate * schedule(settings, self.step, self.total)
         self.engine.step([prepare(batch, counts) for batch in window], rate)

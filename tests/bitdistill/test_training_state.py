@@ -25,14 +25,13 @@ def steps_saved(fit: Fit) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in saved_states(fit.state_dir)]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("data", ["task", "packed"])
 @pytest.mark.parametrize("stop", [3, 7])
 def test_a_resumed_run_is_the_uninterrupted_one(
-    start: Callable[..., Fit], data: str, stop: int, optimizer: str
+    start: Callable[..., Fit], data: str, stop: int
 ) -> None:
     """Bit for bit: weights, optimizer, data, annealing, relation weight and random state."""
-    options = settings(optimizer=optimizer)
+    options = settings()
     whole, part = start(options, data), start(options, data)
     for fit in (whole, part):
         fit.objective.fit_relation_weight(fit.batches.window(0))
