@@ -1,8 +1,8 @@
 """Products on the CPU for an MLX artifact, where there is no Metal.
 
 MLX's Linux wheel has scalar 2-bit code and a reference BLAS, both many times slower than this
-machine can be. So on such a machine the products alone leave MLX; norms, activation rounding,
-rotations and scaling stay. What is multiplied is unpacked, at load, from the words that the file
+machine can be. So on such a machine the products and their scaling leave MLX; norms, activation
+rounding and rotations stay. What is multiplied is unpacked, at load, from the words that the file
 holds and MLX would read: for int8 activations into the layout of our own kernels, whose integer
 sums are as exact as MLX's and therefore equal; otherwise into an fp32 matrix for NumPy's BLAS,
 which also multiplies tables and attention scores. Tests hold both against MLX's own product.
@@ -40,34 +40,47 @@ class Workers:
 
 
 class IntegerProduct:
-    """q (..., K) -> q . t (..., N), exact, by the kernels; tokens are shared among threads."""
+    """q (..., K) -> q . t (..., N), exact, by the kernels; tokens are shared among threads.
+
+    `factor`, the tokens' scales (..., 1), is multiplied in fp32 afterwards, as MLX would.
+    """
 
     def __init__(self, trits_NK: packing.Trits, workers: Workers) -> None:
         self.rows = len(trits_NK)
         self.packed = packing.pack_kernel(trits_NK)
         self.workers = workers
 
-    def __call__(self, x: mx.array) -> mx.array:
-        q = view(x).reshape(-1, x.shape[-1]).astype(np.int8)
+    def __call__(self, x: mx.array, factor: mx.array | None = None) -> mx.array:
+        given = [x] if factor is None else [x, factor]
+        mx.eval(given)
+        q, *scales = (view(array).reshape(-1, array.shape[-1]) for array in given)
         y = np.empty((len(q), self.rows), np.float32)
         step = -(-len(q) // self.workers.threads)
 
         def multiply(start: int) -> None:
             part = slice(start, start + step)
-            y[part] = self.workers.kernels.ternary_dots(q[part], self.packed, self.rows)
+            integers = q[part].astype(np.int8)
+            y[part] = self.workers.kernels.ternary_dots(integers, self.packed, self.rows)
+            for scale in scales:
+                y[part] *= scale[part]
 
-        list(self.workers.pool.map(multiply, range(0, len(q), step)))
+        if step == len(q):
+            multiply(0)  # waking a thread takes longer than one token
+        else:
+            list(self.workers.pool.map(multiply, range(0, len(q), step)))
         return mx.array(y.reshape(*x.shape[:-1], self.rows))
 
 
 class FloatProduct:
-    """x (..., K) -> x . t (..., N) in fp32, by NumPy's BLAS."""
+    """x (..., K) -> x . t (..., N) in fp32, by NumPy's BLAS, and then times a number."""
 
     def __init__(self, matrix_NK: NDArray[Any]) -> None:
         self.matrix_NK = np.ascontiguousarray(matrix_NK, np.float32)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, factor: float | None = None) -> mx.array:
         y = view(x).reshape(-1, x.shape[-1]) @ self.matrix_NK.T
+        if factor is not None:
+            y *= np.float32(factor)
         return mx.array(y.reshape(*x.shape[:-1], -1))
 
 

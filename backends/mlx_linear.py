@@ -105,7 +105,7 @@ class TernaryLinear(nn.QuantizedLinear):
         if linear["norm"]:
             self.norm = Norm(columns, norm_eps, wide=True)
         self.quantized = quantized
-        self.host_product: Callable[[mx.array], mx.array] | None = None  # see mlx_host.py
+        self.host_product: Callable[..., mx.array] | None = None  # see mlx_host.py
         self.freeze()
 
     def to_quantized(self, **stored: Any) -> TernaryLinear:
@@ -128,10 +128,15 @@ class TernaryLinear(nn.QuantizedLinear):
         y = self.norm(x.astype(mx.float32)) if "norm" in self else x
         return quantize_activations(y) if self.quantized else (y.astype(x.dtype), None)
 
-    def multiply(self, x: mx.array) -> mx.array:
-        """(..., K) -> (..., N) by MLX's own kernel: integers times trits, or x times D t."""
+    def multiply(self, x: mx.array, factor: mx.array | float | None = None) -> mx.array:
+        """(..., K) -> (..., N), integers times trits or x times D t, and then times `factor`."""
         if self.host_product is not None:
-            return self.host_product(x)
+            return self.host_product(x, factor)
+        y = self._kernel(x)
+        return y if factor is None else y * factor
+
+    def _kernel(self, x: mx.array) -> mx.array:
+        """The product by MLX's own kernel."""
         if not self.quantized:
             return self._matmul(x, self.scales, self.biases)
         if self.half:
@@ -146,9 +151,8 @@ class TernaryLinear(nn.QuantizedLinear):
 
     def product(self, x: mx.array, down: mx.array | None, dtype: mx.Dtype) -> mx.array:
         """A quantised input (..., K) -> (..., N) of type `dtype`, scaled in fp32 after the sum."""
-        y = self.multiply(x)
-        if self.scale is not None:
-            y = y * (self.scale if down is None else down * self.scale)
+        factor = self.scale if self.scale is None or down is None else down * self.scale
+        y = self.multiply(x, factor)
         if "bias" in self:
             y = y + self.bias
         return y.astype(dtype)

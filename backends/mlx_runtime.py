@@ -32,6 +32,7 @@ from bitdistill.names import suggest
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 PRODUCTS = ("mlx", "cpu")
 _ODD_BITS = 0x55555555
+HOST_TOKENS = 128  # that many at a time, whose activations stay in a CPU's caches
 
 
 class LayerCache:
@@ -164,6 +165,19 @@ class MlxRuntime(Runtime):
 
     def logits_at(self, tokens_BT: Integers, lengths_B: Integers, rows: Integers) -> Floats:
         """float32 (P, V) at rows (b, t); causal attention never looks at padding on the right."""
+        if self._head is None:
+            return self._logits_of(tokens_BT, rows)
+        logits = np.empty((len(rows), self.vocabulary), np.float32)
+        size = max(1, HOST_TOKENS // tokens_BT.shape[1])
+        for start in range(0, len(tokens_BT), size):
+            group = slice(start, start + size)
+            here = (rows[:, 0] >= start) & (rows[:, 0] < start + size)
+            if here.any():
+                part = tokens_BT[group, : lengths_B[group].max()]
+                logits[here] = self._logits_of(part, rows[here] - [start, 0])
+        return logits
+
+    def _logits_of(self, tokens_BT: Integers, rows: Integers) -> Floats:
         hidden = self.model.hidden(mx.array(tokens_BT.astype(np.int32)))
         return self._logits(hidden[mx.array(rows[:, 0]), mx.array(rows[:, 1])])
 

@@ -135,6 +135,23 @@ def test_padding_is_never_looked_at(mlx_artifact: Artifact) -> None:
     assert np.array_equal(first, second)
 
 
+def test_a_batch_in_groups_gives_the_rows_of_the_whole(
+    mlx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU few tokens are computed at a time; rows come in any order, some groups have none."""
+    _, path = mlx_artifact("qwen3", activation_bits=None)
+    runtime = backends.load(path, products="cpu")
+    tokens = np.array(sequences(5, 12))
+    lengths = np.array([12, 3, 5, 12, 7])
+    rows = np.array([[4, 6], [0, 11], [4, 0], [1, 2]])
+    whole = runtime.logits_at(tokens, lengths, rows)
+    assert whole.shape == (4, runtime.vocabulary)
+    for limit in (24, 12, 1):  # two sequences at a time, then one
+        monkeypatch.setattr(mlx_runtime, "HOST_TOKENS", limit)
+        found = runtime.logits_at(tokens, lengths, rows)
+        np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-4)
+
+
 def test_greedy_generation_follows_the_full_forward(mlx_artifact: Artifact) -> None:
     _, path = mlx_artifact("llama", "paper", None)
     runtime = backends.load(path)
