@@ -7,14 +7,17 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import WORDS
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def lines_of(*command: str) -> list[dict[str, object]]:
+def lines_of(*command: str, folder: Path | None = None) -> list[dict[str, object]]:
     done = subprocess.run(
         [sys.executable, *command],
         capture_output=True,
@@ -22,6 +25,7 @@ def lines_of(*command: str) -> list[dict[str, object]]:
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         timeout=240,
         check=False,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -54,3 +58,40 @@ def test_compare_losses(tmp_path: Path) -> None:
     assert (row["stage"], row["term"], row["records"]) == ("student", "ce", 2)
     assert row["largest"] == pytest.approx(0.1)
     assert row["mean"] == pytest.approx(0.05)
+
+
+@pytest.mark.slow
+def test_showcase(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
+    """A unit with the paper's method: every row once, and nothing is done again."""
+    make_teacher("qwen3").save_pretrained(tmp_path / "models/smollm2")
+    tokenizer.save_pretrained(tmp_path / "models/smollm2")
+    data = tmp_path / "data/sst2-movie"
+    data.mkdir(parents=True)
+    rows = [{"sentence": f"{WORDS[i]} {WORDS[-i]}", "label": i % 2} for i in range(12)]
+    for name in ("train", "validation"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (data / f"{name}.jsonl").write_text(text)
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": " ".join(WORDS)}) + "\n" for _ in range(40)))
+    stages = ("teacher", "bitnet_sft", "pretrain", "distill")
+    settings = [f"{s}.steps=2" for s in stages] + [f"{s}.batch_size=2" for s in stages]
+    settings += [f"{s}.epochs=null" for s in stages] + [f"{s}.max_length=64" for s in stages]
+    settings += [f"corpus.sources=[{corpus}]", "corpus.shuffle=0", "machine.device=cpu"]
+    settings += ["distill.relations.split_heads=4", "student.calibration_batches=1"]
+    settings += ["distill.batch_size=12"]
+    options = ["--tasks", "sst2-movie", "--seeds", "3", "--methods", "paper"]
+    options += [word for setting in settings for word in ("--set", setting)]
+    results = tmp_path / "showcase.jsonl"
+    command = [str(SCRIPTS / "showcase.py"), *options, "--results", str(results)]
+    for _ in range(2):
+        lines_of(*command, folder=tmp_path)
+        records = [json.loads(line) for line in results.read_text().splitlines()]
+        accuracy = [r for r in records if r["metric"] == "accuracy"]
+        assert [(r["method"], r["backend"], r["seed"], r["n"]) for r in accuracy] == [
+            ("fp16-sft", "torch", 3, 12),
+            ("bitnet-sft", "torch", 3, 12),
+            ("bitdistill", "torch", 3, 12),
+            ("bitdistill", "onnx", 3, 12),
+            ("bitdistill", "mlx", 3, 12),
+            ("bitdistill-paper", "torch", 3, 12),
+        ]

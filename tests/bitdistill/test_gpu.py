@@ -63,9 +63,11 @@ def test_compiled_bfloat16_training_learns(tmp_path: Path) -> None:
     options = [f"{stage}.steps=40" for stage in ("base", "teacher", "distill")]
     options += ["bitnet_sft.enabled=false", "distill.anneal=0", "machine.pad_multiple=64"]
     train(load_config("tiny", options), tmp_path, quiet=True)
-    for stage in ("base", "teacher", "student"):
-        losses = [record["ce"] for record in log_of(tmp_path) if record["stage"] == stage]
-        assert losses[-1] < losses[0], stage
+    # forty steps leave the task itself unlearnt (its plateau is longer): a student's cross-entropy
+    # stays where its teacher's is, and its relations are what approaches the teacher's
+    for stage, term in (("base", "ce"), ("teacher", "ce"), ("student", "relations")):
+        losses = [record[term] for record in log_of(tmp_path) if record["stage"] == stage]
+        assert losses[-1] < 0.8 * losses[0], stage
 
 
 @pytest.mark.parametrize(

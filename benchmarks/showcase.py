@@ -1,0 +1,170 @@
+"""The showcase table: tasks by seeds, each trained, exported and scored, as JSON lines.
+
+    python benchmarks/showcase.py --tasks sst2-movie qnli-privacy --seeds 0 1 2
+    bitdistill report docs/results/showcase.jsonl
+
+A row is what `bitdistill train --recipe showcase/TASK --set seed=N`, `export` and `eval` make, and
+this only calls them: teacher, BitNet-SFT, student, its ONNX and MLX artifacts, and (`--methods
+paper`) a student by the paper's method, which shares teacher and BitNet-SFT. `--jobs` trainings run
+at a time on the GPU, and scoring beside them on the processor.
+
+Whatever is complete is skipped and what was interrupted goes on, so a table can be filled in
+several sittings: SIGTERM and Ctrl-C let the trainings save. What each command said is in OUT/logs.
+Recipes read models/smollm2 and data/ from where this runs; `--set` changes every recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TASKS = ("sst2-movie", "qnli-privacy", "boolq", "summary-bbc", "summary-debian")
+SHARED = ("teacher", "bitnet-sft")  # stages that do not depend on the method
+
+
+class Failed(Exception):
+    """A command did not succeed; its log says why."""
+
+
+@dataclass
+class Shell:
+    """Runs `bitdistill` commands, keeps what they say, and stops them all when it is told to."""
+
+    logs: Path
+    running: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    stopped: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, name: str, *arguments: str, cpu: bool = False) -> None:
+        """One command, its output appended to logs/NAME.txt; Failed if it does not return 0."""
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
+        self.logs.mkdir(parents=True, exist_ok=True)
+        log = self.logs / f"{name}.txt"
+        with log.open("ab") as file:
+            with self.lock:
+                if self.stopped:
+                    raise Failed(f"{name}: not started")
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "bitdistill", *arguments],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | hidden,
+                )
+                self.running.add(child)
+            code = child.wait()
+        with self.lock:
+            self.running.discard(child)
+        if code != 0:
+            raise Failed(f"{name}: `bitdistill {arguments[0]}` returned {code}; see {log}")
+
+    def stop(self, *_: Any) -> None:
+        """Ask every command to save and stop, and start no more."""
+        self.stopped = True  # the lock may be held by the thread that the signal interrupted
+        for child in list(self.running):
+            child.send_signal(signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One task and seed."""
+
+    task: str
+    seed: int
+    options: argparse.Namespace
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-seed{self.seed}"
+
+    def run_of(self, method: str) -> Path:
+        """The run directory of a method."""
+        suffix = "" if method == "default" else f"-{method}"
+        return self.options.out / f"{self.name}{suffix}"
+
+    def train(self, shell: Shell) -> None:
+        """Every method's student; a complete stage is skipped by the command itself."""
+        for method in self.options.methods:
+            run = self.run_of(method)
+            if method != "default":
+                run.mkdir(parents=True, exist_ok=True)
+                for stage in SHARED:
+                    if not (run / stage).exists():
+                        (run / stage).symlink_to((self.run_of("default") / stage).resolve())
+            recipe = f"showcase/{self.task}" + ("" if method == "default" else f"+{method}")
+            settings = [f"seed={self.seed}", *self.options.set]
+            sets = [word for setting in settings for word in ("--set", setting)]
+            shell(run.name, "train", "--recipe", recipe, "--out", str(run), "--resume", *sets)
+
+    def score(self, shell: Shell) -> None:
+        """Export the default student, then `eval` all rows together; done once."""
+        run, options = self.run_of("default"), self.options
+        done = run / "scored"
+        if done.exists():
+            return
+        rows = [run / stage for stage in (*SHARED, "student")]
+        for target in ("onnx", "mlx"):
+            rows.append(run / target)
+            if not (run / target / "bitdistill.json").exists():
+                what = ("--target", target, "--out", str(run / target), "--no-parity")
+                shell(run.name, "export", str(run / "student"), *what, cpu=True)
+        rows += [self.run_of(m) / "student" for m in options.methods if m != "default"]
+        held = options.data / self.task / options.file
+        settings = ("--data", str(held), "--seed", str(self.seed), "--no-speed")
+        places = ("--out", str(options.results), "--store", str(options.out / "evals"))
+        shell(run.name, "eval", *map(str, rows), *settings, *places, cpu=True)
+        done.touch()
+
+
+def fill(units: Sequence[Unit], shell: Shell, jobs: int) -> list[str]:
+    """Train `jobs` units at a time and score each when it is trained; what went wrong."""
+    with ThreadPoolExecutor(jobs) as trainings, ThreadPoolExecutor(1) as scorings:
+
+        def both(unit: Unit) -> Future[None]:
+            unit.train(shell)
+            return scorings.submit(unit.score, shell)
+
+        futures = [trainings.submit(both, unit) for unit in units]
+        errors = []
+        for future in futures:
+            try:
+                future.result().result()
+            except Failed as error:
+                errors.append(str(error))
+                print(error, file=sys.stderr, flush=True)
+    return errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="*", choices=["paper"], default=[])
+    parser.add_argument("--out", type=Path, default=Path("runs/showcase"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results/showcase.jsonl"))
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of task folders")
+    parser.add_argument("--file", default="validation.jsonl", help="what is scored, in each")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args()
+    options.methods = ["default", *options.methods]
+    shell = Shell(options.out / "logs")
+    signal.signal(signal.SIGTERM, shell.stop)
+    signal.signal(signal.SIGINT, shell.stop)
+    units = [Unit(task, seed, options) for seed in options.seeds for task in options.tasks]
+    if errors := fill(units, shell, options.jobs):
+        sys.exit(f"{len(errors)} of {len(units)} are not complete; run this again to go on")
+
+
+if __name__ == "__main__":
+    main()
