@@ -1,20 +1,22 @@
 """Runtimes: model directory -> logits and tokens, behind one protocol (see base.py).
 
 `load` answers with the runtime that a directory is made for. Importing this package imports none of
-them: a runtime is a row in BACKENDS and one file with a subclass of `Runtime`.
+them, nor NumPy: a runtime is a row in BACKENDS and one file with a subclass of `Runtime`.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitdistill import manifest as manifests
-from bitdistill.backends.base import Cache, Runtime
 from bitdistill.backends.registry import resolve
 
-__all__ = ["BACKENDS", "Cache", "Runtime", "load", "load_with_tokenizer"]
+if TYPE_CHECKING:
+    from bitdistill.backends.base import Cache, Runtime
+
+__all__ = ["BACKENDS", "Cache", "Runtime", "load"]
 
 BACKENDS = {
     "torch": "bitdistill.backends.torch_runtime:TorchRuntime",
@@ -40,28 +42,22 @@ def load(
     Raises FormatError for a directory that is incomplete, altered or of another format version,
     ValueError for an unknown backend or one that cannot run the directory.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     path = Path(path)
     manifest = _read(path)
     found = manifest["target"] if manifest.get("kind") == "artifact" else "torch"
-    runtime = resolve(BACKENDS, backend or found, "backend")
-    if backend not in (None, found):
-        raise ValueError(
-            f"{path} is made for {found}, not {backend}; leave the backend out, or export the "
-            f"student with --target {backend}"
-        )
-    (manifests.verify_files if verify else manifests.check_sizes)(path, manifest)
+    check = manifests.verify_files if verify else manifests.check_sizes
+    with ThreadPoolExecutor(1) as pool:  # files are hashed while a runtime is imported
+        checked = pool.submit(check, path, manifest)
+        runtime = resolve(BACKENDS, backend or found, "backend")
+        if backend not in (None, found):
+            raise ValueError(
+                f"{path} is made for {found}, not {backend}; leave the backend out, or export the "
+                f"student with --target {backend}"
+            )
+        checked.result()
     return runtime(path, manifest, threads=threads, **options)
-
-
-def load_with_tokenizer(path: str | Path, **options: Any) -> Runtime:
-    """As `load`; the tokenizer, else read on first use, is parsed while the model is loaded."""
-    from bitdistill.backends.tokenizer import Tokenizer
-
-    with ThreadPoolExecutor(1) as pool:
-        tokenizer = pool.submit(Tokenizer, Path(path))
-        runtime = load(path, **options)
-        runtime.tokenizer = tokenizer.result()
-    return runtime
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -72,3 +68,9 @@ def _read(path: Path) -> dict[str, Any]:
     if manifest["kind"] == "artifact" and "target" not in manifest:
         raise manifests.FormatError(f"{path / manifests.MANIFEST} names no target; export it again")
     return manifest
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Cache", "Runtime"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.base"), name)

@@ -8,7 +8,9 @@ model for the logits after each prompt, one prompt at a time; its prompts are en
 loaded before the clock starts. `--part` takes every `--parts`-th sentence for the loop, so that
 calls alternate the two. Prints one JSON line: seconds of each, and of the command those spent in
 the backend's own operations (`compute`) and in loading model and tokenizer (`load`). `overhead` is
-the share of the rest, `overhead_with_load` that of everything but `compute`.
+the share of the rest, `overhead_with_load` that of everything but `compute`. `bare` are seconds of
+the same batches, asked of the loaded artifact by a process that does nothing else, and
+`overhead_over_bare` compares the whole command with that.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 
 def evaluate(artifact: Path, data: Path, threads: int) -> dict[str, Any]:
@@ -42,6 +46,24 @@ def evaluate(artifact: Path, data: Path, threads: int) -> dict[str, Any]:
         "overhead": round(1 - (compute + load) / wall, 4),
         "overhead_with_load": round(1 - compute / wall, 4),
     }  # fmt: skip
+
+
+def bare(artifact: Path, data: Path, threads: int, size: int = 16) -> dict[str, Any]:
+    """Seconds of the artifact's logits after every prompt, in the batches of `bitdistill eval`."""
+    from bitdistill import backends
+    from bitdistill.backends.base import pad
+    from bitdistill.tasks import Task, load_examples
+
+    model = backends.load(artifact, threads=threads)
+    examples = load_examples(Task.from_json(model.manifest["task"]), data, data.stem)
+    prompts = model.tokenizer.encode_all([example.prompt for example in examples])
+    prompts.sort(key=len, reverse=True)
+    start = time.perf_counter()
+    for first in range(0, len(prompts), size):
+        batch = prompts[first : first + size]
+        lengths = np.array([len(prompt) for prompt in batch])
+        model.logits_at(pad(batch), lengths, np.array(list(enumerate(lengths - 1))))
+    return {"bare": round(time.perf_counter() - start, 3)}
 
 
 def loop(directory: Path, data: Path, threads: int, part: int, parts: int) -> dict[str, Any]:
@@ -84,6 +106,8 @@ def main() -> None:
     given = parser.parse_args()
     line = {"directory": given.directory.name, "threads": given.threads}
     line |= evaluate(given.artifact, given.data, given.threads)
+    line |= bare(given.artifact, given.data, given.threads)
+    line["overhead_over_bare"] = round(1 - line["bare"] / line["eval_seconds"], 4)
     line |= loop(given.directory, given.data, given.threads, given.part, given.parts)
     line["speedup"] = round(
         line["loop_seconds"] / line["loop_examples"] * line["examples"] / line["eval_seconds"], 3

@@ -9,12 +9,16 @@ the original method back.
 
 from __future__ import annotations
 
-import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader, MetaPathFinder
+else:  # as in mlx_models.py
+    Loader = MetaPathFinder = object
 
 _CONFIGURATION = "transformers.models.auto.configuration_auto"
 
@@ -45,7 +49,7 @@ def _arm(module: ModuleType) -> None:
     auto_config.from_pretrained = classmethod(first_use)
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader(Loader):
     """Runs the real loader, then arms the module."""
 
     def __init__(self, inner: Any) -> None:
@@ -59,7 +63,7 @@ class _Loader(importlib.abc.Loader):
         _arm(module)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder(MetaPathFinder):
     """Finds AutoConfig's module as Python would, with our loader around its loader."""
 
     def find_spec(

@@ -5,6 +5,8 @@ Thin, like cli.py, which registers them. Heavy packages are imported inside the 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,6 +84,7 @@ def evaluate(
     """
     from bitdistill import evals
 
+    atexit.register(gc.freeze)  # a search for cycles in all that was imported would end each run
     _check_outputs(out, plot, html)
     search = {key: options.pop(key) for key in ("beams", "length_penalty", "min_new_tokens")}
     limit = options.pop("max_new_tokens")

@@ -9,17 +9,25 @@ from a model directory runs.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader, MetaPathFinder
+else:  # their module takes as long to import as all the rest of `import bitdistill`
+    Loader = MetaPathFinder = object
 
 PREFIX = "mlx_lm.models.bitdistill_"
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader(Loader):
     """Fills a module with the names that mlx-lm takes from an architecture."""
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        """Python's own kind of module will do."""
 
     def exec_module(self, module: ModuleType) -> None:
         architecture = importlib.import_module("bitdistill.backends.mlx_architecture")
@@ -27,7 +35,7 @@ class _Loader(importlib.abc.Loader):
         module.ModelArgs = architecture.ModelArgs  # type: ignore[attr-defined]
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder(MetaPathFinder):
     """Finds our architectures among mlx-lm's."""
 
     def find_spec(

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from bitdistill import __version__
 
 PACKAGES = ("numpy", "tokenizers", "torch", "transformers", "onnxruntime", "mlx")
 MIB = 2**20
@@ -21,11 +21,15 @@ MIB = 2**20
 
 def versions() -> dict[str, str]:
     """Versions of Python, bitdistill and those of PACKAGES that this process has imported."""
-    found = {"python": platform.python_version(), "bitdistill": _version("bitdistill")}
-    return found | {name: _version(name) for name in PACKAGES if name in sys.modules}
+    found = {"python": platform.python_version(), "bitdistill": __version__}
+    loaded = {name: sys.modules[name] for name in PACKAGES if name in sys.modules}
+    return found | {n: getattr(m, "__version__", None) or version(n) for n, m in loaded.items()}
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The installed version of a package; "unknown" for one that is not installed."""
+    from importlib import metadata  # slow to import: it brings the email package
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -57,6 +61,8 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     if sys.platform == "darwin":
+        import subprocess
+
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         if answer.returncode == 0:

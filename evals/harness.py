@@ -24,7 +24,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from bitdistill.backends import load
 from bitdistill.backends.base import Request
-from bitdistill.backends.generation import Search, generate_batch
+from bitdistill.backends.generation import generate_batch
+from bitdistill.backends.search import Search
 
 NOT_OURS = ("device", "max_batch_size", "pretrained")
 

@@ -154,12 +154,13 @@ def calibration(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> Met
     equation 3), in percent. Confidence is the softmax over the answers' log-likelihoods.
     """
     _check_lengths(scores, labels)
+    log_likelihoods_NL = np.asarray(scores, np.float64)
+    likelihoods_NL = np.exp(log_likelihoods_NL - log_likelihoods_NL.max(1, keepdims=True))
+    confidence_N = likelihoods_NL.max(1) / likelihoods_NL.sum(1)
+    right_N = likelihoods_NL.argmax(1) == np.asarray(labels)
+    bin_N = np.minimum(BINS, np.ceil(confidence_N * BINS).astype(np.int64)) - 1
     statistics = np.zeros((len(scores), BINS))
-    for row, log_likelihoods, label in zip(statistics, scores, labels, strict=True):
-        likelihoods = np.exp(np.asarray(log_likelihoods) - max(log_likelihoods))
-        confidence = float(likelihoods.max() / likelihoods.sum())
-        right = int(likelihoods.argmax()) == label
-        row[min(BINS, int(np.ceil(confidence * BINS))) - 1] = right - confidence
+    statistics[np.arange(len(scores)), bin_N] = right_N - confidence_N
     return Metric(
         "ece",
         statistics,

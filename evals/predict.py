@@ -20,11 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitdistill.backends.generation import Search, generate_batch
+from bitdistill.backends.search import Search
 from bitdistill.tasks import Example, Task, shorten
 
 if TYPE_CHECKING:
     from bitdistill.backends.base import Runtime
+    from bitdistill.backends.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 Record = dict[str, Any]
@@ -53,6 +54,17 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """Token ids of what is asked: prompts as they are, the template's words after its last column,
+    and a label task's answers. Plain JSON values under the names of the fields.
+    """
+
+    prompts: list[list[int]]
+    suffix: list[int]
+    answers: list[list[int]]
+
+
+@dataclass(frozen=True)
 class Predictions:
     """`records` holds one entry per example, in the examples' order: its place under `i`, and
 
@@ -76,20 +88,26 @@ def predict(
     examples: Sequence[Example],
     options: Options | None = None,
     *,
+    encoded: Encoded | None = None,
     known: Mapping[int, Record] | None = None,
     save: Callable[[list[Record]], None] | None = None,
     progress: Progress | None = None,
 ) -> Predictions:
     """Predict every example that is not `known`; `save` is given each batch of records.
 
+    `encoded` is `encode` of the same task and examples, where that was done before.
     `progress(done, total)` is called as examples are finished. Raises ValueError when the answer
     leaves no room for a prompt, when two answers have the same tokens, or for scores that are not
     finite.
     """
     options = options or Options()
-    answers = encode_answers(runtime, task) if task.kind == "label" else []
+    encoded = encoded or encode(runtime.tokenizer, task, examples)
+    answers = encoded.answers
+    _check_answers(task, answers)
     room = max(map(len, answers)) if answers else options.search.max_new_tokens
-    prompts, truncated = encode_prompts(runtime, task, examples, room, options.max_length)
+    longest = options.max_length
+    limit = runtime.context if longest is None else min(longest, runtime.context)
+    prompts, truncated = truncate(encoded, room, limit)
     batch = _Batch(runtime, task, examples, prompts, answers, options)
     records = dict(known or {})
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -106,32 +124,34 @@ def predict(
     return Predictions(in_order, truncated, sum(map(len, prompts)), [len(a) for a in answers])
 
 
-def encode_prompts(
-    runtime: Runtime, task: Task, examples: Sequence[Example], room: int, max_length: int | None
-) -> tuple[list[list[int]], int]:
-    """Prompt ids that leave `room` tokens for the answer, and how many of them were truncated."""
-    limit = runtime.context if max_length is None else min(max_length, runtime.context)
+def encode(tokenizer: Tokenizer, task: Task, examples: Sequence[Example]) -> Encoded:
+    """Token ids of a task's examples: special tokens before prompts, none before answers."""
+    return Encoded(
+        tokenizer.encode_all([example.prompt for example in examples], special=True),
+        tokenizer.encode(task.suffix, special=False),
+        [tokenizer.encode(label, special=False) for label in task.labels],
+    )
+
+
+def truncate(encoded: Encoded, room: int, limit: int) -> tuple[list[list[int]], int]:
+    """Prompts that leave `room` of `limit` tokens for the answer, and how many were cut."""
     budget = limit - room
     if budget < MIN_PROMPT:
         raise ValueError(
             f"an answer of up to {room} tokens leaves no room for a prompt in {limit} tokens; "
             "raise max_length, or lower max_new_tokens of the task"
         )
-    prompts = runtime.tokenizer.encode_all([e.prompt for e in examples], special=True)
-    truncated = sum(len(prompt) > budget for prompt in prompts)
-    suffix = runtime.tokenizer.encode(task.suffix, special=False)
-    return [shorten(prompt, suffix, budget) for prompt in prompts], truncated
+    truncated = sum(len(prompt) > budget for prompt in encoded.prompts)
+    return [shorten(prompt, encoded.suffix, budget) for prompt in encoded.prompts], truncated
 
 
-def encode_answers(runtime: Runtime, task: Task) -> list[list[int]]:
-    """Token ids of every answer; ValueError when one is empty or two are the same."""
-    answers = [list(runtime.tokenizer.encode(label, special=False)) for label in task.labels]
+def _check_answers(task: Task, answers: Sequence[Sequence[int]]) -> None:
+    """ValueError when one is empty or two are the same."""
     if not all(answers) or len({tuple(answer) for answer in answers}) < len(answers):
         raise ValueError(
             f"the answers of task {task.name!r} ({', '.join(map(repr, task.labels))}) are not "
             f"distinct tokens in this model's vocabulary: {answers}; choose other answer words"
         )
-    return answers
 
 
 def match_answer(text: str, labels: Sequence[str]) -> int:
@@ -193,6 +213,8 @@ class _Batch:
         return list(tokens)[: self.options.search.max_new_tokens]
 
     def _generate(self, chunk: Sequence[int], search: Search) -> list[str]:
+        from bitdistill.backends.generation import generate_batch
+
         prompts = [self.prompts[i] for i in chunk]
         found = generate_batch(self.runtime, prompts, search, batch_size=self.options.batch_size)
         return [self.runtime.tokenizer.decode(tokens) for tokens in found]

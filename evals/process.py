@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+from bitdistill.evals.predict import encode
+from bitdistill.evals.worker import ASKED, DONE, OUTCOME
+from bitdistill.manifest import FormatError
+from bitdistill.tasks import Example, Task
 
 Progress = Callable[[str, int, int], None]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -48,6 +55,13 @@ class Process:
             env=environment,
         )
 
+    def ask(self, asked: dict[str, Any]) -> None:
+        """Give a worker the rest of its job. One that has ended already says why elsewhere."""
+        (self.folder / ASKED).write_text(json.dumps(asked), encoding="utf-8")
+        with contextlib.suppress(BrokenPipeError):
+            self.stdin.write(b"\n")
+            self.stdin.flush()
+
     @property
     def stdin(self) -> IO[bytes]:
         assert self.popen.stdin is not None
@@ -65,11 +79,14 @@ class Process:
         tail = self._stderr.read()[-TAIL:].decode("utf-8", errors="replace").strip()
         return WorkerError(_sentence(self.path, code, tail), tail)
 
-    def close(self) -> None:
-        """End the process, whatever it is doing."""
+    def close(self, wait: bool = True) -> None:
+        """End the process, whatever it is doing; without `wait` it may live a little longer."""
         if self.popen.poll() is None:
             self.popen.kill()
-            self.popen.wait()
+            if wait:
+                self.popen.wait()
+            else:
+                threading.Thread(target=self.popen.wait).start()
         self.stdout.close()
         try:
             self.stdin.close()
@@ -84,23 +101,51 @@ def run_worker(
 ) -> dict[str, Any]:
     """Run one job (see worker.py) in a fresh Python process and return its outcome.
 
-    The process is ended when this call is interrupted. Raises WorkerError.
+    While the process loads its runtime and model, the texts are encoded here: the tokenizer's
+    parser would hold its interpreter. Once the outcome is there the process is ended, as it is when
+    this call is interrupted. Raises WorkerError.
     """
-    process = Process(module, job)
+    process = Process(module, {key: job[key] for key in ("path", "threads", "load")})
     try:
+        process.ask({"task": job["task"], "options": job["options"], "parts": encoded(job)})
+        from bitdistill.evals import summary  # noqa: F401  (the next to be needed)
+
         for line in process.stdout:
-            _pass_on(line, progress)
-        outcome_file = process.folder / "outcome.json"
-        failure = process.failure()
+            if _pass_on(line, progress) == DONE:
+                break
+        outcome_file = process.folder / OUTCOME
         if not outcome_file.is_file():
-            raise failure
+            raise process.failure()
         outcome = json.loads(outcome_file.read_text(encoding="utf-8"))
         if "error" in outcome:
             message = f"{job['path']} cannot be evaluated: {outcome['error']}"
-            raise WorkerError(message, failure.tail)
-    finally:
+            raise WorkerError(message, process.failure().tail)
+    except BaseException:
         process.close()
+        raise
+    process.close(wait=False)  # a loaded model takes a while to go
     return outcome
+
+
+def encoded(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The job's parts with the token ids of their texts.
+
+    Without them where the directory has no tokenizer to read: the worker finds out in its turn,
+    after it has checked every file, and knows the reason.
+    """
+    from bitdistill.backends.tokenizer import (
+        Tokenizer,
+    )  # the process starts before this is imported
+
+    try:
+        tokenizer = Tokenizer(Path(job["path"]))
+    except FormatError:
+        return list(job["parts"])
+    task = Task.from_json(job["task"])
+    return [
+        part | {"encoded": vars(encode(tokenizer, task, [Example(**e) for e in part["examples"]]))}
+        for part in job["parts"]
+    ]
 
 
 def read_answer(line: bytes) -> dict[str, Any] | None:
@@ -112,11 +157,15 @@ def read_answer(line: bytes) -> dict[str, Any] | None:
     return answer if isinstance(answer, dict) else None
 
 
-def _pass_on(line: bytes, progress: Progress) -> None:
-    """Report a progress line; other output is dropped."""
+def _pass_on(line: bytes, progress: Progress) -> str | None:
+    """Report a progress line, but for the last, and return its stage; other output is dropped."""
     event = read_answer(line) or {}
-    if {"stage", "done", "total"} <= set(event):
-        progress(str(event["stage"]), int(event["done"]), int(event["total"]))
+    if not {"stage", "done", "total"} <= set(event):
+        return None
+    stage = str(event["stage"])
+    if stage != DONE:
+        progress(stage, int(event["done"]), int(event["total"]))
+    return stage
 
 
 def _sentence(path: str, code: int, tail: str) -> str:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.random import default_rng  # NumPy itself imports it at its first use
 from numpy.typing import NDArray
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-CHUNK = 100  # resamples multiplied at a time, which bounds memory
+CHUNK = 100  # resamples drawn or multiplied at a time, which bounds memory
 
 
 class Resamples:
@@ -29,10 +30,14 @@ class Resamples:
     @cached_property
     def weights(self) -> NDArray[np.uint16]:
         """How often each example is drawn: (count, n)."""
-        random = np.random.default_rng(self.seed)
-        drawn = (random.integers(0, self.n, self.n) for _ in range(self.count))
-        rows = [np.bincount(row, minlength=self.n).astype(np.uint16) for row in drawn]
-        return np.stack(rows)
+        random = default_rng(self.seed)
+        weights = np.empty((self.count, self.n), np.uint16)
+        for start in range(0, self.count, CHUNK):
+            part = weights[start : start + CHUNK]
+            drawn = random.integers(0, self.n, part.shape)
+            drawn += self.n * np.arange(len(part))[:, None]  # each row counts in places of its own
+            part[:] = np.bincount(drawn.ravel(), minlength=part.size).reshape(part.shape)
+        return weights
 
     def sums(self, statistics_NK: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sums of an example's statistics over each resample: (count, K)."""

@@ -17,29 +17,28 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitdistill import manifest
-from bitdistill.backends.generation import Search
-from bitdistill.evals import environment, gguf
-from bitdistill.evals.alternate import time_rows
-from bitdistill.evals.bench import Plan
+from bitdistill.backends.search import Search
+from bitdistill.evals import environment
 from bitdistill.evals.directories import (
     RUNTIME_PACKAGES,
     Directory,
     Variant,
     choose_task,
     open_directories,
-    recorded_data,
 )
+from bitdistill.evals.examples import ExampleSet, read_sets
 from bitdistill.evals.predict import Options, Scoring
 from bitdistill.evals.process import run_worker
 from bitdistill.evals.results import Result
 from bitdistill.evals.store import Store, read_complete
-from bitdistill.evals.summary import ExampleSet, Measured, summarise
-from bitdistill.tasks import Task, load_examples
+from bitdistill.tasks import Task
+
+if TYPE_CHECKING:
+    from bitdistill.evals.bench import Plan
 
 Progress = Callable[[str, int, int], None]
 Outcome = dict[str, Any]
@@ -67,7 +66,7 @@ def run(
     store: str | Path | None = None,
     progress: Progress | None = None,
     execute: Execute = run_worker,
-    time: TimeRows = time_rows,
+    time: TimeRows | None = None,
 ) -> list[Result]:
     """Evaluate each directory on a task; one Result per directory, split and metric.
 
@@ -79,7 +78,7 @@ def run(
     (fields of backends.generation.Search; the task's `max_new_tokens` by default). `plan`
     says what is timed, `llama_bench` names the program that times GGUF files. `store` is a folder
     that keeps what was measured (None: nothing is kept). `progress` is called with
-    "<directory>: <stage>", done and total; `execute` and `time` run the work.
+    "<directory>: <stage>", done and total; `execute` and `time` run the work (None: alternate.py).
 
     Everything is checked before the first model is loaded: FormatError, ValueError, ImportError or
     FileNotFoundError say what is wrong. WorkerError when a directory cannot be evaluated.
@@ -87,7 +86,7 @@ def run(
     directories = open_directories(paths)
     program = _llama_bench(directories, llama_bench) if speed else None
     task = choose_task(directories, task)
-    sets = _read_sets(directories, task, data, split, limit, columns)
+    sets = read_sets(directories, task, data, split, limit, columns)
     if max_length is None:  # the same prompts for every row, also where one context is shorter
         max_length = min((d.context for d in directories if d.context), default=None)
     perplexity = task.kind == "summary" and "perplexity" in task.metrics
@@ -99,7 +98,7 @@ def run(
         work = _Work(Store(Path(folder)), task, options, threads, seed, say, execute, time)
         speeds = None
         if speed:
-            speeds = work.time_all(directories, plan or Plan(), program)
+            speeds = work.time_all(directories, plan, program)
         rows = [work.predict(directory, sets) for directory in directories if directory.is_scored]
     settings = {
         "threads": threads,
@@ -107,47 +106,22 @@ def run(
         "options": dataclasses.asdict(options),
         "task": manifest.fingerprint(task.to_json()),
     }
+    from bitdistill.evals.summary import Measured, summarise
+
     by_split = [list(column) for column in zip(*rows, strict=True)]
     return summarise(Measured(directories, task, sets, by_split, speeds, seed, settings))
 
 
 def _llama_bench(directories: Sequence[Directory], name: str | Path | None) -> Path | None:
     """The program that times GGUF files, or None where llama-cpp-python does."""
+    from bitdistill.evals import gguf
+
     files = [directory.path for directory in directories if not directory.is_scored]
     if name is not None:
         return gguf.find_program(name)
     if files:
         gguf.require_package(files[0])
     return None
-
-
-def _read_sets(
-    directories: Sequence[Directory],
-    task: Task,
-    data: str | Path | Sequence[str | Path] | None,
-    split: str | Sequence[str] | None,
-    limit: int | None,
-    columns: dict[str, str] | None,
-) -> list[ExampleSet]:
-    """The examples of every split; ValueError where two would have one name."""
-    files = [data] if isinstance(data, str | Path) else list(data or ())
-    splits = [split] if isinstance(split, str) else list(split or ())
-    if not files and not splits:
-        recorded, mapping = recorded_data(directories, task)
-        files = [] if recorded is None else [recorded]
-        columns = mapping if columns is None else columns
-    if files and splits and len(files) != len(splits):
-        raise ValueError(
-            f"{len(splits)} splits for {len(files)} data files; name each file's split, or none"
-        )
-    names = splits or ([Path(f).stem for f in files] if files else list(task.evaluation_splits))
-    if len(set(names)) < len(names):
-        raise ValueError(f"two data sets are called {names[0]!r}; name their splits with --split")
-    sources: list[str | Path | None] = [*files] or [None] * len(names)
-    return [
-        ExampleSet(name, load_examples(task, source, name, limit, columns))
-        for name, source in zip(names, sources, strict=True)
-    ]
 
 
 @dataclass(frozen=True)
@@ -161,15 +135,17 @@ class _Work:
     seed: int
     say: Progress
     execute: Execute
-    time: TimeRows
+    time: TimeRows | None
 
     def predict(self, directory: Directory, sets: Sequence[ExampleSet]) -> list[Outcome]:
         """Predictions of one row on every split, from the store where they are there."""
         found: dict[str, Outcome] = {}
         missing: dict[str, dict[str, Any]] = {}
+        files: dict[str, str] = {}
         for part in sets:
             identity = self._identity(directory, part)
             log = self.store.predictions(identity)
+            files[part.split] = log.name
             known = read_complete(log, len(part.examples))
             if known is not None:
                 found[part.split] = known
@@ -182,11 +158,7 @@ class _Work:
         if missing:
             outcome = self._execute(directory, list(missing.values()))
             found |= dict(zip(missing, outcome["parts"], strict=True))
-        return [
-            found[part.split]
-            | {"file": self.store.predictions(self._identity(directory, part)).name}
-            for part in sets
-        ]
+        return [found[part.split] | {"file": files[part.split]} for part in sets]
 
     def _identity(self, directory: Directory, part: ExampleSet) -> dict[str, Any]:
         """Everything that predictions depend on."""
@@ -211,9 +183,13 @@ class _Work:
         return self.execute(job, lambda stage, d, n: self.say(f"{name}: {stage}", d, n))
 
     def time_all(
-        self, directories: Sequence[Directory], plan: Plan, llama_bench: Path | None
+        self, directories: Sequence[Directory], plan: Plan | None, llama_bench: Path | None
     ) -> list[Outcome]:
         """Timings of all rows, made together; timings of another set of rows are not reused."""
+        from bitdistill.evals.alternate import time_rows
+        from bitdistill.evals.bench import Plan
+
+        plan, time = plan or Plan(), self.time or time_rows
         common = {"threads": self.threads, "plan": dataclasses.asdict(plan), "seed": self.seed}
         identity = {
             "rows": [directory.hash for directory in directories],
@@ -234,7 +210,7 @@ class _Work:
             }
             for directory in directories
         ]
-        measured: list[Outcome] = self.store.once(identity, lambda: self.time(jobs, self.say))
+        measured: list[Outcome] = self.store.once(identity, lambda: time(jobs, self.say))
         return measured
 
     def _conditions(self, directories: Sequence[Directory]) -> dict[str, Any]:
@@ -245,5 +221,5 @@ class _Work:
         return {
             "threads": self.threads,
             "processor": environment.machine()["processor"],
-            "versions": {name: metadata.version(name) for name in sorted(packages)},
+            "versions": {name: environment.version(name) for name in sorted(packages)},
         }

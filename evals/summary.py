@@ -8,13 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
-from bitdistill import manifest
 from bitdistill.evals import environment, metrics
 from bitdistill.evals.bench import ratio
 from bitdistill.evals.directories import METRICS, Directory
+from bitdistill.evals.examples import ExampleSet
 from bitdistill.evals.metrics import Metric, Score
 from bitdistill.evals.resampling import Resamples
 from bitdistill.evals.results import Result
@@ -22,19 +21,6 @@ from bitdistill.tasks import Example, Task
 
 Outcome = dict[str, Any]
 DEFAULT_SUMMARY_METRICS = METRICS["summary"][:-1]  # perplexity costs another forward
-
-
-@dataclass(frozen=True)
-class ExampleSet:
-    """The examples of one split."""
-
-    split: str
-    examples: list[Example]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of what is asked and what is right."""
-        return manifest.fingerprint([[e.prompt, e.answer] for e in self.examples])
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """One directory, evaluated in a process of its own: `python -m bitdistill.evals.worker JOB`.
 
 A fresh process keeps torch out of the runs of the other runtimes, and whatever breaks in one. The
-job is a JSON file, written by process.py; the outcome is written beside it. stdout carries progress
-as JSON lines, stderr is free text. Predictions go to their own file as they are made (store.py), so
-a job that was killed goes on where it stopped.
+job is a JSON file, written by process.py, that says what to load. What to ask is in a second file,
+which a line on stdin announces: it is written while the runtime is imported and the model loaded.
+The outcome is written beside them. stdout carries progress as JSON lines, the last one says that
+the outcome is there; stderr is free text. Predictions go to their own file as they are made
+(store.py), so a job that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from typing import Any
 from bitdistill.evals.environment import peak_memory, versions
 
 Progress = Callable[[str, int, int], None]
+ASKED, OUTCOME = "asked.json", "outcome.json"
+DONE = "done"  # the last stage
+SWITCH_SECONDS = 0.0005  # a thread that hashes or parses waits no longer for the interpreter
+PROGRESS_SECONDS = 0.5  # whoever reads progress takes the processor from whoever predicts
 COMPUTE = ("logits_at", "step", "start_rows", "step_rows", "select_rows")
 
 
@@ -43,16 +49,23 @@ class Stopwatch:
         return run
 
 
-def execute(job: dict[str, Any], progress: Progress, load: Callable[..., Any]) -> dict[str, Any]:
+def execute(
+    job: dict[str, Any],
+    progress: Progress,
+    load: Callable[..., Any],
+    ask: Callable[[], dict[str, Any]] = dict,
+) -> dict[str, Any]:
     """Evaluate `job["path"]` on each of `job["parts"]`; job and outcome are plain JSON values.
 
     `load(path, threads=..., **options)` returns a Runtime; `progress(stage, done, total)` reports.
+    `ask()` gives the values of the job that are not needed for loading.
     """
     start = time.perf_counter()
     progress("load", 0, 1)
     runtime = load(job["path"], threads=job["threads"], **job["load"])
     progress("load", 1, 1)
     seconds = time.perf_counter() - start
+    job = job | ask()
     watch = Stopwatch(runtime)
     return {"parts": [_predict(runtime, job, part, watch, seconds, progress)
                       for part in job["parts"]]}  # fmt: skip
@@ -67,7 +80,7 @@ def _predict(
     progress: Progress,
 ) -> dict[str, Any]:
     """Predictions of one split, kept in its own file; seconds are those of this process."""
-    from bitdistill.evals.predict import Options, predict
+    from bitdistill.evals.predict import Encoded, Options, predict
     from bitdistill.evals.store import PredictionLog
     from bitdistill.tasks import Example, Task
 
@@ -78,6 +91,7 @@ def _predict(
             Task.from_json(job["task"]),
             [Example(**example) for example in part["examples"]],
             Options.from_json(job["options"]),
+            encoded=Encoded(**part["encoded"]) if part.get("encoded") else None,
             known=log.known,
             save=log.append,
             progress=lambda done, total: progress("predict", done, total),
@@ -99,28 +113,48 @@ def _predict(
 
 
 def _load(path: str, threads: int | None, **options: Any) -> Any:
-    from bitdistill.backends import load_with_tokenizer
+    from bitdistill.backends import load
 
-    return load_with_tokenizer(path, threads=threads, **options)
+    return load(path, threads=threads, **options)
 
 
-def _print_progress(stage: str, done: int, total: int) -> None:
-    print(json.dumps({"stage": stage, "done": done, "total": total}), flush=True)
+class Printer:
+    """Prints progress: the first and the last of each stage, and what is due in between."""
+
+    def __init__(self) -> None:
+        self._stage, self._printed = "", 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if stage == self._stage and done < total and now - self._printed < PROGRESS_SECONDS:
+            return
+        self._stage, self._printed = stage, now
+        print(json.dumps({"stage": stage, "done": done, "total": total}), flush=True)
+
+
+def _ask(folder: Path) -> dict[str, Any]:
+    """What to ask, once it is there."""
+    if not sys.stdin.readline():
+        raise BrokenPipeError
+    asked: dict[str, Any] = json.loads((folder / ASKED).read_text(encoding="utf-8"))
+    return asked
 
 
 def main(job_file: str) -> int:
-    """Run a job file and write `outcome.json` beside it; 1 for an error that has a remedy."""
-    path = Path(job_file)
+    """Run a job file and write the outcome beside it; 1 for an error that has a remedy."""
+    path, progress = Path(job_file), Printer()
+    sys.setswitchinterval(SWITCH_SECONDS)
     job = json.loads(path.read_text(encoding="utf-8"))
     status = 0
     try:
-        outcome = execute(job, _print_progress, _load)
+        outcome = execute(job, progress, _load, lambda: _ask(path.parent))
     except BrokenPipeError:  # whoever asked for this is gone; what was predicted is kept
         return 1
     except (ValueError, OSError, ImportError, MemoryError) as error:
         # Said in a sentence by whoever raised it; anything else keeps its traceback on stderr.
         outcome, status = {"error": f"{error}" or type(error).__name__}, 1
-    (path.parent / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
+    (path.parent / OUTCOME).write_text(json.dumps(outcome), encoding="utf-8")
+    progress(DONE, 1, 1)
     return status
 
 

@@ -42,6 +42,8 @@ PUBLIC_BACKENDS = {
     "bitdistill.backends",
     "bitdistill.backends.base",
     "bitdistill.backends.generation",
+    "bitdistill.backends.search",
+    "bitdistill.backends.tokenizer",
 }
 EXPORTER_BACKENDS = {
     "bitdistill.backends.registry",

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bitdistill import backends
-from bitdistill.backends.generation import Search, generate_batch
+from bitdistill.backends.generation import generate_batch
+from bitdistill.backends.search import Search
 from bitdistill.exporters.base import export
 
 PROMPTS = [[1, 40, 50, 60, 41], [1, 33], [1, 70, 71, 72, 73, 74, 75, 76, 90, 91, 92], [1, 45, 46]]

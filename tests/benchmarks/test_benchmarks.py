@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WORDS
 
+WORDS = "the film is not good bad but very dull bright and we liked it a plot".split()
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 

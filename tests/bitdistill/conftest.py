@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from short_runs import TEXTS, Done, packed_batches, task_batches
+from short_runs import TEXTS, WORDS, Done, packed_batches, task_batches
 
 import bitdistill
 from bitdistill.cli import main
@@ -24,7 +24,6 @@ from bitdistill.tasks import TASKS
 from bitdistill.training import Fit
 
 CPU = Machine(device="cpu", precision="float32")
-WORDS = "the film is not good bad but very dull bright and we liked it a plot".split()
 SHORT = {"steps": 2, "batch_size": 2, "max_length": 24, "learning_rate": 1e-3}
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bitdistill.corpus import Steps
-from bitdistill.data import ALONE, Encoded, PackedBatches, Shard, TaskBatches
+from bitdistill.data import ALONE, Batch, Batches, Encoded, PackedBatches, Shard, TaskBatches
 from bitdistill.documents import Source
 from bitdistill.quantize import BitLinear
 from bitdistill.readers import Texts
@@ -18,6 +18,11 @@ from bitdistill.schema import Distillation
 from bitdistill.sequences import Encoder, Packer, State
 from bitdistill.training import Fit
 
+WORDS = "the film is not good bad but very dull bright and we liked it a plot".split()
+DOCUMENTS = [
+    [f"the film {i} is {' '.join(WORDS[: i % 9])}" for i in range(40)],
+    ["a plot", "we liked it", ""],
+]
 TEXTS = [
     f"the film {i} is not {w} but very {v}"
     for i, w in enumerate("good bad dull".split())
@@ -113,3 +118,18 @@ def copy(source: Path, target: Path) -> Path:
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     return target
+
+
+def rows_of(batches: Batches, steps: range) -> list[list[list[int]]]:
+    """The sequences of each step, micro-batches one after the other."""
+    return [
+        [row for batch in batches.window(step) for row in batch["input_ids"].tolist()]
+        for step in steps
+    ]
+
+
+def same(one: list[Batch], two: list[Batch]) -> bool:
+    return all(
+        a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        for a, b in zip(one, two, strict=True)
+    )

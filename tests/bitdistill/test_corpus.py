@@ -1,35 +1,20 @@
-"""Packed sequences: the same for every number of workers and devices, exactly resumable."""
+"""Packed sequences: documents dealt to rows, exactly resumable, shared by devices."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from short_runs import packed_batches
+from short_runs import DOCUMENTS, WORDS, packed_batches, rows_of, same
 
-from bitdistill import corpus
-from bitdistill.config import load_config
-from bitdistill.data import IGNORED, Batch, Batches, PackedBatches, Shard
-from bitdistill.distributed import World
+from bitdistill.data import IGNORED, Shard
 from bitdistill.documents import Source
-from bitdistill.feeds import corpus_batches
-from bitdistill.prefetch import Prefetched, prefetched
 from bitdistill.readers import Texts
-from bitdistill.schema import Machine, Training
 from bitdistill.sequences import (
     CHUNK,
     SNAPSHOT,
@@ -39,28 +24,6 @@ from bitdistill.sequences import (
     merge_states,
     split_document,
 )
-
-WORDS = "the film is not good bad but very dull bright and we liked it a plot".split()
-DOCUMENTS = [
-    [f"the film {i} is {' '.join(WORDS[: i % 9])}" for i in range(40)],
-    ["a plot", "we liked it", ""],
-]
-
-
-def rows_of(batches: Batches, steps: range) -> list[list[list[int]]]:
-    """The sequences of each step, micro-batches one after the other."""
-    return [
-        [row for batch in batches.window(step) for row in batch["input_ids"].tolist()]
-        for step in steps
-    ]
-
-
-def same(one: list[Batch], two: list[Batch]) -> bool:
-    return all(
-        a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-        for a, b in zip(one, two, strict=True)
-    )
-
 
 # --- packing --------------------------------------------------------------------------------------
 
@@ -265,180 +228,3 @@ def test_devices_share_the_window_of_one(tokenizer: Any, world: int) -> None:
     rest = [rows_of(batches, range(6, 9)) for batches in fewer]
     joined = [sum(rows, []) for rows in zip(*rest, strict=True)]  # noqa: RUF017
     assert joined == rows_of(alone, range(6, 9))
-
-
-# --- worker processes -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def local(tokenizer: Any, tmp_path: Path) -> Any:
-    """`local(workers)`: batches of 2 x 3 sequences from JSON lines and parquet files."""
-    import pandas as pd
-
-    lines = [json.dumps({"text": f"{i} {' '.join(WORDS[: i % 11])}"}) for i in range(300)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    pd.DataFrame({"text": [f"row {i} is good" for i in range(90)]}).to_parquet(
-        tmp_path / "b.parquet", row_group_size=20
-    )
-
-    def make(workers: int, *settings: str) -> PackedBatches:
-        sources = f"corpus.sources=[{tmp_path / 'a.jsonl'}, {tmp_path / 'b.parquet'}, tiny]"
-        config = load_config("tiny", [sources, f"machine.workers={workers}", *settings])
-        size = Training(steps=1, max_length=32, batch_size=3, accumulate=2)
-        return corpus_batches(config, size, tokenizer, World())
-
-    return make
-
-
-def test_the_number_of_workers_changes_nothing(local: Any) -> None:
-    """Nor does changing it in the middle."""
-    with closing(local(0, "corpus.document_mask=true")) as inline:
-        expected = [inline.window(step) for step in range(30)]
-        state = json.loads(json.dumps(inline.state()))
-    with closing(local(2, "corpus.document_mask=true")) as two:
-        assert all(same(two.window(step), expected[step]) for step in range(10))
-        middle = json.loads(json.dumps(two.state()))
-    with closing(local(9, "corpus.document_mask=true")) as nine:  # more than there are rows
-        nine.restore(middle)
-        assert all(same(nine.window(step), expected[step]) for step in range(10, 30))
-        assert nine.state()["rows"] == state["rows"]
-
-
-def test_a_worker_reports_what_a_user_can_mend(local: Any, tmp_path: Path) -> None:
-    batches = local(1)
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 5}\n')
-    with closing(batches), pytest.raises(ValueError, match=r"row 1 of .*a.jsonl has 5 in column"):
-        batches.window(0)
-    (tmp_path / "a.jsonl").unlink()
-    batches.restore(None)
-    with closing(batches), pytest.raises(FileNotFoundError, match=r"a.jsonl does not exist"):
-        batches.window(0)
-
-
-def test_a_worker_that_dies(local: Any) -> None:
-    with closing(local(1)) as batches:
-        batches.window(0)
-        os.kill(batches.steps._packing.workers[0].process.pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match=r"worker ended unexpectedly \(exit status -9\)"):
-            rows_of(batches, range(1, 10_000))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_workers_end_with_the_training_process(local: Any, tmp_path: Path) -> None:
-    """Even with one that was killed; and they leave signals for it to act on."""
-    with closing(local(1)) as batches:
-        job = {
-            "corpus": {"sources": [str(tmp_path / "a.jsonl")]},
-            "task": {"name": "tiny"},
-            "seed": 0,
-            "tokenizer": "",
-            "end": None,
-            "rows": [0],
-            "total": 1,
-            "length": 8,
-            "state": None,
-        }
-        batches.window(0)
-        process = batches.steps._packing.workers[0].process
-        for number in (signal.SIGINT, signal.SIGTERM):
-            process.send_signal(number)
-        assert len(batches.window(1)) == 2
-        assert process.poll() is None
-    assert process.returncode == -signal.SIGKILL
-    import tokenizers
-
-    job["tokenizer"] = tokenizers.Tokenizer(tokenizers.models.BPE()).to_str()
-    job["end"] = 0
-    parent = (
-        "import json, os, sys; from bitdistill.corpus import Worker\n"
-        "w = Worker(json.loads(sys.argv[1])); w.next(); print(w.process.pid, flush=True)\n"
-        "os.kill(os.getpid(), 9)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", parent, json.dumps(job)], capture_output=True, text=True
-    )
-    assert done.returncode == -9, done.stderr
-    deadline = time.monotonic() + 20
-    while _alive(int(done.stdout)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and that nobody waits for does not."""
-    status = Path(f"/proc/{pid}/stat")
-    try:
-        return status.read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def test_a_worker_loads_neither_torch_nor_transformers() -> None:
-    program = (
-        "import sys, bitdistill.corpus_worker as w\n"
-        "w.open_sources({'corpus': {'sources': ['tiny']}, 'task': {'name': 'tiny'}, 'seed': 0})"
-        "[0].next()\nprint(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.stdout.strip(), done.stderr) == ("[]", "")
-
-
-def test_a_tokenizer_without_a_file(local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"object has no tokenizer.json; use a model with one"):
-        corpus.corpus_steps(load_config("tiny"), object(), range(2), 2, 8, 0)
-
-
-# --- made ready ahead -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def ready(tokenizer: Any) -> Iterator[Prefetched]:
-    batches = Prefetched(packed_batches(DOCUMENTS, tokenizer, 7, 2, 2), 3)
-    yield batches
-    batches.close()
-
-
-def test_prefetching_changes_nothing(tokenizer: Any, ready: Prefetched) -> None:
-    """Neither the windows nor the position, however far ahead the thread is."""
-    plain = packed_batches(DOCUMENTS, tokenizer, 7, 2, 2)
-    assert ready.state() == plain.state()
-    for step in range(8):
-        assert same(ready.window(step), plain.window(step))
-        time.sleep(0.01)
-        assert ready.state() == plain.state()
-        assert same(ready.window(step), plain.window(step))
-    state = json.loads(json.dumps(ready.state()))
-    ready.restore(state)
-    for step in range(8, 12):
-        assert same(ready.window(step), plain.window(step))
-    assert ready.steps_per_epoch() is None
-
-
-def test_a_thread_works_ahead_and_stops(tokenizer: Any, ready: Prefetched) -> None:
-    ready.window(0)
-    deadline = time.monotonic() + 20
-    while not ready._ready.full():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    thread = ready._thread
-    assert isinstance(thread, threading.Thread)
-    ready.close()
-    assert not thread.is_alive()
-    again = packed_batches(DOCUMENTS, tokenizer, 7, 2, 2)
-    again.window(0)
-    assert same(ready.window(1), again.window(1))  # it starts again where it was
-
-
-def test_an_error_arrives_where_the_window_is_asked_for(tokenizer: Any) -> None:
-    with closing(Prefetched(packed_batches([[]], tokenizer, 7, 2), 2)) as batches:
-        for _ in range(2):
-            with pytest.raises(ValueError, match="the pre-training corpus is empty"):
-                batches.window(0)
-
-
-def test_prefetching_is_a_setting(tokenizer: Any) -> None:
-    batches = packed_batches(DOCUMENTS, tokenizer, 7, 2)
-    assert prefetched(batches, Machine(device="cpu", prefetch=0)) is batches
-    ahead = prefetched(batches, Machine(device="cpu", prefetch=2))
-    assert isinstance(ahead, Prefetched)
-    assert (ahead.depth, ahead.pin) == (2, False)

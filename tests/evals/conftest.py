@@ -1,14 +1,19 @@
-"""A runtime without a model: tokens are letters, logits a row of a table."""
+"""A runtime without a model: tokens are letters, logits a row of a table; and rows without one."""
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from invented import TASK, Make
 
+from bitdistill import manifest
 from bitdistill.backends.base import Runtime
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz."
@@ -63,3 +68,26 @@ def table_runtime() -> Any:
     """`table_runtime(context)`: a TableRuntime with random logits; always the same table."""
     table = np.random.default_rng(0).normal(size=(len(LETTERS), len(LETTERS)))
     return lambda context=64: TableRuntime(table, context)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """`make(name, kind, **content)`: a directory that has a manifest and some bytes of weights."""
+
+    def write(name: str, kind: str = "student", **content: Any) -> Path:
+        path = tmp_path / name
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}" + bytes(2**20))
+        head = {"method": "bitdistill", "base_model": "tiny", "task": TASK.to_json()}
+        manifest.write_manifest(path, kind, head | content)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "heldout.jsonl"
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate([1, 0, 1, 1])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

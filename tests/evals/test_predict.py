@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitdistill.backends.generation import Search
-from bitdistill.evals.predict import Options, encode_prompts, match_answer, predict
+from bitdistill.backends.search import Search
+from bitdistill.evals.predict import Options, encode, match_answer, predict, truncate
 from bitdistill.tasks import Example, Task
 
 LABELS = Task("letters", "label", "{text}", ("text",), "label", ("ab", "c", "abz"))
@@ -60,7 +60,8 @@ def test_progress_reaches_the_total(table_runtime: Any) -> None:
 def test_a_long_prompt_keeps_its_suffix_and_is_counted(table_runtime: Any) -> None:
     runtime = table_runtime(context=10)
     task = dataclasses.replace(LABELS, prompt="{text}kl")
-    prompts, truncated = encode_prompts(runtime, task, examples("abcdefghijkl", "abc"), 3, None)
+    encoded = encode(runtime.tokenizer, task, examples("abcdefghijkl", "abc"))
+    prompts, truncated = truncate(encoded, room=3, limit=runtime.context)
     # 10 tokens less 3 for the answer: BOS, four letters, and the suffix
     assert runtime.tokenizer.decode(prompts[0]).strip() == "abcdkl"
     assert len(prompts[0]) == 7

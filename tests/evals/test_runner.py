@@ -1,81 +1,19 @@
-"""The runner's logic on invented outcomes: tasks, data, agreement, results, errors."""
+"""The runner's results on invented outcomes: rows, splits, agreement, nothing twice."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
-import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from invented import PREDICTIONS, TASK, Make, execute, refuse, time
 
-from bitdistill import manifest
 from bitdistill.evals import Variant, run
-from bitdistill.evals.bench import Repeat, speed_of, to_json
 from bitdistill.evals.directories import open_directories
 from bitdistill.evals.store import PredictionLog
-from bitdistill.tasks import Task
-
-TASK = Task("mood", "label", "{text}\nMood:", ("text",), "label", (" bad", " good"))
-PREDICTIONS = {"teacher": [1, 0, 1, 0], "student": [1, 0, 0, 0], "onnx": [1, 0, 1, 0]}
-SPEEDS = {"teacher": 10.0, "student": 5.0, "onnx": 40.0}
-Make = Callable[..., Path]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """`make(name, kind, **content)`: a directory that has a manifest and some bytes of weights."""
-
-    def write(name: str, kind: str = "student", **content: Any) -> Path:
-        path = tmp_path / name
-        path.mkdir()
-        (path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}" + bytes(2**20))
-        head = {"method": "bitdistill", "base_model": "tiny", "task": TASK.to_json()}
-        manifest.write_manifest(path, kind, head | content)
-        return path
-
-    return write
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "heldout.jsonl"
-    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate([1, 0, 1, 1])]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def execute(job: dict[str, Any], progress: Any) -> dict[str, Any]:
-    """What a worker would bring back."""
-    progress("predict", 4, 4)
-    return {"parts": [predict(job["path"], part) for part in job["parts"]]}
-
-
-def predict(path: str, part: dict[str, Any]) -> dict[str, Any]:
-    labels = PREDICTIONS[Path(path).name][: len(part["examples"])]
-    records = [{"i": i, "label": label, "scores": [-1.0, -2.0]} for i, label in enumerate(labels)]
-    return {
-        "backend": "onnx" if "onnx" in path else "torch", "versions": {"python": "3"},
-        "peak_memory": 40.0, "records": records, "truncated": 1, "prompt_tokens": 9,
-        "answer_tokens": [1, 1], "seconds": {"load": 1.0, "predict": 2.0, "compute": 1.9},
-    }  # fmt: skip
-
-
-def time(jobs: Any, progress: Any) -> list[dict[str, Any]]:
-    """What timing rows in turn would bring back."""
-    return [
-        {
-            "speed": to_json(
-                speed_of([Repeat(1 / SPEEDS[job["name"]], [1 / SPEEDS[job["name"]]])] * 3, 1)
-            ),
-            "memory": {"bare": 10.0, "load": 20.0, "serve": 30.0 + SPEEDS[job["name"]]},
-            "facts": {"versions": {"python": "3"}},
-        }
-        for job in jobs
-    ]
 
 
 def test_results_of_a_whole_run(make: Make, data: Path) -> None:
@@ -288,106 +226,3 @@ def test_a_task_says_what_is_reported(make: Make, data: Path) -> None:
     results = run([make("student")], task, data, speed=False, execute=execute)
     assert {r.metric for r in results} == {"accuracy", "size_on_disk", "size_ratio"}
     assert {r.task_version for r in results} == {3}
-
-
-def test_the_validation_file_of_training_is_the_default(make: Make, data: Path) -> None:
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    data.write_text(
-        "".join(json.dumps({"words": r["text"], "label": r["label"]}) + "\n" for r in rows)
-    )
-    student = make("student", validation=str(data), columns={"text": "words"})
-    results = run([student], speed=False, execute=execute)
-    assert (results[0].metric, results[0].n, results[0].split) == ("accuracy", 4, "heldout")
-
-
-def test_a_name_means_the_recorded_task(make: Make, data: Path) -> None:
-    teacher = make("teacher", "teacher", task=None)
-    jobs: list[Any] = []
-
-    def keep(job: dict[str, Any], progress: Any) -> dict[str, Any]:
-        jobs.append(job)
-        return execute(job, progress)
-
-    run([teacher, make("student")], "mood", data, speed=False, execute=keep)
-    assert [Task.from_json(job["task"]) for job in jobs] == [TASK, TASK]
-    assert jobs[0]["parts"][0]["examples"][1] == {
-        "index": 1, "prompt": "text 1\nMood:", "answer": " bad", "label": 0,
-        "inputs": ("text 1",),
-    }  # fmt: skip
-
-
-def refuse(job: dict[str, Any], progress: Any) -> dict[str, Any]:
-    raise AssertionError("no model may be loaded before everything is checked")
-
-
-def test_bad_input_is_found_before_any_model_is_loaded(
-    make: Make, data: Path, tmp_path: Path
-) -> None:
-    student = make("student")
-    cases: list[tuple[list[Path], Any, Any, type[Exception], str]] = [
-        ([], None, data, ValueError, "nothing to evaluate; give at least one"),
-        ([tmp_path / "no"], None, data, manifest.FormatError, "no does not exist; check the path"),
-        ([student, student], None, data, ValueError, "given twice; give each once"),
-        ([student], "mod", data, ValueError, "unknown task 'mod'"),
-        ([student], None, tmp_path / "no.csv", FileNotFoundError, "no.csv does not exist"),
-        ([make("plain", task=None)], None, data, ValueError, "records no task; name one with"),
-        ([make("corpus", "corpus")], None, data, ValueError, "holds a corpus; give a teacher"),
-        (
-            [make("tpu", "artifact", target="onx", student_fingerprint="")],
-            None, data, ValueError, "is for backend 'onx'; did you mean 'onnx'?",
-        ),
-        (
-            [student, make("other", task=TASK.to_json() | {"prompt": "{text} ?"})],
-            None, data, ValueError, "trained for task 'mood' with another prompt",
-        ),
-        (
-            [student], dataclasses.replace(TASK, metrics=("acuracy",)),
-            data, ValueError, "a label task has no metric 'acuracy'; did you mean 'accuracy'?",
-        ),
-        ([tmp_path / "no.gguf"], None, data, FileNotFoundError, "no.gguf does not exist"),
-    ]  # fmt: skip
-    for paths, task, source, error, text in cases:
-        with pytest.raises(error, match=text.replace("?", r"\?")):
-            run(paths, task, source, execute=refuse)
-
-
-def test_a_truncated_file_is_found_before_any_model_is_loaded(make: Make, data: Path) -> None:
-    student = make("student")
-    (student / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(manifest.FormatError, match="truncated or altered; make or copy"):
-        run([student], data=data, execute=refuse)
-
-
-@pytest.mark.parametrize(
-    ("backend", "package"), [("onnx", "onnxruntime"), ("mlx", "mlx"), ("torch", "torch")]
-)
-def test_a_missing_runtime_names_the_pip_command(
-    make: Make, data: Path, monkeypatch: pytest.MonkeyPatch, backend: str, package: str
-) -> None:
-    monkeypatch.setattr(
-        "bitdistill.evals.directories.find_spec", lambda name: None if name == package else 1
-    )
-    kind = "student" if backend == "torch" else "artifact"
-    path = make("it", kind, target=backend, student_fingerprint="")
-    with pytest.raises(ImportError, match=f"needs {package}; run: pip install {package}"):
-        run([path], data=data, execute=refuse)
-
-
-def test_a_gguf_file_without_a_program_names_the_pip_command(
-    make: Make, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "Q4_0.gguf").write_bytes(b"gguf")
-    monkeypatch.setattr("bitdistill.evals.gguf.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install llama-cpp-python, or give a llama-bench"):
-        run([make("teacher", "teacher"), tmp_path / "Q4_0.gguf"], data=data, execute=refuse)
-
-
-def test_a_missing_metric_package_is_found_first(
-    make: Make, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "bitdistill.evals.directories.find_spec", lambda name: None if "rouge" in name else 1
-    )
-    task = Task("short", "summary", "{text}", ("text",), "label")
-    with pytest.raises(ImportError, match="needs rouge-score; run: pip install rouge-score"):
-        run([make("student")], task, data, execute=refuse)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from bitdistill import manifest
-from bitdistill.evals import Plan, environment, run
+from bitdistill.evals import Plan, environment, process, run, worker
 from bitdistill.evals.predict import Options
 from bitdistill.evals.process import WorkerError, run_worker
 from bitdistill.evals.worker import execute
@@ -52,6 +53,15 @@ def test_importing_evals_loads_no_runtime_and_no_data_package() -> None:
         "import bitdistill.evals.predict, bitdistill.evals.bench, bitdistill.evals.parity\n"
         "heavy = ['torch', 'transformers', 'onnxruntime', 'mlx', 'datasets', 'sacrebleu', 'nltk']\n"
         "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_run_starts_its_processes_before_it_imports_numpy() -> None:
+    code = (
+        "import sys, bitdistill.cli, bitdistill.evals.runner, bitdistill.evals.process\n"
+        "print([name for name in ('numpy', 'tokenizers', 'importlib.abc') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -194,6 +204,68 @@ def test_progress_is_passed_on_and_other_output_is_dropped(
     seen: list[Any] = []
     outcome = run_worker(job(tmp_path), lambda *event: seen.append(event), module="talker")
     assert (outcome, seen) == ({"backend": "x"}, [("load", 1, 2)])
+
+
+def test_an_answer_is_taken_before_the_worker_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import json, os, pathlib, sys, time\n"
+        "folder = pathlib.Path(sys.argv[1]).parent\n"
+        "sys.stdin.readline()\n"
+        "outcome = json.loads((folder / 'asked.json').read_text()) | {'pid': os.getpid()}\n"
+        "(folder / 'outcome.json').write_text(json.dumps(outcome))\n"
+        "print(json.dumps({'stage': 'done', 'done': 1, 'total': 1}), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    seen: list[Any] = []
+    outcome = run_worker(job(tmp_path), lambda *event: seen.append(event), module="slow")
+    assert (outcome["task"], outcome["parts"], seen) == (
+        json.loads(json.dumps(TASK.to_json())),
+        [],
+        [],
+    )
+    for thread in threading.enumerate():  # one waits for the process, which was told to end
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(60)
+    with pytest.raises(ProcessLookupError):
+        os.kill(outcome["pid"], 0)
+
+
+def test_progress_is_said_twice_a_second(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([10.0, 10.1, 10.2, 10.7, 10.8, 10.9])
+    monkeypatch.setattr("bitdistill.evals.worker.time.perf_counter", lambda: next(clock))
+    progress = worker.Printer()
+    for stage, done in (("load", 0), ("load", 1), *(("predict", done) for done in (1, 2, 3, 4))):
+        progress(stage, done, 1 if stage == "load" else 4)
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["stage"], line["done"]) for line in said] == [
+        ("load", 0), ("load", 1), ("predict", 1), ("predict", 2), ("predict", 4)
+    ]  # fmt: skip
+
+
+def test_texts_are_encoded_where_the_run_is_asked_for(student_dir: Callable[..., Path]) -> None:
+    """The worker is told the ids that it would find itself."""
+    from bitdistill.backends import load
+
+    path = student_dir("qwen3", "paper")
+    examples = [
+        {"index": i, "prompt": f"{text}\nMood:", "answer": " good", "label": 1}
+        for i, text in enumerate(TEXTS)
+    ]
+    asked = job(path, parts=[{"examples": examples}])
+    (part,) = process.encoded(asked)
+    tokenizer = load(path).tokenizer
+    assert part["encoded"] == {
+        "prompts": [tokenizer.encode(example["prompt"]) for example in examples],
+        "suffix": tokenizer.encode("\nMood:", special=False),
+        "answers": [tokenizer.encode(label, special=False) for label in TASK.labels],
+    }
+    elsewhere = asked | {"path": str(path / "no such place")}
+    assert process.encoded(elsewhere) == asked["parts"]  # the worker says what is wrong
 
 
 def test_an_interrupted_run_ends_its_worker(

@@ -1,0 +1,54 @@
+"""The examples of a run, read once for all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from bitdistill import manifest
+from bitdistill.evals.directories import Directory, recorded_data
+from bitdistill.tasks import Example, Task, load_examples
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """The examples of one split."""
+
+    split: str
+    examples: list[Example]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what is asked and what is right."""
+        return manifest.fingerprint([[e.prompt, e.answer] for e in self.examples])
+
+
+def read_sets(
+    directories: Sequence[Directory],
+    task: Task,
+    data: str | Path | Sequence[str | Path] | None,
+    split: str | Sequence[str] | None,
+    limit: int | None,
+    columns: dict[str, str] | None,
+) -> list[ExampleSet]:
+    """The examples of every split; ValueError where two would have one name."""
+    files = [data] if isinstance(data, str | Path) else list(data or ())
+    splits = [split] if isinstance(split, str) else list(split or ())
+    if not files and not splits:
+        recorded, mapping = recorded_data(directories, task)
+        files = [] if recorded is None else [recorded]
+        columns = mapping if columns is None else columns
+    if files and splits and len(files) != len(splits):
+        raise ValueError(
+            f"{len(splits)} splits for {len(files)} data files; name each file's split, or none"
+        )
+    names = splits or ([Path(f).stem for f in files] if files else list(task.evaluation_splits))
+    if len(set(names)) < len(names):
+        raise ValueError(f"two data sets are called {names[0]!r}; name their splits with --split")
+    sources: list[str | Path | None] = [*files] or [None] * len(names)
+    return [
+        ExampleSet(name, load_examples(task, source, name, limit, columns))
+        for name, source in zip(names, sources, strict=True)
+    ]
