@@ -11,7 +11,8 @@ full-precision model as a stock ONNX graph in fp32 and in 2 bits. `time` loads a
 other and times them in turn (evals/alternate.py): a prompt, then tokens one by one. GGUF files run
 in the llama-bench given with them, which decodes from an empty context; the other rows decode after
 the prompt, where a step costs more. One JSON line a row; several calls append to one file. `show`
-takes medians over all rounds, and ratios within a round.
+takes medians over all rounds, and ratios within a round. `isa` is the instruction set of our
+kernels; that peers use no other is the caller's to see to (for ONNX Runtime: avx2_only.py).
 
 The share of the roofline is a token's bytes of body and head over the bandwidth that one read of
 memory reached in the same call (`ceiling-read` of the kernels' benchmark).
@@ -103,6 +104,7 @@ def _read_ceiling(threads: int) -> float:
 
 def time(arguments: argparse.Namespace) -> Iterator[Line]:
     """One line for each row; WorkerError for one that cannot be timed."""
+    from bitdistill.backends.kernels.binding import Kernels
     from bitdistill.evals.alternate import time_rows
     from bitdistill.evals.environment import machine
 
@@ -111,8 +113,9 @@ def time(arguments: argparse.Namespace) -> Iterator[Line]:
     for job, measured in zip(jobs, time_rows(jobs, _say), strict=True):
         speed, memory = measured["speed"], measured["memory"]
         yield {
-            "row": job["name"], "threads": arguments.threads, "prompt": speed["prefill_tokens"],
-            "decode": speed["decode_tokens"], "rounds": speed["rounds"],
+            "row": job["name"], "isa": Kernels().isa, "threads": arguments.threads,
+            "prompt": speed["prefill_tokens"], "decode": speed["decode_tokens"],
+            "rounds": speed["rounds"],
             "memory_mib": round(memory["serve"] - memory["bare"], 1), "bytes": job["bytes"],
             "streamed_bytes": _streamed_bytes(job["path"]), "read_gbytes_per_s": ceiling,
             "versions": measured["facts"]["versions"], "processor": machine()["processor"],
@@ -123,11 +126,11 @@ def _say(stage: str, done: int, total: int) -> None:
     print(f"{stage} {done}/{total}", file=sys.stderr)
 
 
-def _grouped(lines: Sequence[Line]) -> dict[tuple[int, int], dict[str, list[Line]]]:
-    """Lines by (threads, prompt) and row, in the order of their calls."""
-    groups: dict[tuple[int, int], dict[str, list[Line]]] = {}
+def _grouped(lines: Sequence[Line]) -> dict[tuple[str, int, int], dict[str, list[Line]]]:
+    """Lines by (isa, threads, prompt) and row, in the order of their calls."""
+    groups: dict[tuple[str, int, int], dict[str, list[Line]]] = {}
     for line in lines:
-        rows = groups.setdefault((line["threads"], line["prompt"]), {})
+        rows = groups.setdefault((line["isa"], line["threads"], line["prompt"]), {})
         rows.setdefault(line["row"], []).append(line)
     return groups
 
@@ -148,16 +151,16 @@ def _roofline(lines: Sequence[Line]) -> str:
 
 
 def show(lines: Sequence[Line]) -> str:
-    """Markdown: a table for each number of threads and length of the prompt.
+    """Markdown: a table for each instruction set, number of threads and length of the prompt.
 
     Tokens/s are medians; `x NAME` columns say how many times faster the rows named `ours...` are
     than this one, prefill / decode, as medians of ratios within a round.
     """
     text = []
-    for (threads, prompt), rows in _grouped(lines).items():
+    for (isa, threads, prompt), rows in _grouped(lines).items():
         ours = {name: _rates(found) for name, found in rows.items() if name.startswith("ours")}
         head = ["row", f"prefill {prompt}", "decode", "roofline", "MiB", *(f"x {n}" for n in ours)]
-        text += [f"{threads} threads", "", _line(head), _line(["---"] * len(head))]
+        text += [f"{isa}, {threads} threads", "", _line(head), _line(["---"] * len(head))]
         for name, found in rows.items():
             rates = _rates(found)
             medians = [f"{statistics.median(r[i] for r in rates):,.1f}" for i in (0, 1)]

@@ -3,7 +3,8 @@
 // (F), their arithmetic, loads that widen, and kSums, how many of them a tile may hold as sums.
 //
 // With more than kDirectRows rows, blocks of the cache are widened to floats first; else each load
-// widens. Both compute the same bits.
+// widens, and rows ahead are fetched, since a token that reads the cache once waits for memory.
+// Both compute the same bits.
 #ifndef BITDISTILL_ATTENTION_TILE_H
 #define BITDISTILL_ATTENTION_TILE_H
 
@@ -13,6 +14,8 @@ namespace {
 
 constexpr int64_t kDirectRows = 4;
 constexpr int kPositions = 4;  // keys of one tile of dot products
+constexpr int kAhead = 16;     // positions of the cache that are fetched ahead
+constexpr int64_t kLine = 64;
 
 // Memory of one call of attend; every part is a multiple of 64 bytes.
 struct Tile {
@@ -36,6 +39,14 @@ template <class I, class T>
 struct Attend {
   using F = typename I::F;
   static constexpr int W = I::kWidth, kParts = kSumLanes / W;
+
+  // `count` elements of the row that lies kAhead rows on.
+  static void fetch_ahead(const T *row, int64_t row_size, int64_t count) {
+    if (sizeof(T) == sizeof(float)) return;  // most often widened, and so near already
+    const char *bytes = reinterpret_cast<const char *>(row + kAhead * row_size);
+    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += kLine)
+      I::prefetch(bytes + i);
+  }
 
   // Products of R rows of q and four keys, each in `kParts` vectors of sums.
   template <int R>
@@ -72,6 +83,7 @@ struct Attend {
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N; ++n) sums[r][n] = I::load(y + r * size + n * W);
     for (int64_t j = 0; j < count; ++j, v += row_size) {
+      fetch_ahead(v, row_size, N * W);
       F value[N];
       for (int n = 0; n < N; ++n) value[n] = I::load(v + n * W);
       for (int r = 0; r < R; ++r) {
@@ -89,7 +101,10 @@ struct Attend {
                        int64_t count) {
     for (int64_t j = 0; j < count; j += kPositions) {
       const T *k[kPositions];
-      for (int p = 0; p < kPositions; ++p) k[p] = keys + smaller(j + p, count - 1) * row_size;
+      for (int p = 0; p < kPositions; ++p) {
+        k[p] = keys + smaller(j + p, count - 1) * row_size;
+        fetch_ahead(keys + (j + p) * row_size, row_size, t.size);
+      }
       dots<R>(t.q + row * t.size, t.size, k, t.scores + row * t.span.padded + place + j,
               t.span.padded);
     }

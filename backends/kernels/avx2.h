@@ -32,6 +32,12 @@ extern const BdAttentionKernels attention;
 #define BD_IN_ORDER(v) static_cast<void>(v)
 #endif
 
+#if defined(_MSC_VER)
+#define BD_NOINLINE __declspec(noinline)
+#else
+#define BD_NOINLINE __attribute__((noinline))
+#endif
+
 namespace {
 
 constexpr int kVectors = BD_BLOCK_ROWS / 8;  // a block of 32 rows is four vectors of 8 lanes

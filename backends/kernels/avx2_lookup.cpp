@@ -8,11 +8,9 @@ namespace {
 struct Lanes {
   using Type = __m256i;
   static constexpr int kTokens = 16;
-  static constexpr int kEntryBits = 5;
-  static constexpr int kStart[4] = {0, 134, 282, 428};  // of the tables, in cache lines
-  static constexpr int kFewest = 11;                    // tokens that are worth a tile
-  // Tokens from which it pays: the first tile reads the rows in an order that memory serves badly.
-  static constexpr int kLeast = 48;
+  static constexpr int kEntryBits = 6;
+  static constexpr int kStart[4] = {0, 205, 410, 615};  // of the tables, in cache lines
+  static constexpr int kFewest = 10;                    // tokens that are worth a tile
   static constexpr int kFewestBlocks = 8;
 
   static Type zero() { return _mm256_setzero_si256(); }

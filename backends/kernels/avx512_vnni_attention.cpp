@@ -18,6 +18,7 @@ struct Avx512 {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(x));
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
   }
+  static void prefetch(const char *p) { _mm_prefetch(p, _MM_HINT_T0); }
   static void store(float *y, F x) { _mm512_storeu_ps(y, x); }
   static void store_half(uint16_t *y, F x) {  // a NaN is the second operand, and so kept
     x = _mm512_max_ps(all(-kLargestHalf), _mm512_min_ps(all(kLargestHalf), x));

@@ -78,6 +78,7 @@ class KernelTable(c.Structure):
         ("ternary_base3", _PRODUCT),
         ("head", c.POINTER(HeadTable)),
         ("attention", c.c_void_p),
+        ("by_tokens", c.c_int),
     )
 
 

@@ -154,6 +154,8 @@ typedef struct BdKernels {
                         int64_t last_block);
   const BdHeadKernels *head;
   const BdAttentionKernels *attention;
+  /* Whether threads that share a product had better divide its tokens than its rows (`ternary`). */
+  int by_tokens;
 } BdKernels;
 
 /* The table of an instruction set, or of the best one this CPU has for NULL (once a process, the

@@ -2,13 +2,13 @@
 // the 81 sums of those four activations, one vector of int16 a byte value, are formed once, and
 // every output row then adds the vector that its byte selects: one load and add for four products
 // of each token, where vpdpbusd or vpmaddubsw need one instruction for each four of eight or
-// sixteen rows. Pays from some hundred rows on, over which the tables are shared.
+// sixteen rows. Pays from some hundred rows on, over which the tables are shared. Loads are what
+// binds, so two groups of 16 columns share one pass over the rows' sums.
 //
-// avx2_lookup.cpp and avx512_vnni_lookup.cpp include this after defining `Lanes`, 16 or 32 int16
-// lanes.
+// avx2_lookup.cpp includes this after defining `Lanes`, of 16 int16 lanes.
 //
 // Exactness. A table holds sums of four products of -128..127 and -1..1, in [-512, 512]; 63 of them
-// fit int16, and kFlush groups of 16 columns add 4 * 15 = 60 before they go to int32. There
+// fit int16, and kFlush groups of 16 columns add 4 * 14 = 56 before they go to int32. There
 // |q . t| <= 128 * 2^17 = 2^24. Entries of bytes that hold a code 3 are left from earlier use: such
 // weights give some result, never a fault.
 #ifndef BITDISTILL_LOOKUP_H
@@ -24,10 +24,12 @@ namespace {
 using Type = Lanes::Type;
 
 constexpr int kTokens = Lanes::kTokens;
-constexpr int kEntry = 2 * kTokens;  // bytes
-constexpr int64_t kMostBlocks = 48;  // of 32 rows: their sums stay in the L2 cache
-constexpr int64_t kFlush = 15;
-constexpr int64_t kAhead = 16;  // blocks, of which 128 bytes are fetched ahead
+constexpr int kPass = 2;                 // groups
+constexpr int kVector = 2 * kTokens;     // bytes
+constexpr int kEntry = kPass * kVector;  // of a byte value: the sums of each group
+constexpr int64_t kMostBlocks = 96;      // of 32 rows: their sums stay in the L2 cache
+constexpr int64_t kFlush = 14;           // groups, whole passes
+constexpr int64_t kAhead = 16;           // blocks, of which a pass' bytes are fetched ahead
 constexpr int kLine = 64;
 
 // The tables start where they spread over the sets of an L1 cache; of the last, every byte value is
@@ -85,12 +87,12 @@ inline void fill_table(const int16_t (*x)[kTokens], char *table) {
   }
 }
 
-inline void fill_tables(const BdTokens *in, int64_t token, int64_t count, int64_t g, Work *work) {
+inline void fill_tables(const BdTokens *in, int64_t token, int64_t count, int64_t g, int place,
+                        Work *work) {
   const int8_t *q = in->q + token * in->stride + g * BD_BLOCK_COLUMNS;
-  for (int t = 0; t < kTokens; t += 16)
-    transpose_bytes(q + t * in->stride, in->stride, count - t, &work->columns[0][t]);
+  transpose_bytes(q, in->stride, count, &work->columns[0][0]);
   for (int j = 0; j < 4; ++j)
-    fill_table(work->columns + j, work->tables + Lanes::kStart[j] * kLine);
+    fill_table(work->columns + j, work->tables + Lanes::kStart[j] * kLine + place * kVector);
 }
 
 // ---- the rows ----
@@ -113,12 +115,19 @@ inline Type add_row(Type sum, const char *tables, uint64_t bytes) {
   return Lanes::add(sum, entry_of<3>(tables, bytes));
 }
 
-void add_group(const uint8_t *w, const char *tables, int16_t (*sums)[kTokens]) {
+// G groups of one block. Inlined, the loop would keep its pointers in memory.
+template <int G>
+BD_NOINLINE void add_groups(const uint8_t *w, const char *tables, int16_t (*sums)[kTokens]) {
   for (int r = 0; r < BD_BLOCK_ROWS; r += 2) {
-    uint64_t bytes;
-    memcpy(&bytes, w + 4 * r, sizeof bytes);
-    Lanes::store(sums[r], add_row(Lanes::load(sums[r]), tables, bytes));
-    Lanes::store(sums[r + 1], add_row(Lanes::load(sums[r + 1]), tables, bytes >> 32));
+    Type one = Lanes::load(sums[r]), two = Lanes::load(sums[r + 1]);
+    for (int g = 0; g < G; ++g) {
+      uint64_t bytes;
+      memcpy(&bytes, w + g * BD_BLOCK_BYTES + 4 * r, sizeof bytes);
+      one = add_row(one, tables + g * kVector, bytes);
+      two = add_row(two, tables + g * kVector, bytes >> 32);
+    }
+    Lanes::store(sums[r], one);
+    Lanes::store(sums[r + 1], two);
   }
 }
 
@@ -168,16 +177,17 @@ void tile(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64
   const int64_t step = groups * BD_BLOCK_BYTES;
   memset(work->narrow, 0, static_cast<size_t>(blocks) * BD_BLOCK_ROWS * sizeof work->narrow[0]);
   memset(work->wide, 0, static_cast<size_t>(blocks) * BD_BLOCK_ROWS * sizeof work->wide[0]);
-  for (int64_t g = 0; g < groups; ++g) {
-    fill_tables(in, token, count, g, work);
+  for (int64_t g = 0; g < groups; g += kPass) {
+    const int pass = static_cast<int>(smaller(kPass, groups - g));
+    for (int i = 0; i < pass; ++i) fill_tables(in, token, count, g + i, i, work);
     const uint8_t *packed = block_bytes(w, first) + g * BD_BLOCK_BYTES;
     for (int64_t b = 0; b < blocks; ++b, packed += step) {
       const char *ahead = reinterpret_cast<const char *>(packed + kAhead * step);
-      _mm_prefetch(ahead, _MM_HINT_T0);
-      _mm_prefetch(ahead + kLine, _MM_HINT_T0);
-      add_group(packed, work->tables, work->narrow + b * BD_BLOCK_ROWS);
+      for (int i = 0; i < kPass * BD_BLOCK_BYTES; i += kLine) _mm_prefetch(ahead + i, _MM_HINT_T0);
+      (pass == kPass ? add_groups<kPass> : add_groups<1>)(packed, work->tables,
+                                                          work->narrow + b * BD_BLOCK_ROWS);
     }
-    if ((g + 1) % kFlush == 0 || g + 1 == groups) widen(work, blocks * BD_BLOCK_ROWS);
+    if ((g + pass) % kFlush == 0 || g + pass == groups) widen(work, blocks * BD_BLOCK_ROWS);
   }
   for (int64_t b = 0; b < blocks; ++b)
     write_block(w, in, first + b, token, count, work->wide + b * BD_BLOCK_ROWS, work, y);
@@ -187,7 +197,7 @@ void tile(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64
 int64_t by_lookup(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
   const int64_t rest = in->tokens % kTokens;
   const int64_t tokens = in->tokens - (rest < Lanes::kFewest ? rest : 0);
-  if (tokens < Lanes::kLeast || last - first < Lanes::kFewestBlocks) return 0;
+  if (tokens == 0 || last - first < Lanes::kFewestBlocks) return 0;
   Work *work = static_cast<Work *>(bitdistill::work_memory(sizeof(Work)));
   if (work == nullptr) return 0;
   const int64_t parts = (last - first + kMostBlocks - 1) / kMostBlocks;

@@ -10,10 +10,16 @@ int supported() { return bitdistill::cpu_features().dot_product; }
 
 namespace neon = bitdistill::neon;
 
-const BdKernels kTable = {
-    "neon",          supported,           neon::quantize,      neon::normalize,
-    neon::ternary,   neon::ternary_float, neon::ternary_base3, &neon::heads,
-    &neon::attention};
+const BdKernels kTable = {"neon",
+                          supported,
+                          neon::quantize,
+                          neon::normalize,
+                          neon::ternary,
+                          neon::ternary_float,
+                          neon::ternary_base3,
+                          &neon::heads,
+                          &neon::attention,
+                          0};
 
 }  // namespace
 

@@ -196,7 +196,8 @@ ort::Status *run(const Kernel &k, const ort::KernelContext *context, const BdTer
     return parallel(k.api, context, blocks, chunk_of(block),
                     [&](int64_t a, int64_t b) { multiply(&w, &tokens, y, a, b); });
   }
-  const Split split(in.tokens, blocks, 2 * processors());
+  const bool by_tokens = k.kernels->by_tokens != 0 && multiply == k.kernels->ternary;
+  const Split split(in.tokens, blocks, 2 * processors(), by_tokens);
   return parallel(k.api, context, split.parts(), 1, [&](int64_t a, int64_t b) {
     for (int64_t part = a; part < b; ++part) split.run(multiply, part, w, tokens, y);
   });

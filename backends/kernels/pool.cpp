@@ -198,14 +198,15 @@ void bd_ternary_layers(const BdKernels *kernels, const BdTernary *w, int count, 
   if (in->tokens == 0) return;
   const BdTokens tokens = bd_tokens(scratch, in->tokens, in->columns, activation_bits);
   const int threads = pool != nullptr ? bd_pool_threads(pool) : 1;
-  const bitdistill::Split none(1, 1, 1);
+  const bitdistill::Split none(1, 1, 1, false);
   Layer layer = {kernels, nullptr, in, &tokens, nullptr, activation_bits == 0, none};
   const bool small = in->tokens * in->columns < kShareOfTokens;
   run_parts(small ? nullptr : pool, in->tokens, prepare_part, &layer);
   for (int i = 0; i < count; ++i) {
     layer.w = w + i;
     layer.y = y[i];
-    layer.split = bitdistill::Split(in->tokens, bd_blocks(layer.w->rows), threads);
+    layer.split = bitdistill::Split(in->tokens, bd_blocks(layer.w->rows), threads,
+                                    kernels->by_tokens != 0 && !layer.floats);
     run_parts(pool, layer.split.parts(), multiply_part, &layer);
   }
 }

@@ -129,7 +129,8 @@ const BdKernels kTable = {"scalar",
                           ternary_float,
                           ternary_base3,
                           &bitdistill::scalar_heads,
-                          &bitdistill::scalar_attention};
+                          &bitdistill::scalar_attention,
+                          0};
 
 }  // namespace
 

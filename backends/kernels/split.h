@@ -1,6 +1,8 @@
 // How a product of several tokens is divided among threads. Rows first, as long as a part keeps
-// enough of them to share the tables of prefill, or the weights unpacked for it; then tokens. The
-// results do not depend on it: every output is computed whole by one call.
+// enough of them to share the tables of prefill, or the weights unpacked for it; then tokens. Where
+// parts build tables (lookup.h), each share of the rows builds the same once more: there tokens
+// alone are divided, if all parts get as many whole tiles. The results do not depend on it: every
+// output is computed whole by one call.
 #ifndef BITDISTILL_SPLIT_H
 #define BITDISTILL_SPLIT_H
 
@@ -10,7 +12,9 @@ namespace bitdistill {
 
 class Split {
  public:
-  Split(int64_t tokens, int64_t blocks, int64_t parts) : tokens_(tokens), blocks_(blocks) {
+  Split(int64_t tokens, int64_t blocks, int64_t parts, bool by_tokens)
+      : tokens_(tokens), blocks_(blocks), token_parts_(parts), block_parts_(1) {
+    if (by_tokens && tokens % (kTile * parts) == 0) return;
     block_parts_ = within(blocks / kBlocks, parts);
     token_parts_ = within((parts + block_parts_ - 1) / block_parts_, tokens / kTokens);
     block_parts_ = within((parts + token_parts_ - 1) / token_parts_, blocks);

@@ -15,6 +15,7 @@ using Ternary = decltype(BdKernels::ternary);
   table.name = name;
   table.supported = supported;
   table.ternary = ternary;
+  table.by_tokens = 0;
   return table;
 }
 

@@ -52,3 +52,11 @@ def test_rows_can_be_chosen(
     lines = lines_of(arguments, monkeypatch, capsys)
     names = [line["implementation"] for line in lines if not line["implementation"].startswith("c")]
     assert names == ["ort-fp32"]
+
+
+def test_instruction_sets_can_be_chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = "--json --threads 1 --tokens 1 --shapes 128x64 --only ternary-2bit --isa scalar"
+    lines = lines_of(arguments, monkeypatch, capsys)
+    assert {line["isa"] for line in lines} == {"-", "scalar"}  # the read ceiling is of no set

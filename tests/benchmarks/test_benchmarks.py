@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,3 +97,50 @@ def test_showcase(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Pa
             ("bitdistill", "mlx", 3, 12),
             ("bitdistill-paper", "torch", 3, 12),
         ]
+
+
+PROBE = """
+#include <cpuid.h>
+unsigned newer(void) {  // AVX-512F and AVX-VNNI; AVX2 must stay
+  unsigned a, b, c, d, e;
+  __cpuid_count(7, 0, a, b, c, d);
+  e = b;
+  if (a > 0) __cpuid_count(7, 1, a, b, c, d); else a = 0;
+  return (e >> 16 & 1) + (a >> 4 & 1) + 2 * (~e >> 5 & 1);
+}
+"""
+LOAD = """
+import ctypes, os, sys
+assert os.environ["BITDISTILL_ISA"] == "avx2"
+print(ctypes.CDLL(sys.argv[1]).newer())
+"""
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not (shutil.which("cc") and shutil.which("objdump")),
+    reason="answers the CPUID of x86-64, with cc and objdump",
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="rtld-audit")
+def test_a_library_sees_avx2_and_nothing_newer(tmp_path: Path) -> None:
+    probe = tmp_path / "probe.so"
+    (tmp_path / "probe.c").write_text(PROBE)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", probe, tmp_path / "probe.c"], check=True)
+    found = runpy.run_path(str(SCRIPTS / "avx2_only.py"))
+    variables = found["environment"](tmp_path, probe)
+    assert len(variables["AVX2_ONLY_CPUID"].split(",")) >= 2
+    command = [sys.executable, "-c", LOAD, str(probe)]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_peers_are_grouped_by_instruction_set() -> None:
+    show = runpy.run_path(str(SCRIPTS / "cpu_peers.py"))["show"]
+    line = {
+        "row": "ours", "isa": "avx2", "threads": 2, "prompt": 128, "rounds": [[200.0, 50.0]],
+        "memory_mib": 300.0, "streamed_bytes": 10**8, "read_gbytes_per_s": 10.0,
+    }  # fmt: skip
+    peer = line | {"row": "peer", "rounds": [[100.0, 40.0]], "streamed_bytes": None}
+    text = show([line, peer, line | {"isa": "avx512-vnni"}])
+    assert "| peer | 100.0 | 40.0 | – | 300 | 2.00 / 1.25 |" in text
+    assert "| ours | 200.0 | 50.0 | 50 % | 300 | 1.00 / 1.00 |" in text
+    assert text.count("| row |") == 2

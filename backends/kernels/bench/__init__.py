@@ -1,7 +1,7 @@
 """How fast the kernels are, beside this machine's ceilings and ONNX Runtime's own operators.
 
     python -m bitdistill.backends.kernels.bench [--quick] [--json] [--threads 1 2] [--tokens 1 128]
-        [--shapes 1024x3072] [--only ternary-2bit ort-fp32]
+        [--shapes 1024x3072] [--only ternary-2bit ort-fp32] [--isa avx2]
 
 One line a measurement: implementation, isa, threads, K, N, M, microseconds, gops, gbytes_per_s.
 
@@ -24,7 +24,9 @@ the caches (or, where arithmetic binds, for enough work): they stream from memor
 model. Memory is of small pages, as of a mapped file. `microseconds` is one layer, the median over
 passes; gops counts a multiply and an add; gbytes_per_s is the weight bytes read once.
 
-Modules: figures (cases and lines), ceilings, direct and heads (the C
-interface), runtime (ONNX Runtime),
-rows (implementation name -> function), __main__ (the command).
+`--isa` and BITDISTILL_ISA say what our rows use, not what ONNX Runtime does; in a clone,
+benchmarks/avx2_only.py limits both.
+
+Modules: figures (cases and lines), ceilings, direct and heads (the C interface), runtime (ONNX
+Runtime), rows (implementation name -> function), __main__ (the command).
 """

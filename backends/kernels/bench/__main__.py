@@ -28,10 +28,10 @@ def _shape(text: str) -> tuple[int, int]:
     return int(k), int(n)
 
 
-def _isas(name: str) -> list[str]:
+def _isas(name: str, chosen: list[str]) -> list[str]:
     """Instruction sets to measure a row with."""
     if ROWS[name].every_isa:
-        return available_isas()
+        return chosen
     return [Kernels().isa if name.startswith("ternary") else "-"]
 
 
@@ -40,20 +40,20 @@ def _cases(arguments: argparse.Namespace, threads: int) -> Iterator[Case]:
     grid = [(k, n, m) for k, n in arguments.shapes for m in arguments.tokens]
     for k, n, m in grid:
         for name in arguments.only:
-            for isa in _isas(name) if not ROWS[name].shapes else []:
+            for isa in _isas(name, arguments.isa) if not ROWS[name].shapes else []:
                 if isa != "scalar" or m * k * n < SLOWEST / 100:
                     yield Case(name, isa, threads, k, n, m)
     for name in arguments.only:
         shapes = ROWS[name].shapes[-1:] if arguments.quick else ROWS[name].shapes
         for k, n in shapes:
-            for isa in _isas(name):
+            for isa in _isas(name, arguments.isa):
                 if isa != "scalar":
                     yield Case(name, isa, threads, k, n, 1)
 
 
 def _figures(arguments: argparse.Namespace) -> Iterator[Figure]:
     for threads in arguments.threads:
-        yield from ceilings(threads, arguments.seconds)
+        yield from ceilings(threads, arguments.seconds, arguments.isa)
         for case in _cases(arguments, threads):
             yield ROWS[case.implementation].measure(case, arguments.seconds)
 
@@ -70,6 +70,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", help="values of M")
     parser.add_argument("--shapes", type=_shape, nargs="+", metavar="KxN")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
+    isas = available_isas()
+    parser.add_argument("--isa", nargs="+", choices=isas, default=isas, help="of our rows")
     parser.add_argument("--seconds", type=float, help="to measure one line for")
     arguments = parser.parse_args()
     arguments.shapes = arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES)

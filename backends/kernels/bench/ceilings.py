@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from bitdistill.backends.kernels.bench.direct import bench_library
 from bitdistill.backends.kernels.bench.figures import (
@@ -11,7 +11,6 @@ from bitdistill.backends.kernels.bench.figures import (
     median_pass,
     small_pages,
 )
-from bitdistill.backends.kernels.binding import available_isas
 from bitdistill.backends.kernels.pool import Pool
 
 
@@ -20,8 +19,8 @@ def _line(name: str, isa: str, threads: int, rate: float, *, of_bytes: bool = Fa
     return Figure(name, isa, threads, 0, 0, 0, 0.0, gops, gbytes)
 
 
-def ceilings(threads: int, seconds: float) -> Iterator[Figure]:
-    """ceiling-read once, ceiling-fma and ceiling-int8 for each instruction set that has them."""
+def ceilings(threads: int, seconds: float, isas: Sequence[str] = ()) -> Iterator[Figure]:
+    """ceiling-read once, ceiling-fma and ceiling-int8 for each of `isas` that has them."""
     data = small_pages(2 * STREAMED_BYTES)
     data[:] = 1
     library = bench_library()
@@ -30,7 +29,7 @@ def ceilings(threads: int, seconds: float) -> Iterator[Figure]:
             lambda: library.bd_time_read(data.ctypes.data, data.nbytes, pool.handle), seconds
         )
         yield _line("ceiling-read", "-", threads, data.nbytes / time, of_bytes=True)
-        for isa in available_isas():
+        for isa in isas:
             for name, rate in (
                 ("ceiling-fma", library.bd_rate_fma(isa.encode(), pool.handle)),
                 ("ceiling-int8", library.bd_rate_int8(isa.encode(), pool.handle)),
