@@ -64,6 +64,23 @@ def save(
         manifest.write_manifest(partial, kind, content)
 
 
+class FileRows:
+    """A matrix in a safetensors file, read some rows at a time: it may be the largest tensor."""
+
+    def __init__(self, file: Path, name: str) -> None:
+        self.file, self.name = file, name
+        with safe_open(file, "pt") as tensors:
+            self.shape: tuple[int, ...] = tuple(tensors.get_slice(name).get_shape())
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice, /) -> NDArray[np.float32]:
+        with safe_open(self.file, "pt") as tensors:  # closed again: no page stays mapped
+            part: NDArray[np.float32] = tensors.get_slice(self.name)[rows].float().numpy()
+        return part
+
+
 class StudentFiles:
     """A student directory opened for export: tensors are read one at a time, never all at once."""
 
@@ -91,12 +108,19 @@ class StudentFiles:
         """Every tensor name in the directory."""
         return list(self._index)
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor in fp32; FormatError if the directory lacks it."""
+    def _file_of(self, name: str) -> Path:
         if name not in self._index:
             raise manifest.FormatError(f"{self.path} has no tensor {name!r}: it is not complete")
-        with safe_open(self._index[name], "pt") as tensors:
+        return self._index[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in fp32; FormatError if the directory lacks it."""
+        with safe_open(self._file_of(name), "pt") as tensors:
             return tensors.get_tensor(name).float()
+
+    def rows(self, name: str) -> FileRows:
+        """One matrix, whose rows are read in fp32 when they are asked for; else as `tensor`."""
+        return FileRows(self._file_of(name), name)
 
     def ternary(self, linear: str) -> tuple[NDArray[np.int8], float]:
         """Trits (N, K) and scale of a linear, e.g. `model.layers.0.mlp.up_proj`."""

@@ -17,6 +17,7 @@ taken, which lowered the error of a normal table from 8.6 % to 8.2 %.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,19 @@ CHUNK = 4096  # rows at a time: the workspace stays small beside the table
 Floats = NDArray[np.float32]
 
 
+class Rows(Protocol):
+    """A float32 matrix (V, K) that is read some rows at a time: an array, or a part of a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(V, K)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Any:
+        """These rows, float32."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A quantised (rows, columns) table as it is stored; `group_scale` is None at 8 bits."""
@@ -44,7 +58,7 @@ class Table:
     group_scale: NDArray[np.int8] | None = None
 
 
-def quantize(table: Floats, bits: int) -> Table:
+def quantize(table: Rows, bits: int) -> Table:
     """float32 (V, K) -> its 8- or 4-bit form.
 
     Raises ValueError for another number of bits, values that are not finite, or K beyond 16,384.

@@ -8,6 +8,7 @@ of the values that the table would have had.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bitdistill.checkpoint import StudentFiles
 from bitdistill.decoder import DecoderSpec
 from bitdistill.exporters.onnx_tables import STORAGE, as_float, compare
 from bitdistill.exporters.onnx_tensors import TensorFile
+from bitdistill.tables import Rows
 from bitdistill.tasks import Task, get_task
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -49,7 +51,7 @@ def label_tokens(student: StudentFiles, name: str) -> list[int]:
 
 
 def write_tables(
-    tensor: Callable[[str], NDArray[np.float32]],
+    read: Callable[[str], Rows],
     spec: DecoderSpec,
     labels: Sequence[int],
     bits: int,
@@ -57,19 +59,19 @@ def write_tables(
     out: Path,
 ) -> NDArray[np.float32]:
     """Write the embedding's file; returns the rounded rows of the label tokens (labels, hidden)."""
-    table = as_float(EMBEDDING, tensor(EMBEDDING), bits)
+    table = as_float(EMBEDDING, read(EMBEDDING), bits)
     table = table.astype(DTYPES[STORAGE[bits]], copy=False)
     with (out / NAME).open("wb") as stream:
         stream.write(np.ascontiguousarray(table).data)
     data.parts["embedding"] += table.nbytes
-    head = table if spec.tied else as_float(HEAD, tensor(HEAD), bits)
+    head = table if spec.tied else as_float(HEAD, read(HEAD), bits)
     return head[list(labels)].astype(np.float32)
 
 
 def errors(student: StudentFiles, out: Path) -> dict[str, dict[str, float]]:
     """What rounding costs the embedding, measured on the written file."""
-    table = student.tensor(EMBEDDING).numpy()
-    size = (out / NAME).stat().st_size // table.size
+    table = student.rows(EMBEDDING)
+    size = (out / NAME).stat().st_size // math.prod(table.shape)
     dtype = next(dtype for dtype in DTYPES.values() if dtype.itemsize == size)
     stored: NDArray[Any] = np.memmap(out / NAME, dtype, "r", shape=table.shape)
     return {"embedding": compare(stored, table)}

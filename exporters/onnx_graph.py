@@ -18,13 +18,14 @@ model-local function, one node in Netron and one fused kernel in ONNX Runtime.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bitdistill import packing
+from bitdistill import packing, tables
 from bitdistill.decoder import DecoderSpec, LayerSpec
 from bitdistill.exporters import onnx_attention, onnx_tables
 from bitdistill.exporters.base import Options
@@ -39,8 +40,18 @@ from bitdistill.exporters.onnx_nodes import (
 )
 from bitdistill.exporters.onnx_tensors import TensorFile
 
-ReadTensor = Callable[[str], NDArray[np.float32]]
-ReadTernary = Callable[[str], tuple[NDArray[np.int8], float]]
+
+class Reader(Protocol):
+    """Gives a student's tensors by name."""
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """A whole one."""
+
+    def rows(self, name: str) -> tables.Rows:
+        """A matrix to be read some rows at a time."""
+
+    def ternary(self, linear: str) -> tuple[NDArray[np.int8], float]:
+        """Trits (N, K) and scale of a linear."""
 
 
 class DecoderGraph(NodeBuilder):
@@ -52,8 +63,7 @@ class DecoderGraph(NodeBuilder):
         context: int,
         options: Options,
         label_rows: NDArray[np.float32] | None,
-        tensor: ReadTensor,
-        ternary: ReadTernary,
+        reader: Reader,
         data: TensorFile,
     ) -> None:
         super().__init__(data)
@@ -61,7 +71,7 @@ class DecoderGraph(NodeBuilder):
         self.kv_bits = onnx_attention.resolve_bits(options.kv_bits, self.ops)
         self.label_rows = label_rows
         self.embed_bits, self.layout = options.embed_bits, packing.LAYOUTS[options.weight_bits]
-        self.tensor, self.ternary = tensor, ternary
+        self.reader = reader
         self.stored = stored_linears(spec)
         self.outputs: list[ir.Value] = []
 
@@ -139,7 +149,7 @@ class DecoderGraph(NodeBuilder):
         """One stored ternary matrix, with the norm on its input if it has one."""
         spec, prefix = self.spec, f"model.layers.{index}"
         parts, path = self.stored[name], f"model.layers.{index}.{name}"
-        read = [self.ternary(f"{prefix}.{part}") for part in parts]
+        read = [self.reader.ternary(f"{prefix}.{part}") for part in parts]
         shared = scale_rows(spec, parts)
         scales = [np.full(len(trits) // shared, scale, np.float32) for trits, scale in read]
         norm, epsilon = self._prologue(path, parts[0], block_norm)
@@ -165,13 +175,13 @@ class DecoderGraph(NodeBuilder):
             return self.norm_weight(block_norm), self.spec.norm_eps
         if not self.spec.has_norm(part):
             return None, self.spec.norm_eps
-        weight = self.tensor(f"{name}.norm.weight")
+        weight = self.reader.tensor(f"{name}.norm.weight")
         return self.data.add(f"{name}.norm.weight", weight, "norms"), self.spec.added_norm_eps
 
     def _bias(self, prefix: str, parts: Sequence[str]) -> NDArray[np.float32] | None:
         if not self.spec.has_bias(parts[0]):
             return None
-        return np.concatenate([self.tensor(f"{prefix}.{part}.bias") for part in parts])
+        return np.concatenate([self.reader.tensor(f"{prefix}.{part}.bias") for part in parts])
 
     def _activate(self, gate: ir.Value, block: str) -> ir.Value:
         if self.spec.activation == "gelu_tanh":
@@ -195,12 +205,14 @@ class DecoderGraph(NodeBuilder):
 
     def norm_weight(self, module: str) -> ir.Value:
         """The factor a block norm multiplies by: gemma's 1 + w is stored as such."""
-        weight = self.tensor(f"{module}.weight") + np.float32(self.spec.norm_offset)
+        weight = self.reader.tensor(f"{module}.weight") + np.float32(self.spec.norm_offset)
         return self.data.add(f"{module}.weight", weight, "norms")
 
     def _table(self, name: str, part: str) -> onnx_tables.StoredTable:
         """The embedding or head (V, hidden)."""
-        return onnx_tables.store(self, name, self.tensor(name), part, self.embed_bits, self.ops)
+        return onnx_tables.store(
+            self, name, self.reader.rows(name), part, self.embed_bits, self.ops
+        )
 
     # The model
 

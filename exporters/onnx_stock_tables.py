@@ -47,7 +47,7 @@ class StockTable:
         return integers * by_column, bound
 
 
-def quantize(table: NDArray[np.float32], bits: int) -> StockTable:
+def quantize(table: tables.Rows, bits: int) -> StockTable:
     """float32 (V, K) -> the stock form; ValueError where K is not whole blocks of 32."""
     rows, columns = table.shape
     if columns % tables.BLOCK_COLUMNS:

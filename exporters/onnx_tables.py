@@ -43,7 +43,7 @@ class StoredTable:
 
 
 def store(
-    graph: NodeBuilder, name: str, table: NDArray[np.float32], part: str, bits: int, ops: str
+    graph: NodeBuilder, name: str, table: tables.Rows, part: str, bits: int, ops: str
 ) -> StoredTable:
     """Write a table (V, hidden) to the data file; ValueError for values that do not fit float16."""
     rows, columns = table.shape
@@ -61,10 +61,11 @@ def store(
     return StoredTable(ops, bits, rows, columns, values)
 
 
-def as_float(name: str, table: NDArray[np.float32], bits: int) -> NDArray[Any]:
+def as_float(name: str, table: tables.Rows, bits: int) -> NDArray[Any]:
     """A table at 16 or 32 bits; ValueError for values that do not fit float16."""
     if bits == 32:
-        return table
+        whole: NDArray[np.float32] = table[:]
+        return whole
     half = np.empty(table.shape, np.float16)
     for start in range(0, len(table), CHUNK):  # a table may be the largest tensor: no copy but this
         with np.errstate(over="ignore"):
@@ -126,7 +127,7 @@ def read_table(
 
 
 def compare(
-    stored: tables.Table | stock.StockTable | NDArray[Any], table: NDArray[np.float32]
+    stored: tables.Table | stock.StockTable | NDArray[Any], table: tables.Rows
 ) -> dict[str, float]:
     """What rounding costs: the error of a row over its length, its `mean` and `largest`.
 

@@ -9,7 +9,7 @@ quantiser does. The quantised models hold the embedding in fp16 and the head in 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from bitdistill import manifest
 from bitdistill.decoder import DecoderSpec, decoder_spec
 from bitdistill.exporters.base import Options
-from bitdistill.exporters.onnx_graph import DecoderGraph
+from bitdistill.exporters.onnx_graph import DecoderGraph, Reader
 from bitdistill.exporters.onnx_tensors import TensorFile
 from bitdistill.names import suggest
 
@@ -43,7 +43,7 @@ def export_stock(teacher: str | Path, kind: str, out: str | Path) -> Path:
     spec, stop_tokens = _spec(path)
     with manifest.new_directory(out) as partial:
         with _Tensors(path) as tensors, TensorFile(partial / DATA) as data:
-            graph = StockGraph(spec, KINDS[kind], tensors.read, data)
+            graph = StockGraph(spec, KINDS[kind], tensors, data)
             ir.save(graph.build(), partial / MODEL)
         for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
             if (path / name).is_file():
@@ -80,7 +80,7 @@ def _spec(path: Path) -> tuple[DecoderSpec, list[int]]:
 
 
 class _Tensors:
-    """The tensors of a directory, in fp32, one at a time."""
+    """The tensors of a directory, in fp32, one at a time; none of them is ternary."""
 
     def __init__(self, path: Path) -> None:
         self.files = [safe_open(file, "pt") for file in sorted(path.glob("*.safetensors"))]
@@ -91,32 +91,34 @@ class _Tensors:
     def __exit__(self, *error: object) -> None:
         self.files.clear()
 
-    def read(self, name: str) -> NDArray[np.float32]:
+    def tensor(self, name: str) -> NDArray[np.float32]:
         for file in self.files:
             if name in file.keys():  # noqa: SIM118  (not a mapping)
                 return cast(NDArray[np.float32], file.get_tensor(name).float().numpy())
         raise manifest.FormatError(f"the teacher has no tensor {name!r}; save it again")
 
+    def rows(self, name: str) -> NDArray[np.float32]:
+        return self.tensor(name)
+
+    def ternary(self, linear: str) -> tuple[NDArray[np.int8], float]:
+        raise RuntimeError(f"{linear}: a stock graph has no ternary matrices")
+
 
 class StockGraph(DecoderGraph):
     """The decoder's graph with stock matrices of `bits` bits (32: fp32)."""
 
-    def __init__(self, spec: DecoderSpec, bits: int, tensor: Any, data: TensorFile) -> None:
+    def __init__(self, spec: DecoderSpec, bits: int, reader: Reader, data: TensorFile) -> None:
         self.bits = bits
         options = Options(embed_bits=32 if bits == 32 else 16, ops="portable")
         context = options.resolve_context(spec.context)
-        super().__init__(spec, context, options, None, tensor, self._refuse, data)
-
-    @staticmethod
-    def _refuse(name: str) -> tuple[NDArray[np.int8], float]:
-        raise RuntimeError(f"{name}: a stock graph has no ternary matrices")
+        super().__init__(spec, context, options, None, reader, data)
 
     def linear(self, name: str, x: ir.Value, index: int, block_norm: str | None = None) -> ir.Value:
         """One stored matrix; linears that read the same input are stacked, as in the artifacts."""
         prefix, parts = f"model.layers.{index}", self.stored[name]
         if block_norm is not None:
             x = self.norm(x, block_norm, f"{prefix.removeprefix('model.')}.{name}.norm")
-        weights = np.concatenate([self.tensor(f"{prefix}.{part}.weight") for part in parts])
+        weights = np.concatenate([self.reader.tensor(f"{prefix}.{part}.weight") for part in parts])
         y = self.matrix(f"{prefix}.{name}", x, weights, self.bits, "body")
         bias = self._bias(prefix, parts)
         if bias is None:
@@ -158,7 +160,9 @@ class StockGraph(DecoderGraph):
         x = self.op("Gather", [x, self.inputs["logit_rows"]], "asked_rows", axis=0)
         x = self.norm(x, "model.norm", "norm")
         name = "model.embed_tokens.weight" if self.spec.tied else "lm_head.weight"
-        return self.matrix("lm_head.quantized", x, self.tensor(name), HEAD_BITS, "head", "logits")
+        return self.matrix(
+            "lm_head.quantized", x, self.reader.tensor(name), HEAD_BITS, "head", "logits"
+        )
 
 
 def quantize_blocks(

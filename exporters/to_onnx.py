@@ -66,6 +66,11 @@ class _Reader:
         self.step(name)
         return value
 
+    def rows(self, name: str) -> tables.Rows:
+        self.unread.discard(name)
+        self.step(name)
+        return self.student.rows(name)
+
     def ternary(self, linear: str) -> tuple[NDArray[np.int8], float]:
         value = self.student.ternary(linear)
         self.unread.discard(f"{linear}.weight")
@@ -89,9 +94,9 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
         rows = (
             None
             if labels is None
-            else classifier.write_tables(reader.tensor, spec, labels, options.embed_bits, data, out)
+            else classifier.write_tables(reader.rows, spec, labels, options.embed_bits, data, out)
         )
-        graph = DecoderGraph(spec, context, options, rows, reader.tensor, reader.ternary, data)
+        graph = DecoderGraph(spec, context, options, rows, reader, data)
         model = graph.build()
         ir.save(model, out / MODEL)
     if reader.unread:
@@ -193,7 +198,7 @@ def table_errors(student: StudentFiles, out: Path) -> dict[str, dict[str, float]
     names = {"embedding": EMBEDDING} | ({} if student.spec.tied else {"head": HEAD})
     errors = {}
     for part, name in names.items():
-        table = student.tensor(name).numpy()
+        table = student.rows(name)
         errors[part] = compare(read_table(out / MODEL, name, *table.shape), table)
     return errors
 
