@@ -87,6 +87,18 @@ class NodeBuilder:
         self.append("Split", [x, cuts], pieces, "", {"axis": -1}, name)
         return pieces
 
+    def gated(self, projected: list[ir.Value], width: int, activation: str, node: str) -> ir.Value:
+        """act(gate) * up (..., width), of two values or of one that holds both side by side."""
+        if len(projected) == 1:
+            projected = self.split(projected[0], [width] * 2, f"{node}.split")
+        gate, up = projected
+        if activation == "gelu_tanh":
+            gate = self.op("Gelu", [gate], f"{node}.gelu", approximate="tanh")
+        else:
+            sigmoid = self.op("Sigmoid", [gate], f"{node}.sigmoid")
+            gate = self.op("Mul", [gate, sigmoid], f"{node}.silu")
+        return self.op("Mul", [gate, up], f"{node}.gated")
+
     def append(
         self,
         kind: str,

@@ -14,10 +14,9 @@ int supported() {
 
 namespace avx2 = bitdistill::avx2;
 
-const BdKernels kTable = {
-    "avx2",          supported,           avx2::quantize,      avx2::normalize,
-    avx2::ternary,   avx2::ternary_float, avx2::ternary_base3, &avx2::heads,
-    &avx2::attention};
+const BdKernels kTable = {"avx2",       supported,       avx2::quantize,      avx2::normalize,
+                          avx2::gate,   avx2::ternary,   avx2::ternary_float, avx2::ternary_base3,
+                          &avx2::heads, &avx2::attention};
 
 }  // namespace
 

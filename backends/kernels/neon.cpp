@@ -10,10 +10,9 @@ int supported() { return bitdistill::cpu_features().dot_product; }
 
 namespace neon = bitdistill::neon;
 
-const BdKernels kTable = {
-    "neon",          supported,           neon::quantize,      neon::normalize,
-    neon::ternary,   neon::ternary_float, neon::ternary_base3, &neon::heads,
-    &neon::attention};
+const BdKernels kTable = {"neon",       supported,       neon::quantize,      neon::normalize,
+                          neon::gate,   neon::ternary,   neon::ternary_float, neon::ternary_base3,
+                          &neon::heads, &neon::attention};
 
 }  // namespace
 
