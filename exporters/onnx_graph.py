@@ -31,10 +31,11 @@ from bitdistill.decoder import DecoderSpec, LayerSpec
 from bitdistill.exporters import onnx_attention, onnx_tables
 from bitdistill.exporters.base import Options
 from bitdistill.exporters.onnx_layout import FUSED, scale_rows, stored_linears
-from bitdistill.exporters.onnx_linears import DEFAULT, OPERATORS, Ends, Stacked
+from bitdistill.exporters.onnx_linears import DEFAULT, OPERATORS, Stacked
 from bitdistill.exporters.onnx_nodes import (
     IR_VERSION,
     OPSETS,
+    Ends,
     NodeBuilder,
     rms_norm_function,
     typed_value,

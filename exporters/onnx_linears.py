@@ -24,7 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitdistill import packing
-from bitdistill.exporters.onnx_nodes import NodeBuilder
+from bitdistill.exporters.onnx_nodes import Ends, NodeBuilder
 from bitdistill.manifest import FormatError
 
 DEFAULT = "custom"
@@ -60,20 +60,6 @@ class Stacked:
         return repeated
 
 
-@dataclass(frozen=True)
-class Ends:
-    """What a matrix is multiplied with, and what becomes of the result.
-
-    `inputs` is x, or with `activation` what act(gate) * up is made of: gate and up, or one value
-    that holds both side by side. `residual` is added to the result, which is then called `name`.
-    """
-
-    inputs: list[ir.Value]
-    activation: str | None = None
-    residual: ir.Value | None = None
-    name: str | None = None
-
-
 Multiply = Callable[[NodeBuilder, Stacked, Ends], ir.Value]
 ReadBack = Callable[[ir.Graph, str, int, int], tuple[NDArray[np.int8], NDArray[np.float32]]]
 
@@ -94,19 +80,11 @@ def _bias(graph: NodeBuilder, matrix: Stacked) -> ir.Value | None:
 
 def _prepared(graph: NodeBuilder, matrix: Stacked, ends: Ends) -> ir.Value:
     """The gate's product and the norm, in stock operators."""
-    x = ends.inputs[0]
-    if ends.activation is not None:
-        x = graph.gated(ends.inputs, matrix.trits.shape[1], ends.activation, matrix.node)
+    x = graph.gated(ends, matrix.trits.shape[1], matrix.node)
     if matrix.norm is None:
         return x
     inputs, name = [x, matrix.norm], f"{matrix.node}.norm"
     return graph.op("RMSNorm", inputs, name, "bitdistill.functions", epsilon=matrix.epsilon)
-
-
-def _finished(graph: NodeBuilder, y: ir.Value, ends: Ends) -> ir.Value:
-    if ends.residual is None:
-        return y
-    return graph.op("Add", [ends.residual, y], str(ends.name))
 
 
 # custom
@@ -198,7 +176,7 @@ def _portable(graph: NodeBuilder, matrix: Stacked, ends: Ends) -> ir.Value:
         block_size=block,
         accuracy_level=BY_BLOCK if matrix.activation_bits else UNROUNDED,
     )
-    return _finished(graph, y, ends)
+    return graph.added(y, ends)
 
 
 def _read_portable(
@@ -227,9 +205,9 @@ def _integer(graph: NodeBuilder, matrix: Stacked, ends: Ends) -> ir.Value:
     factor = graph.op("Div", [factor, _levels(graph)], f"{matrix.node}.factor")
     bias = _bias(graph, matrix)
     if bias is None:
-        return _finished(graph, graph.op("Mul", [sums, factor], matrix.node), ends)
+        return graph.added(graph.op("Mul", [sums, factor], matrix.node), ends)
     y = graph.op("Mul", [sums, factor], f"{matrix.node}.product")
-    return _finished(graph, graph.op("Add", [y, bias], matrix.node), ends)
+    return graph.added(graph.op("Add", [y, bias], matrix.node), ends)
 
 
 def _quantise(graph: NodeBuilder, x: ir.Value, node: str) -> tuple[ir.Value, ir.Value]:
