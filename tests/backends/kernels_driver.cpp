@@ -82,10 +82,11 @@ bool same(const std::vector<float> &a, const std::vector<float> &b) {
 
 bool same_gate(const BdKernels *a, const BdKernels *b, std::mt19937 &random, int64_t tokens,
                int64_t columns) {
-  const std::vector<float> x = random_floats(random, tokens * 2 * columns);
-  std::vector<float> ya(static_cast<size_t>(tokens * columns)), yb(ya.size());
+  const std::vector<float> x = random_floats(random, tokens * columns);
+  const std::vector<float> up = random_floats(random, tokens * columns);
+  std::vector<float> ya(x.size()), yb(x.size());
   for (const int activation : {BD_SILU, BD_GELU_TANH}) {
-    const BdGate gate = {x.data(), x.data() + columns, 2 * columns, columns, activation};
+    const BdGate gate = {x.data(), up.data(), columns, columns, activation};
     a->gate(&gate, ya.data(), 0, tokens);
     b->gate(&gate, yb.data(), 0, tokens);
     if (!same(ya, yb)) return false;

@@ -91,11 +91,11 @@ Values half(const BdKernels *kernels, Bytes bytes, const Shape &shape) {
 
 // Any floats: NaN, infinities and the largest among them.
 Values gated(const BdKernels *kernels, Bytes bytes, const Shape &shape) {
-  const Values x = bytes.array<float>(shape.tokens * 2 * shape.columns);
-  Values y(static_cast<size_t>(shape.tokens * shape.columns), 0.0f);
+  const Values x = bytes.array<float>(shape.tokens * shape.columns);
+  const Values up = bytes.array<float>(shape.tokens * shape.columns);
+  Values y(x.size(), 0.0f);
   const int activation = shape.rows % 2 == 0 ? BD_SILU : BD_GELU_TANH;
-  const BdGate gate = {x.data(), x.data() + shape.columns, 2 * shape.columns, shape.columns,
-                       activation};
+  const BdGate gate = {x.data(), up.data(), shape.columns, shape.columns, activation};
   kernels->gate(&gate, y.data(), 0, shape.tokens);
   return y;
 }
