@@ -33,6 +33,7 @@ from typing import Any
 PROMPT, DECODED, STEPS = 128, 4, 8
 MULTIPLIER = 48271  # of the tokens' generator: numpy.random would be counted as the model's memory
 POSITIONS, PREFILL = (128, 512, 900), (128, 512)
+PAUSE = 0.1  # seconds in which the threads of the artifact before stop waiting for more work
 
 
 def tokens(count: int, vocabulary: int) -> list[int]:
@@ -117,6 +118,7 @@ class Timed:
 
     def round(self, seconds: float) -> None:
         """Time each figure once; prompts while `seconds` of them have not been spent."""
+        time.sleep(PAUSE)
         for position in POSITIONS:
             self.cache.lengths[:] = position
             steps = []

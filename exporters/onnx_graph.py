@@ -11,8 +11,10 @@ Outputs  logits float32 (P, V), present.{i}.key/.value; a present may share its 
 Every ternary matrix is one `bitdistill.TernaryLinear`, or the stock operators that onnx_linears.py
 puts in its place; its RMSNorm prologue is the linear's own norm, or the block's where nothing else
 reads that. Matrices that read the same input are stacked
-(`qkv_proj`, `gate_up_proj`), with one scale for each `scale_rows` rows. Attention, with rotation
-and cache, is one node as well (onnx_attention.py). The norms that remain are a
+(`qkv_proj`, `gate_up_proj`), with one scale for each `scale_rows` rows. An MLP's gate is the
+prologue of `down_proj`, and a residual that no norm precedes the epilogue of the linear before it;
+the sum is called `layers.{i}.attention_residual` or `mlp_residual` either way. Attention, with
+rotation and cache, is one node as well (onnx_attention.py). The norms that remain are a
 model-local function, one node in Netron and one fused kernel in ONNX Runtime.
 """
 
@@ -34,6 +36,7 @@ from bitdistill.exporters.onnx_linears import DEFAULT, OPERATORS, Stacked
 from bitdistill.exporters.onnx_nodes import (
     IR_VERSION,
     OPSETS,
+    Ends,
     NodeBuilder,
     rms_norm_function,
     typed_value,
@@ -109,19 +112,15 @@ class DecoderGraph(NodeBuilder):
         names = self.spec.names
         projected = self._project(x, index, names.input_norm, "self_attn.qkv_proj")
         y = onnx_attention.attend(self, projected, index, layer)
-        y = self.linear("self_attn.o_proj", y, index)
-        return self._residual(x, y, index, names.post_attention_norm, "attention")
+        ends = (names.post_attention_norm, "attention_residual")
+        return self._added("self_attn.o_proj", [y], index, x, *ends)
 
     def mlp(self, x: ir.Value, index: int) -> ir.Value:
         """x + [norm] down_proj(act(gate) * up) of mlp_norm(x)."""
-        names, block = self.spec.names, f"layers.{index}.mlp"
+        names = self.spec.names
         projected = self._project(x, index, names.mlp_norm, "mlp.gate_up_proj")
-        if len(projected) == 1:
-            projected = self.split(projected[0], [self.spec.intermediate] * 2, f"{block}.split")
-        gate, up = projected
-        product = self.op("Mul", [self._activate(gate, block), up], f"{block}.product")
-        y = self.linear("mlp.down_proj", product, index)
-        return self._residual(x, y, index, names.post_mlp_norm, "mlp")
+        ends = (names.post_mlp_norm, "mlp_residual")
+        return self._added("mlp.down_proj", projected, index, x, *ends)
 
     def head(self, x: ir.Value) -> ir.Value:
         """Hidden states -> logits (P, V) of the asked positions alone."""
@@ -141,11 +140,29 @@ class DecoderGraph(NodeBuilder):
         """Projections of norm(x): one stacked matrix with the norm inside, or each on its own."""
         block_norm = f"model.layers.{index}.{norm}"
         if fused in self.stored:
-            return [self.linear(fused, x, index, block_norm)]
+            return [self.linear(fused, Ends([x]), index, block_norm)]
         normed = self.norm(x, block_norm, f"layers.{index}.{norm}")
-        return [self.linear(part, normed, index) for part in FUSED[fused]]
+        return [self.linear(part, Ends([normed]), index) for part in FUSED[fused]]
 
-    def linear(self, name: str, x: ir.Value, index: int, block_norm: str | None = None) -> ir.Value:
+    def _added(
+        self,
+        name: str,
+        inputs: list[ir.Value],
+        index: int,
+        x: ir.Value,
+        norm: str | None,
+        result: str,
+    ) -> ir.Value:
+        """x + [norm] of a linear of attention's output, or of an MLP's gate and up."""
+        activation = self.spec.activation if name == "mlp.down_proj" else None
+        result = f"layers.{index}.{result}"
+        if norm is None:
+            return self.linear(name, Ends(inputs, activation, x, result), index)
+        y = self.linear(name, Ends(inputs, activation), index)
+        y = self.norm(y, f"model.layers.{index}.{norm}", f"layers.{index}.{norm}")
+        return self.op("Add", [x, y], result)
+
+    def linear(self, name: str, ends: Ends, index: int, block_norm: str | None = None) -> ir.Value:
         """One stored ternary matrix, with the norm on its input if it has one."""
         spec, prefix = self.spec, f"model.layers.{index}"
         parts, path = self.stored[name], f"model.layers.{index}.{name}"
@@ -165,7 +182,7 @@ class DecoderGraph(NodeBuilder):
             activation_bits=spec.activation_bits,
             layout=self.layout,
         )
-        return OPERATORS[self.ops].multiply(self, matrix, x)
+        return OPERATORS[self.ops].multiply(self, matrix, ends)
 
     def _prologue(
         self, name: str, part: str, block_norm: str | None
@@ -182,19 +199,6 @@ class DecoderGraph(NodeBuilder):
         if not self.spec.has_bias(parts[0]):
             return None
         return np.concatenate([self.reader.tensor(f"{prefix}.{part}.bias") for part in parts])
-
-    def _activate(self, gate: ir.Value, block: str) -> ir.Value:
-        if self.spec.activation == "gelu_tanh":
-            return self.op("Gelu", [gate], f"{block}.gelu", approximate="tanh")
-        sigmoid = self.op("Sigmoid", [gate], f"{block}.sigmoid")
-        return self.op("Mul", [gate, sigmoid], f"{block}.silu")
-
-    def _residual(
-        self, x: ir.Value, y: ir.Value, index: int, norm: str | None, part: str
-    ) -> ir.Value:
-        if norm is not None:
-            y = self.norm(y, f"model.layers.{index}.{norm}", f"layers.{index}.{norm}")
-        return self.op("Add", [x, y], f"layers.{index}.{part}_residual")
 
     def norm(self, x: ir.Value, weight: str, name: str) -> ir.Value:
         """A norm of the teacher's architecture, over the last axis."""

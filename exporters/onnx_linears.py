@@ -2,7 +2,8 @@
 
 One row of OPERATORS for each `--ops`:
 
-custom    `bitdistill.TernaryLinear`: 2 or 1.6 bits a weight, norm and rounding inside the node.
+custom    `bitdistill.TernaryLinear`: 2 or 1.6 bits a weight; gate, norm, rounding and residual
+          inside the node.
 portable  MatMulNBits, 2 bits and a scale for each block of columns. Trits are the codes 1, 2, 3
           around the operator's own zero point 2, so weights are exact; it rounds activations to
           8 bits in every block of columns, which is finer than the token's one scale in training.
@@ -23,7 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bitdistill import packing
-from bitdistill.exporters.onnx_nodes import NodeBuilder
+from bitdistill.exporters.onnx_nodes import Ends, NodeBuilder
 from bitdistill.manifest import FormatError
 
 DEFAULT = "custom"
@@ -59,7 +60,7 @@ class Stacked:
         return repeated
 
 
-Multiply = Callable[[NodeBuilder, Stacked, ir.Value], ir.Value]
+Multiply = Callable[[NodeBuilder, Stacked, Ends], ir.Value]
 ReadBack = Callable[[ir.Graph, str, int, int], tuple[NDArray[np.int8], NDArray[np.float32]]]
 
 
@@ -77,7 +78,9 @@ def _bias(graph: NodeBuilder, matrix: Stacked) -> ir.Value | None:
     return graph.data.add(f"{matrix.path}.bias", matrix.bias, "body")
 
 
-def _normed(graph: NodeBuilder, matrix: Stacked, x: ir.Value) -> ir.Value:
+def _prepared(graph: NodeBuilder, matrix: Stacked, ends: Ends) -> ir.Value:
+    """The gate's product and the norm, in stock operators."""
+    x = graph.gated(ends, matrix.trits.shape[1], matrix.node)
     if matrix.norm is None:
         return x
     inputs, name = [x, matrix.norm], f"{matrix.node}.norm"
@@ -87,29 +90,35 @@ def _normed(graph: NodeBuilder, matrix: Stacked, x: ir.Value) -> ir.Value:
 # custom
 
 
-def _custom(graph: NodeBuilder, matrix: Stacked, x: ir.Value) -> ir.Value:
+def _custom(graph: NodeBuilder, matrix: Stacked, ends: Ends) -> ir.Value:
     packed = packing.pack_layout(matrix.trits, matrix.layout)
     rows, columns = matrix.trits.shape
+    gate, *up = ends.inputs
     inputs = [
-        x,
+        gate,
         graph.data.add(f"{matrix.path}.weight", packed, "body"),
         graph.data.add(f"{matrix.path}.scale", matrix.scales, "body"),
         matrix.norm,
         _bias(graph, matrix),
+        up[0] if up else None,
+        ends.residual,
     ]
     while inputs[-1] is None:
         inputs.pop()
+    activation = {} if ends.activation is None else {"activation": ends.activation}
     return graph.op(
         "TernaryLinear",
         inputs,
         matrix.node,
         "bitdistill",
+        ends.name,
         N=rows,
         K=columns,
         scale_rows=matrix.scale_rows,
         layout=matrix.layout,
         epsilon=matrix.epsilon,
         activation_bits=matrix.activation_bits or 0,
+        **activation,
     )
 
 
@@ -145,18 +154,18 @@ def _stored_scales(node: ir.Node, path: str) -> NDArray[np.float32]:
 # portable
 
 
-def _portable(graph: NodeBuilder, matrix: Stacked, x: ir.Value) -> ir.Value:
+def _portable(graph: NodeBuilder, matrix: Stacked, ends: Ends) -> ir.Value:
     rows, columns = matrix.trits.shape
     block = packing.stock_block(columns)
     scales = np.repeat(matrix.row_scales[:, None], -(-columns // block), axis=1)
     inputs = [
-        _normed(graph, matrix, x),
+        _prepared(graph, matrix, ends),
         graph.data.add(f"{matrix.path}.weight", packing.pack_stock(matrix.trits), "body"),
         graph.data.add(f"{matrix.path}.scale", scales, "body"),
     ]
     if matrix.bias is not None:
         inputs += [None, None, _bias(graph, matrix)]  # zero points and group indices are absent
-    return graph.op(
+    y = graph.op(
         "MatMulNBits",
         inputs,
         matrix.node,
@@ -167,6 +176,7 @@ def _portable(graph: NodeBuilder, matrix: Stacked, x: ir.Value) -> ir.Value:
         block_size=block,
         accuracy_level=BY_BLOCK if matrix.activation_bits else UNROUNDED,
     )
+    return graph.added(y, ends)
 
 
 def _read_portable(
@@ -182,8 +192,8 @@ def _read_portable(
 # integer
 
 
-def _integer(graph: NodeBuilder, matrix: Stacked, x: ir.Value) -> ir.Value:
-    quantised, largest = _quantise(graph, _normed(graph, matrix, x), matrix.node)
+def _integer(graph: NodeBuilder, matrix: Stacked, ends: Ends) -> ir.Value:
+    quantised, largest = _quantise(graph, _prepared(graph, matrix, ends), matrix.node)
     weight = graph.data.add(f"{matrix.path}.weight", np.ascontiguousarray(matrix.trits.T), "body")
     scales = matrix.scales if len(matrix.scales) == 1 else matrix.row_scales
     scale = graph.data.add(f"{matrix.path}.scale", scales, "body")
@@ -195,9 +205,9 @@ def _integer(graph: NodeBuilder, matrix: Stacked, x: ir.Value) -> ir.Value:
     factor = graph.op("Div", [factor, _levels(graph)], f"{matrix.node}.factor")
     bias = _bias(graph, matrix)
     if bias is None:
-        return graph.op("Mul", [sums, factor], matrix.node)
+        return graph.added(graph.op("Mul", [sums, factor], matrix.node), ends)
     y = graph.op("Mul", [sums, factor], f"{matrix.node}.product")
-    return graph.op("Add", [y, bias], matrix.node)
+    return graph.added(graph.op("Add", [y, bias], matrix.node), ends)
 
 
 def _quantise(graph: NodeBuilder, x: ir.Value, node: str) -> tuple[ir.Value, ir.Value]:

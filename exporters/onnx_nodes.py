@@ -6,6 +6,7 @@ Everything is named after the module it comes from, which is what a reader sees 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,20 @@ def rms_norm_function() -> ir.Function:
     return ir.Function("bitdistill.functions", "RMSNorm", graph=graph, attributes=[declared])
 
 
+@dataclass(frozen=True)
+class Ends:
+    """What a matrix is multiplied with, and what becomes of the result.
+
+    `inputs` is x, or with `activation` what act(gate) * up is made of: gate and up, or one value
+    that holds both side by side. `residual` is added to the result, which is then called `name`.
+    """
+
+    inputs: list[ir.Value]
+    activation: str | None = None
+    residual: ir.Value | None = None
+    name: str | None = None
+
+
 class NodeBuilder:
     """Nodes in order, constants inside the model, and the data file for everything large."""
 
@@ -86,6 +101,27 @@ class NodeBuilder:
         cuts = self.constant("split_" + "_".join(map(str, sizes)), np.array(sizes, np.int64))
         self.append("Split", [x, cuts], pieces, "", {"axis": -1}, name)
         return pieces
+
+    def gated(self, ends: Ends, width: int, node: str) -> ir.Value:
+        """What enters a matrix of `width` columns: x, or act(gate) * up."""
+        if ends.activation is None:
+            return ends.inputs[0]
+        halves = ends.inputs
+        if len(halves) == 1:
+            halves = self.split(halves[0], [width] * 2, f"{node}.split")
+        gate, up = halves
+        if ends.activation == "gelu_tanh":
+            gate = self.op("Gelu", [gate], f"{node}.gelu", approximate="tanh")
+        else:
+            sigmoid = self.op("Sigmoid", [gate], f"{node}.sigmoid")
+            gate = self.op("Mul", [gate, sigmoid], f"{node}.silu")
+        return self.op("Mul", [gate, up], f"{node}.gated")
+
+    def added(self, y: ir.Value, ends: Ends) -> ir.Value:
+        """What leaves a matrix: y, or its sum with the residual."""
+        if ends.residual is None:
+            return y
+        return self.op("Add", [ends.residual, y], str(ends.name))
 
     def append(
         self,

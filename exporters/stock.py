@@ -20,6 +20,7 @@ from bitdistill import manifest
 from bitdistill.decoder import DecoderSpec, decoder_spec
 from bitdistill.exporters.base import Options
 from bitdistill.exporters.onnx_graph import DecoderGraph, Reader
+from bitdistill.exporters.onnx_nodes import Ends
 from bitdistill.exporters.onnx_tensors import TensorFile
 from bitdistill.names import suggest
 
@@ -113,18 +114,20 @@ class StockGraph(DecoderGraph):
         context = options.resolve_context(spec.context)
         super().__init__(spec, context, options, None, reader, data)
 
-    def linear(self, name: str, x: ir.Value, index: int, block_norm: str | None = None) -> ir.Value:
+    def linear(self, name: str, ends: Ends, index: int, block_norm: str | None = None) -> ir.Value:
         """One stored matrix; linears that read the same input are stacked, as in the artifacts."""
         prefix, parts = f"model.layers.{index}", self.stored[name]
-        if block_norm is not None:
-            x = self.norm(x, block_norm, f"{prefix.removeprefix('model.')}.{name}.norm")
+        node = f"layers.{index}.{name}"
         weights = np.concatenate([self.reader.tensor(f"{prefix}.{part}.weight") for part in parts])
+        x = self.gated(ends, weights.shape[1], node)
+        if block_norm is not None:
+            x = self.norm(x, block_norm, f"{node}.norm")
         y = self.matrix(f"{prefix}.{name}", x, weights, self.bits, "body")
         bias = self._bias(prefix, parts)
-        if bias is None:
-            return y
-        stored = self.data.add(f"{prefix}.{name}.bias", bias, "body")
-        return self.op("Add", [y, stored], f"{prefix}.{name}.biased")
+        if bias is not None:
+            stored = self.data.add(f"{prefix}.{name}.bias", bias, "body")
+            y = self.op("Add", [y, stored], f"{prefix}.{name}.biased")
+        return self.added(y, ends)
 
     def matrix(
         self,

@@ -10,6 +10,7 @@ namespace bitdistill {
 namespace avx2 {
 void quantize(const BdInput *in, const BdTokens *out, int64_t first, int64_t last);
 void normalize(const BdInput *in, const BdTokens *out, int64_t first, int64_t last);
+void gate(const BdGate *in, float *out, int64_t first, int64_t last);
 void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 // Prefill by tables (lookup.h): the number of leading tokens whose results it wrote.
 int64_t lookup(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);

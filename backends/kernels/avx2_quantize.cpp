@@ -1,5 +1,7 @@
-// AVX2: the optional RMSNorm, the magnitude of each token, and its rounding to int8.
+// AVX2: the gate, the optional RMSNorm, the magnitude of each token, and its rounding to
+// int8.
 #include "avx2.h"
+#include "gate.h"
 
 #if BD_X86
 namespace {
@@ -131,6 +133,10 @@ void normalize(const BdInput *in, const BdTokens *out, int64_t first, int64_t la
     in->norm_weight != nullptr ? normalize_row<true>(in, v, out->stride, token)
                                : normalize_row<false>(in, v, out->stride, token);
   }
+}
+
+void gate(const BdGate *in, float *out, int64_t first, int64_t last) {
+  gate_all(in, out, first, last);
 }
 
 }  // namespace avx2

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill.backends.kernels import library_path
+from bitdistill.backends.kernels.binding_gate import GATE
 from bitdistill.backends.kernels.binding_tables import (
     HalfTable,
     HeadTable,
@@ -73,6 +74,7 @@ class KernelTable(c.Structure):
         ("supported", c.CFUNCTYPE(c.c_int)),
         ("quantize", _PREPARE),
         ("normalize", _PREPARE),
+        ("gate", GATE),
         ("ternary", _PRODUCT),
         ("ternary_float", _PRODUCT),
         ("ternary_base3", _PRODUCT),

@@ -15,6 +15,9 @@
  * halves (16, 8, 4, 2, 1); `ternary_float` adds column 16 q + 4 s + j into partial sum s in the
  * order of q, then j, and folds (0 + 1) + (2 + 3).
  *
+ *   gate       out = act(gate) * up, act being silu or gelu in its tanh form, to some units in the
+ *              last place (gate.h)
+ *
  * Attention has a header of its own, bitdistill_attention.h.
  *
  * The LM head and the embedding read one table of 16, 8 or 4 bits:
@@ -62,6 +65,8 @@ enum {
   BD_TABLE_ROWS = 16,       /* of a 4-bit table; bitdistill/tables.py */
   BD_TABLE_COLUMNS = 32,
   BD_TABLE_BYTES = 256,
+  BD_SILU = 1, /* of a gate */
+  BD_GELU_TANH = 2,
   BD_HEAD_LEVELS = 63 * 128,
   BD_MAX_TABLE_COLUMNS = 1 << 14 /* 128 * 8 * 64 K must fit int32 */
 };
@@ -85,6 +90,15 @@ typedef struct BdInput {
   int64_t tokens;
   int64_t columns;
 } BdInput;
+
+/* A gated MLP's halves: `columns` of each token, whose rows begin `stride` floats apart. */
+typedef struct BdGate {
+  const float *gate;
+  const float *up;
+  int64_t stride;
+  int64_t columns;
+  int activation; /* BD_SILU or BD_GELU_TANH */
+} BdGate;
 
 /* Activations as the products read them; all in the caller's scratch memory. Each token takes
  * `stride` elements of `q` or `values`, zero beyond `columns`. */
@@ -145,6 +159,8 @@ typedef struct BdKernels {
   void (*quantize)(const BdInput *in, const BdTokens *out, int64_t first_token, int64_t last_token);
   void (*normalize)(const BdInput *in, const BdTokens *out, int64_t first_token,
                     int64_t last_token);
+  /* out is (tokens, columns). */
+  void (*gate)(const BdGate *in, float *out, int64_t first_token, int64_t last_token);
   void (*ternary)(const BdTernary *w, const BdTokens *in, float *y, int64_t first_block,
                   int64_t last_block);
   void (*ternary_float)(const BdTernary *w, const BdTokens *in, float *y, int64_t first_block,

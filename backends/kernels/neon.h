@@ -10,6 +10,7 @@ namespace bitdistill {
 namespace neon {
 void quantize(const BdInput *in, const BdTokens *out, int64_t first, int64_t last);
 void normalize(const BdInput *in, const BdTokens *out, int64_t first, int64_t last);
+void gate(const BdGate *in, float *out, int64_t first, int64_t last);
 void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);

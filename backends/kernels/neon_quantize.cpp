@@ -1,4 +1,6 @@
-// NEON: the optional RMSNorm, the magnitude of each token, and its rounding to int8.
+// NEON: the gate, the optional RMSNorm, the magnitude of each token, and its rounding to
+// int8.
+#include "gate.h"
 #include "neon.h"
 
 #if BD_ARM
@@ -115,6 +117,10 @@ void normalize(const BdInput *in, const BdTokens *out, int64_t first, int64_t la
     in->norm_weight != nullptr ? normalize_row<true>(in, v, out->stride, token)
                                : normalize_row<false>(in, v, out->stride, token);
   }
+}
+
+void gate(const BdGate *in, float *out, int64_t first, int64_t last) {
+  gate_all(in, out, first, last);
 }
 
 }  // namespace neon

@@ -60,7 +60,8 @@ struct Api {
   void *skip_66[19];
   Status *(*KernelInfoGetAttribute_float)(const KernelInfo *info, const char *name, float *out);
   Status *(*KernelInfoGetAttribute_int64)(const KernelInfo *info, const char *name, int64_t *out);
-  void *skip_87[1];
+  Status *(*KernelInfoGetAttribute_string)(const KernelInfo *info, const char *name, char *out,
+                                           size_t *size);
   Status *(*KernelContext_GetInputCount)(const KernelContext *context, size_t *out);
   void *skip_89[1];
   Status *(*KernelContext_GetInput)(const KernelContext *context, size_t index, const Value **out);
@@ -108,6 +109,7 @@ BD_POSITION(GetSymbolicDimensions, 63);
 BD_POSITION(GetTensorTypeAndShape, 65);
 BD_POSITION(KernelInfoGetAttribute_float, 85);
 BD_POSITION(KernelInfoGetAttribute_int64, 86);
+BD_POSITION(KernelInfoGetAttribute_string, 87);
 BD_POSITION(KernelContext_GetInputCount, 88);
 BD_POSITION(KernelContext_GetInput, 90);
 BD_POSITION(KernelContext_GetOutput, 91);

@@ -46,7 +46,7 @@ ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   BD_TRY(check_table(k.api, table));
   BD_TRY(read_input(k.api, context, kX, &x));
   int64_t tokens = 0;
-  BD_TRY(check_activations(k.api, kName, x, table.dims[1], &tokens));
+  BD_TRY(check_activations(k.api, kName, x, "K", table.dims[1], &tokens));
   float *y = nullptr;
   BD_TRY(make_output(k.api, context, x, x.rank - 1, table.dims[0], &y));
   if (tokens == 0) return nullptr;

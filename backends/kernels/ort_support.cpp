@@ -176,13 +176,13 @@ ort::Status *check_tensor(const ort::Api *api, const char *op, const Tensor &ten
 }
 
 ort::Status *check_activations(const ort::Api *api, const char *op, const Tensor &x,
-                               int64_t columns, int64_t *tokens) {
+                               const char *what, int64_t columns, int64_t *tokens) {
   BD_TRY(check_tensor(api, op, x, {"X", ort::kFloat, 0, {}}));
   if (x.rank == 0 || x.dims[x.rank - 1] != columns) {
     char got[192];
     write_dims(x.dims, x.rank, got, sizeof got);
-    return refuse(api, "%s: X must end in K = %lld, got %s", op, static_cast<long long>(columns),
-                  got);
+    return refuse(api, "%s: X must end in %s = %lld, got %s", op, what,
+                  static_cast<long long>(columns), got);
   }
   *tokens = 1;
   for (size_t i = 0; i + 1 < x.rank; ++i) *tokens *= x.dims[i];

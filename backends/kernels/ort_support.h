@@ -36,7 +36,7 @@ struct Expected {
   const char *name;
   ort::ElementType type;
   size_t rank;
-  int64_t dims[5];
+  int64_t dims[kMaxRank];
 };
 
 // "Op 'node'", or "Op" for a node without a name, or with one too long for messages.
@@ -67,9 +67,9 @@ ort::Status *check_tensor(const ort::Api *api, const char *op, const Tensor &ten
 ort::Status *make_output(const ort::Api *api, ort::KernelContext *context, const Tensor &x,
                          size_t rank, int64_t last, float **out);
 
-// Tokens of x, which must end in `columns`.
+// Tokens of x, which must end in `columns`; `what` names these in the error.
 ort::Status *check_activations(const ort::Api *api, const char *op, const Tensor &x,
-                               int64_t columns, int64_t *tokens);
+                               const char *what, int64_t columns, int64_t *tokens);
 
 // Memory of the calling thread that grows and is kept; a nested use gets memory of its own.
 class Scratch {

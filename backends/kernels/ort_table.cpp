@@ -124,7 +124,7 @@ ort::Status *compute_head(void *kernel, ort::KernelContext *context) noexcept {
   BD_TRY(read_table(k, context, &w));
   BD_TRY(read_input(k.api, context, kX, &x));
   int64_t tokens = 0;
-  BD_TRY(check_activations(k.api, k.name, x, k.columns, &tokens));
+  BD_TRY(check_activations(k.api, k.name, x, "K", k.columns, &tokens));
   float *y = nullptr;
   BD_TRY(make_output(k.api, context, x, x.rank - 1, k.rows, &y));
   return tokens == 0 ? nullptr : run_head(k, context, w, x.floats(), tokens, y);

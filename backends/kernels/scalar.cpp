@@ -1,4 +1,5 @@
 // The oracle: plain C++ in the order that bitdistill_kernels.h specifies, for any CPU.
+#include "gate.h"
 #include "head.h"
 
 namespace {
@@ -125,6 +126,7 @@ const BdKernels kTable = {"scalar",
                           supported,
                           quantize,
                           normalize,
+                          gate_all,
                           ternary,
                           ternary_float,
                           ternary_base3,

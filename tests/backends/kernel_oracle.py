@@ -70,3 +70,27 @@ def random_trits(rng: np.random.Generator, n: int, k: int) -> NDArray[np.int8]:
 
 def same(a: NDArray, b: NDArray) -> bool:
     return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
+
+
+EXP = [F(f"{c}") for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3)]
+EXP += [F(f"{c}") for c in (4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)]
+
+
+def faded(x: NDArray) -> NDArray:
+    """exp(-x) for x >= 0, zero above 86."""
+    n = np.rint(-x * F(1.44269504))
+    r = (-x - n * F(0.693359375)) - n * F(-2.12194440e-4)
+    p = np.full_like(r, EXP[0])
+    for c in EXP[1:]:
+        p = p * r + c
+    y = np.ldexp((p * (r * r) + r) + F(1), n.astype(np.int32))
+    return np.where(x > 86, F(0), y)
+
+
+def gated(gate: NDArray, up: NDArray, activation: str) -> NDArray:
+    """act(gate) * up for numbers of moderate size."""
+    z = gate
+    if activation == "gelu_tanh":
+        z = F(1.5957691216) * (gate + F(0.044715) * (gate * gate * gate))
+    e = faded(np.abs(z))
+    return gate * np.where(z < 0, e, F(1)) / (F(1) + e) * up

@@ -80,6 +80,20 @@ bool same(const std::vector<float> &a, const std::vector<float> &b) {
   return a.size() == b.size();
 }
 
+bool same_gate(const BdKernels *a, const BdKernels *b, std::mt19937 &random, int64_t tokens,
+               int64_t columns) {
+  const std::vector<float> x = random_floats(random, tokens * columns);
+  const std::vector<float> up = random_floats(random, tokens * columns);
+  std::vector<float> ya(x.size()), yb(x.size());
+  for (const int activation : {BD_SILU, BD_GELU_TANH}) {
+    const BdGate gate = {x.data(), up.data(), columns, columns, activation};
+    a->gate(&gate, ya.data(), 0, tokens);
+    b->gate(&gate, yb.data(), 0, tokens);
+    if (!same(ya, yb)) return false;
+  }
+  return true;
+}
+
 bool same_head(const BdKernels *a, const BdKernels *b, std::mt19937 &random, int64_t tokens,
                int64_t rows, int64_t columns) {
   std::vector<uint16_t> table(static_cast<size_t>(rows * columns));
@@ -175,6 +189,7 @@ bool compare(const BdKernels *kernels, unsigned seed, BdPool *pool) {
           for (uint8_t &byte : base3) byte = static_cast<uint8_t>(random());
           if (!same(run_base3(kernels, layer, base3, x), run_base3(oracle, layer, base3, x)))
             return false;
+          if (!same_gate(kernels, oracle, random, tokens, columns)) return false;
           if (!same_head(kernels, oracle, random, tokens, rows, columns)) return false;
           if (!same_table(kernels, oracle, random, tokens, rows, columns, bits == 8 ? 8 : 4))
             return false;

@@ -89,6 +89,17 @@ Values half(const BdKernels *kernels, Bytes bytes, const Shape &shape) {
   return y;
 }
 
+// Any floats: NaN, infinities and the largest among them.
+Values gated(const BdKernels *kernels, Bytes bytes, const Shape &shape) {
+  const Values x = bytes.array<float>(shape.tokens * shape.columns);
+  const Values up = bytes.array<float>(shape.tokens * shape.columns);
+  Values y(x.size(), 0.0f);
+  const int activation = shape.rows % 2 == 0 ? BD_SILU : BD_GELU_TANH;
+  const BdGate gate = {x.data(), up.data(), shape.columns, shape.columns, activation};
+  kernels->gate(&gate, y.data(), 0, shape.tokens);
+  return y;
+}
+
 Values run(const BdKernels *kernels, const Bytes &bytes, int entry, const Shape &shape) {
   switch (entry) {
     case 0:
@@ -101,6 +112,8 @@ Values run(const BdKernels *kernels, const Bytes &bytes, int entry, const Shape 
       return quantised(kernels, bytes, shape, 8);
     case 4:
       return quantised(kernels, bytes, shape, 4);
+    case 5:
+      return gated(kernels, bytes, shape);
     default:
       return half(kernels, bytes, shape);
   }
@@ -116,7 +129,7 @@ bool same(const Values &a, const Values &b) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   Bytes bytes(data, size);
-  const int entry = bytes.next() % 6;
+  const int entry = bytes.next() % 7;
   const Shape shape = {1 + bytes.up_to(70), 1 + bytes.up_to(150), bytes.up_to(5)};
   const Values expected = run(bd_kernels("scalar"), bytes, entry, shape);
   for (int i = 0; bd_isa_name(i) != nullptr; ++i) {

@@ -45,10 +45,19 @@ def test_nodes_are_fused_and_named_after_modules(artifact: Path) -> None:
     assert set(ternary) == {f"layers.{i}.{part}" for i in range(2) for part in parts}
     # the block's norm is the prologue of the stacked projections
     assert ternary["layers.1.self_attn.qkv_proj"].input[3].endswith("1.input_layernorm.weight")
+    # the gate is the prologue of down_proj, and residuals are epilogues
+    down = ternary["layers.1.mlp.down_proj"]
+    assert down.input[0] == "layers.1.mlp.gate_up_proj"
+    assert down.input[6] == "layers.1.attention_residual"
+    assert down.output[0] == "layers.1.mlp_residual"
     kinds = Counter(node.op_type for node in graph.node)
-    assert kinds["Attention"] == 2
-    assert kinds["RMSNorm"] == 1  # the last; those of q and k are inside Attention
-    assert len(graph.node) < 15 * 2
+    assert kinds == {
+        "Attention": 2,
+        "TernaryLinear": 8,
+        "RMSNorm": 1,  # the last; those of q and k are inside Attention
+        "Gather": 2,
+        **dict.fromkeys(("Cast", "Reshape", "HeadLinear"), 1),
+    }
 
 
 def test_allnorm_keeps_seven_matrices_with_their_own_norms(
@@ -61,6 +70,20 @@ def test_allnorm_keeps_seven_matrices_with_their_own_norms(
         epsilon = next(a.f for a in node.attribute if a.name == "epsilon")
         assert node.input[3] == f"model.{node.name}.norm.weight"
         assert epsilon == np.float32(1e-8)
+    # gate and up, which read different inputs, meet in down_proj
+    down = next(node for node in nodes if node.name == "layers.0.mlp.down_proj")
+    assert (down.input[0], down.input[5]) == ("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
+    assert not {"Mul", "Add", "Split"} & {node.op_type for node in graph_of(out).node}
+
+
+def test_residuals_after_a_norm_are_nodes(student_dir: Students, tmp_path: Path) -> None:
+    out = exporters.export(student_dir("gemma3_text"), "onnx", tmp_path / "out")
+    nodes = {node.name: node for node in graph_of(out).node}
+    assert sum(node.op_type == "Add" for node in nodes.values()) == 4
+    down = nodes["layers.0.mlp.down_proj"]
+    assert not any(name.endswith("residual") for name in down.input)
+    assert {a.name: a.s for a in down.attribute}["activation"] == b"gelu_tanh"
+    assert "layers.1.mlp_residual" in nodes
 
 
 def test_windows_are_only_where_the_model_has_them(student_dir: Students, tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+// A node of the operator TernaryLinear, and what its inputs must be.
+#ifndef BITDISTILL_ORT_TERNARY_H
+#define BITDISTILL_ORT_TERNARY_H
+
+#include <memory>
+
+#include "ort_support.h"
+
+namespace bitdistill {
+
+enum TernaryInput : size_t {
+  kX,
+  kW,
+  kScale,
+  kNorm,
+  kBias,
+  kTernaryConstants,  // before it: what may be checked once
+  kUp = kTernaryConstants,
+  kResidual,
+  kTernaryInputs
+};
+
+struct TernaryNode {
+  const ort::Api *api;
+  const BdKernels *kernels;
+  int64_t rows;
+  int64_t columns;
+  int64_t scale_rows;
+  bool base3;
+  int bits;
+  int activation;  // BD_SILU, BD_GELU_TANH or 0
+  float epsilon;   // NaN: not given
+  bool checked[kTernaryConstants];
+  std::unique_ptr<float[]> row_scales;  // (rows); null: expanded for each call
+  char name[kNameSize];                 // "TernaryLinear 'node name'"
+};
+
+// (rows / scale_rows) -> (rows).
+void expand_scales(const TernaryNode &k, const float *scale, float *out);
+
+// Every check of W, scale, norm_weight or bias but that of the codes, which cost a pass over the
+// weights.
+ort::Status *check_constant(const TernaryNode &k, size_t input, const Tensor &tensor);
+
+// One call.
+ort::Status *run_ternary(const TernaryNode &k, ort::KernelContext *context);
+
+}  // namespace bitdistill
+#endif
