@@ -95,7 +95,8 @@ def test_no_bytes_confuse_the_kernels(tmp_path: Path) -> None:
     """libFuzzer on every entry point that takes packed bytes, under both sanitizers."""
     flags = ("-O1", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all")
     program = build_driver("clang++", tmp_path, *flags, driver=FUZZER)
-    result = run(program, "-seed=1", "-runs=20000", "-max_total_time=60", "-max_len=600")
+    found = f"-artifact_prefix={tmp_path}/"  # else what crashed is written where pytest runs
+    result = run(program, "-seed=1", "-runs=20000", "-max_total_time=60", "-max_len=600", found)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Done " in result.stderr
 
