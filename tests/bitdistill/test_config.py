@@ -198,9 +198,7 @@ def test_a_summary_task_of_your_own() -> None:
 
 
 def test_a_built_in_task_is_not_changed_in_vain() -> None:
-    with pytest.raises(
-        ConfigError, match="built in, so labels, max_new_tokens would have"
-    ):
+    with pytest.raises(ConfigError, match="built in, so labels, max_new_tokens would have"):
         load_config("tiny", ["task={name: sst2, labels: [a, b], max_new_tokens: 4}"])
 
 
