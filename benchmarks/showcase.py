@@ -6,7 +6,8 @@
 A row is what `bitdistill train --recipe showcase/TASK --set seed=N`, `export` and `eval` make, and
 this only calls them: teacher, BitNet-SFT, student, its ONNX and MLX artifacts, and (`--methods
 paper`) a student by the paper's method, which shares teacher and BitNet-SFT. `--jobs` trainings run
-at a time on the GPU, and scoring beside them on the processor.
+at a time on the GPU. Scoring goes on beside them, one unit at a time: rows in PyTorch on
+`--device`, students in fp64 too (what rounding alone changes), artifacts on `--threads` of the CPU.
 
 Whatever is complete is skipped and what was interrupted goes on, so a table can be filled in
 several sittings: SIGTERM and Ctrl-C let the trainings save. What each command said is in OUT/logs.
@@ -118,9 +119,10 @@ class Unit:
                 shell(run.name, "export", str(run / "student"), *what, cpu=True)
         rows += [self.run_of(m) / "student" for m in options.methods if m != "default"]
         held = options.data / self.task / options.file
-        settings = ("--data", str(held), "--seed", str(self.seed), "--no-speed")
+        settings = ["--data", str(held), "--seed", str(self.seed), "--no-speed", "--floor"]
+        settings += ["--device", options.device, "--threads", str(options.threads)]
         places = ("--out", str(options.results), "--store", str(options.out / "evals"))
-        shell(run.name, "eval", *map(str, rows), *settings, *places, cpu=True)
+        shell(run.name, "eval", *map(str, rows), *settings, *places)
         done.touch()
 
 
@@ -155,6 +157,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of task folders")
     parser.add_argument("--file", default="validation.jsonl", help="what is scored, in each")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="of scoring")
+    parser.add_argument("--threads", type=int, default=4, help="of scoring")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     options.methods = ["default", *options.methods]

@@ -44,6 +44,8 @@ show_options = [
 @click.option("--limit", type=click.IntRange(min=1), help="Evaluate the first N examples.")
 @click.option("--column", "columns", multiple=True, metavar="TASK=FILE", help="Map a column name.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the runtimes.")
+@click.option("--device", help="cuda: rows in PyTorch predict on the GPU (with --no-speed).")
+@click.option("--floor", is_flag=True, help="Students in fp64 too (with --no-speed).")
 @click.option("--speed/--no-speed", default=True, help="Measure tokens/s.  [default: speed]")
 @click.option("--baseline", multiple=True, type=click.Choice(BASELINES), help="Of the teacher.")
 @click.option("--llama-bench", type=FILE, help="A program that times the GGUF files given.")

@@ -75,19 +75,24 @@ class Encoded:
     labelled: bool = True
 
 
+def encode_prompt(prompt: str, task: Task, tokenizer: Tokenizer, room: int) -> list[int]:
+    """A prompt's token ids, shortened (`tasks.shorten`) to at most `room`."""
+    ids: list[int] = tokenizer(prompt).input_ids
+    if len(ids) <= room:
+        return ids
+    return shorten(ids, tokenizer(task.suffix, add_special_tokens=False).input_ids, room)
+
+
 def encode_example(example: Example, task: Task, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """Prompt and answer as token ids; a long prompt is shortened (`tasks.shorten`), not the answer.
+    """Prompt and answer as token ids; a long prompt is shortened, not the answer.
 
     Summaries end with the end-of-text token, so that a model learns to stop.
     """
-    prompt = tokenizer(example.prompt).input_ids
     answer = tokenizer(example.answer, add_special_tokens=False).input_ids
     if task.kind == "summary" and tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]
     answer = answer[: max_length - 1]
-    room = max_length - len(answer)
-    if len(prompt) > room:
-        prompt = shorten(prompt, tokenizer(task.suffix, add_special_tokens=False).input_ids, room)
+    prompt = encode_prompt(example.prompt, task, tokenizer, max_length - len(answer))
     return Encoded(prompt + answer, len(answer))
 
 
@@ -108,7 +113,7 @@ def collate(rows: list[Encoded], pad: int, multiple: int) -> Batch:
 
 
 class Fresh(Protocol):
-    """Examples that are made anew for each epoch, a function of its number alone."""
+    """More examples for each epoch, a function of its number alone."""
 
     count: int
 

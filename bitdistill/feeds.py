@@ -11,6 +11,7 @@ from bitdistill.corpus import corpus_steps
 from bitdistill.data import (
     Batch,
     Batches,
+    Fresh,
     PackedBatches,
     Shard,
     TaskBatches,
@@ -21,6 +22,7 @@ from bitdistill.distributed import World
 from bitdistill.mixtures import Mixtures
 from bitdistill.schema import Config, Distillation, Pretraining, Training
 from bitdistill.tasks import Task
+from bitdistill.written import Written
 
 
 def seed_of(config: Config, settings: Training) -> int:
@@ -29,13 +31,19 @@ def seed_of(config: Config, settings: Training) -> int:
 
 
 def task_batches(
-    config: Config, settings: Training, tokenizer: Tokenizer, world: World
+    config: Config,
+    settings: Training,
+    tokenizer: Tokenizer,
+    world: World,
+    written: Written | None = None,
 ) -> TaskBatches:
-    """A stage's examples, shared by the devices of a run."""
+    """A stage's examples, shared by the devices of a run; and mixtures, or what was written."""
     task, length = config.task.resolve(), settings.max_length
     examples = task_examples(config.task, config.seed)
+    fresh: Fresh | None = written
     times = settings.mixtures if isinstance(settings, Distillation) else 0
-    mixed = Mixtures(task, examples, tokenizer, length, times, config.seed) if times else None
+    if times and task.kind == "label":
+        fresh = Mixtures(task, examples, tokenizer, length, times, config.seed)
     return TaskBatches(
         [encode_example(example, task, tokenizer, length) for example in examples],
         pad=tokenizer.pad_token_id or 0,
@@ -44,7 +52,7 @@ def task_batches(
         seed=config.seed,
         multiple=config.machine.pad_multiple,
         shard=Shard(world.rank, world.size),
-        fresh=mixed,
+        fresh=fresh,
     )
 
 

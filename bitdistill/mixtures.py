@@ -1,4 +1,4 @@
-"""New inputs for a label task, made from parts of the old ones; the teacher says what they are.
+"""New inputs for a task, made from parts of the old ones; the teacher says what they are.
 
 A few thousand labelled examples are soon known by heart, and what a student then learns of its
 teacher is what both say about them. Texts nearby, which nobody labelled, show more of the teacher
@@ -10,11 +10,14 @@ Each mixture starts from one example and takes from another, chosen at random:
     swap      one whole column (of tasks that have several)
     splice    a column's beginning from one, its end from the other
     words     some words left out, some replaced by words of the other's
+
+Documents to summarise are only spliced, between sentences (written.py).
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,6 +27,7 @@ from bitdistill.data import Encoded, encode_example
 from bitdistill.tasks import Example, Task
 
 LEFT_OUT, REPLACED = 0.1, 0.1  # shares of a column's words
+SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 class Mixtures:
@@ -90,3 +94,24 @@ def _changed_words(words: list[str], source: list[str], chance: random.Random) -
             continue
         kept.append(chance.choice(source) if source and luck < LEFT_OUT + REPLACED else word)
     return kept
+
+
+def splices(examples: Sequence[Example], seed: str) -> list[tuple[str, ...]]:
+    """Each example's texts to the end of some sentence, then those of another from some sentence.
+
+    A function of the seed alone.
+    """
+    chance = random.Random(seed)
+    return [
+        tuple(
+            _splice(text, theirs, chance)
+            for text, theirs in zip(example.inputs, chance.choice(examples).inputs, strict=True)
+        )
+        for example in examples
+    ]
+
+
+def _splice(mine: str, theirs: str, chance: random.Random) -> str:
+    ends = [match.end() for match in SENTENCE.finditer(mine)] or [len(mine)]
+    starts = [0, *(match.end() for match in SENTENCE.finditer(theirs))]
+    return mine[: chance.choice(ends)].rstrip() + " " + theirs[chance.choice(starts) :]

@@ -44,6 +44,7 @@ from bitdistill.student import make_student, measure_gains, quantization_statist
 from bitdistill.teacher import check_teacher, load_model
 from bitdistill.teacher_cache import remember
 from bitdistill.training import Fit
+from bitdistill.written import summaries
 
 LoadedModel = tuple[PreTrainedModel, Tokenizer]
 
@@ -148,19 +149,21 @@ class Recipe:
         settings = self.config.pretrain
         teacher = self._teacher_base()[0] if settings.needs_teacher else None
         batches = corpus_batches(self.config, settings, tokenizer, self.world)
-        return (student, tokenizer), self._fit(
-            stage, tokenizer, student, teacher, batches, settings
-        )
+        made = self._fit(stage, tokenizer, student, teacher, batches, settings)
+        return (student, tokenizer), made
 
     def _distill(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
         assert stage.parent is not None
         student, tokenizer = self._load(stage.parent)
         settings = self.config.distill
         teacher = self._load(self.stages["teacher"])[0] if settings.needs_teacher else None
-        batches = task_batches(self.config, settings, tokenizer, self.world)
-        return (student, tokenizer), self._fit(
-            stage, tokenizer, student, teacher, batches, settings
-        )
+        written = None
+        if teacher is not None and settings.mixtures:
+            mark = fingerprint(self.stages["teacher"], self.config, self.inputs)
+            written = summaries(self.config, teacher, mark, tokenizer, self.out, self.world)
+        batches = task_batches(self.config, settings, tokenizer, self.world, written)
+        made = self._fit(stage, tokenizer, student, teacher, batches, settings)
+        return (student, tokenizer), made
 
     # --- what the stages share ------------------------------------------------------------------
 

@@ -98,8 +98,9 @@ class AlignmentLoss(Section):
 class Distillation(Training):
     """A stage with a teacher: L = ce L_CE + logits L_LD + relations L_AD + alignment L_HA.
 
-    `mixtures` new examples for each labelled one are made every epoch from parts of the task's own
-    inputs (mixtures.py); they have no answer, only what the teacher says of them.
+    `mixtures` new examples for each labelled one are made from parts of the task's own inputs
+    (mixtures.py); they have no answer, only what the teacher says of them: of labels, in every
+    epoch others; of summaries, which it has to write (written.py), the same in all.
     With `cache` the teacher runs once, beforehand: that many of its likeliest tokens of an answer,
     and the relations' states, are kept on the disk (teacher_cache.py).
     """

@@ -55,9 +55,18 @@ class TaskData(Section):
         return self
 
     def resolve(self) -> Task:
-        """The task; ValueError for an unknown name without a prompt of its own."""
+        """The task; ValueError for an unknown name, or one that is changed, without a prompt."""
         if self.prompt is None:
-            return get_task(self.name)
+            own = ("kind", "inputs", "target", "labels", "max_new_tokens", "metrics", "version")
+            fields = type(self).model_fields
+            given = [k for k in own if getattr(self, k) != fields[k].get_default()]
+            task = get_task(self.name)
+            if given:
+                raise ValueError(
+                    f"task {self.name!r} is built in, so {', '.join(given)} would have no effect; "
+                    "leave that out, or give a prompt too and make it a task of your own"
+                )
+            return task
         if not self.inputs or not self.target or (self.kind != "summary" and not self.labels):
             raise ValueError("a task of your own needs prompt, inputs, target and (label) labels")
         if len({label.strip().lower() for label in self.labels}) < len(self.labels):

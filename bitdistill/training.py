@@ -78,11 +78,19 @@ class Fit:
         )
 
     def fit_relation_weight(self) -> None:
-        """Where a target ratio is asked for, find the relations' weight on the first window."""
-        if self.objective.relations.target_ratio is not None:
-            window = [self.hardware.move(batch) for batch in self.batches.window(0)]
-            with self.hardware.autocast():
-                self.objective.fit_relation_weight(window, self.world.sum)
+        """Where a target ratio is asked for, find the relations' weight on the first window.
+
+        Of task examples, the first that has labels: small batches may hold mixtures alone.
+        """
+        if self.objective.relations.target_ratio is None:
+            return
+        for step in range(self.batches.steps_per_epoch() or 1):
+            window = self.batches.window(step)
+            if self.world.any(any(bool((b["labels"] >= 0).any()) for b in window)):
+                break
+        with self.hardware.autocast():
+            moved = [self.hardware.move(batch) for batch in window]
+            self.objective.fit_relation_weight(moved, self.world.sum)
 
     def run(self) -> dict[str, float]:
         """Train to the end; the mean terms of the last records."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -125,10 +125,23 @@ def weights_fingerprint(content: dict[str, Any]) -> str:
     return manifest.fingerprint(weights)
 
 
-def open_directories(paths: Sequence[str | Path | Variant]) -> list[Directory]:
-    """Read every manifest; FormatError, ValueError or ImportError for what cannot be evaluated."""
+def open_directories(
+    paths: Sequence[str | Path | Variant], device: str | None = None, floor: bool = False
+) -> list[Directory]:
+    """Read every manifest; FormatError, ValueError or ImportError for what cannot be evaluated.
+
+    `device` is for what runs in PyTorch. `floor` adds a row in fp64 for each student there.
+    """
     variants = [path if isinstance(path, Variant) else Variant(path) for path in paths]
     directories = [_open(Path(variant.path), variant.load) for variant in variants]
+    if device is not None:
+        moved = {"device": device}
+        directories = [
+            replace(d, load=d.load | moved) if d.backend == "torch" else d for d in directories
+        ]
+    if floor:
+        students = [d for d in directories if d.manifest["kind"] == "student"]
+        directories += [replace(d, load=d.load | {"dtype": "float64"}) for d in students]
     if not any(directory.is_scored for directory in directories):
         raise ValueError("nothing to evaluate; give at least one teacher, student or artifact")
     if len({(d.path.resolve(), str(d.load)) for d in directories}) < len(directories):

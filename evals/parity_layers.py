@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from bitdistill import checkpoint, manifest
 from bitdistill.backends import kv_cache, onnx_runtime
-from bitdistill.backends.torch_runtime import cast, round_storage
+from bitdistill.backends.torch_runtime import cast
+from bitdistill.backends.torch_storage import round_storage
 from bitdistill.decoder import DecoderSpec, LayerSpec, config_class, family_of
 from bitdistill.quantize import BitLinear
 from bitdistill.student import model_class

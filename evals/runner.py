@@ -55,6 +55,8 @@ def run(
     limit: int | None = None,
     columns: dict[str, str] | None = None,
     threads: int | None = None,
+    device: str | None = None,
+    floor: bool = False,
     speed: bool = True,
     seed: int = 0,
     batch_size: int = 16,
@@ -74,16 +76,23 @@ def run(
     each a split named after it; without one (and without `split`), the validation file that
     training recorded, else the splits of the task's hub data set. `limit` takes the first examples.
     `max_length` is in tokens, prompt and answer together; the shortest context of the artifacts by
-    default. `scoring` is how label tasks are answered, `search` how summaries are generated
-    (fields of backends.generation.Search; the task's `max_new_tokens` by default). `plan`
-    says what is timed, `llama_bench` names the program that times GGUF files. `store` is a folder
-    that keeps what was measured (None: nothing is kept). `progress` is called with
-    "<directory>: <stage>", done and total; `execute` and `time` run the work (None: alternate.py).
+    default. `device` ("cuda") is where directories in PyTorch predict, and `floor` adds students in
+    fp64: how many predictions rounding alone changes; both only without `speed`. `scoring`
+    is how label tasks are answered, `search` how summaries are generated (fields of
+    backends.generation.Search; the task's `max_new_tokens` by default). `plan` says what is timed,
+    `llama_bench` names the program that times GGUF files. `store` is a folder that keeps what was
+    measured (None: nothing is kept). `progress` is called with "<directory>: <stage>", done and
+    total; `execute` and `time` run the work (None: alternate.py).
 
     Everything is checked before the first model is loaded: FormatError, ValueError, ImportError or
     FileNotFoundError say what is wrong. WorkerError when a directory cannot be evaluated.
     """
-    directories = open_directories(paths)
+    if speed and (device is not None or floor):
+        raise ValueError(
+            "speed is that of rows as they are deployed; ask for device and floor in a run without"
+            " it (--no-speed)"
+        )
+    directories = open_directories(paths, device, floor)
     program = _llama_bench(directories, llama_bench) if speed else None
     task = choose_task(directories, task)
     sets = read_sets(directories, task, data, split, limit, columns)

@@ -137,16 +137,19 @@ def _summary_metrics(outcome: Outcome, task: Task, examples: Sequence[Example]) 
 def _add_agreement(
     rows: Sequence[tuple[Directory, Outcome]], table: list[list[Metric]], task: Task
 ) -> None:
-    """Compare the predictions of each artifact with its PyTorch student's, where that is a row."""
-    reference = {
-        directory.student: _answers(outcome, task)
-        for directory, outcome in rows
-        if directory.backend == "torch" and directory.student is not None
-    }
-    for (directory, outcome), found in zip(rows, table, strict=True):
-        if directory.is_artifact and directory.student in reference:
-            answers = reference[directory.student]
-            found.append(metrics.agreement(_answers(outcome, task), answers))
+    """Compare predictions with those of the same student's first row in PyTorch, where it has one.
+
+    The student in fp64 is compared too: as many as it changes, rounding alone changes.
+    """
+    first: dict[str, int] = {}
+    for index, (directory, _) in enumerate(rows):
+        if directory.backend == "torch" and directory.student is not None:
+            first.setdefault(directory.student, index)
+    for index, (directory, outcome) in enumerate(rows):
+        reference = first.get(directory.student or "", index)
+        if reference != index:
+            answers = _answers(rows[reference][1], task)
+            table[index].append(metrics.agreement(_answers(outcome, task), answers))
 
 
 def _differences(

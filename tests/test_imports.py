@@ -54,7 +54,10 @@ EXPORTER_BACKENDS = {
     "bitdistill.backends.tokenizer",
 }
 # A single layer lies below the protocol.
-LAYERS = {f"bitdistill.backends.{name}" for name in ("kv_cache", "onnx_runtime", "torch_runtime")}
+LAYERS = {
+    f"bitdistill.backends.{name}"
+    for name in ("kv_cache", "onnx_runtime", "torch_runtime", "torch_storage")
+}
 HEAVY = ("torch", "transformers", "datasets", "onnx", "onnxruntime", "mlx", "numpy", "pydantic")
 
 
@@ -111,7 +114,7 @@ def test_the_core_imports_no_other_room(module: str) -> None:
 @pytest.mark.parametrize("module", modules_in("backends"))
 def test_backends_import_little_of_the_core(module: str) -> None:
     allowed = CORE_WITHOUT_TORCH | set(modules_in("backends"))
-    if module == "bitdistill.backends.torch_runtime":
+    if module.removeprefix("bitdistill.backends.") in ("torch_runtime", "torch_storage"):
         allowed = allowed | TORCH_RUNTIME
     assert ours(MODULES[module]) <= allowed
 

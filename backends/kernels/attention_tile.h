@@ -2,20 +2,21 @@
 // the cache, so that each key and value is loaded once for them. `I` gives vectors of kWidth floats
 // (F), their arithmetic, loads that widen, and kSums, how many of them a tile may hold as sums.
 //
-// With more than kDirectRows rows, blocks of the cache are widened to floats first; else each load
-// widens, and rows ahead are fetched, since a token that reads the cache once waits for memory.
-// Both compute the same bits.
+// The cache passes in blocks. With more than kDirectRows rows one is widened to floats first; else
+// each load widens, and the block that follows is fetched meanwhile, since a token that reads the
+// cache once waits for memory. Both compute the same bits.
 #ifndef BITDISTILL_ATTENTION_TILE_H
 #define BITDISTILL_ATTENTION_TILE_H
 
 #include "attention.h"
+#include "attention_fetch.h"
 
 namespace {
 
 constexpr int64_t kDirectRows = 4;
-constexpr int kPositions = 4;  // keys of one tile of dot products
-constexpr int kAhead = 16;     // positions of the cache that are fetched ahead
-constexpr int64_t kLine = 64;
+constexpr int kPositions = 4;          // keys of one tile of dot products
+constexpr int64_t kDirectBlock = 128;  // positions
+constexpr int64_t kFirstBytes = 8192;  // of the first block, fetched before anything else is done
 
 // Memory of one call of attend; every part is a multiple of 64 bytes.
 struct Tile {
@@ -39,14 +40,7 @@ template <class I, class T>
 struct Attend {
   using F = typename I::F;
   static constexpr int W = I::kWidth, kParts = kSumLanes / W;
-
-  // `count` elements of the row that lies kAhead rows on.
-  static void fetch_ahead(const T *row, int64_t row_size, int64_t count) {
-    if (sizeof(T) == sizeof(float)) return;  // most often widened, and so near already
-    const char *bytes = reinterpret_cast<const char *>(row + kAhead * row_size);
-    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += kLine)
-      I::prefetch(bytes + i);
-  }
+  static constexpr int64_t kBytes = sizeof(T);
 
   // Products of R rows of q and four keys, each in `kParts` vectors of sums.
   template <int R>
@@ -75,22 +69,27 @@ struct Attend {
     }
   }
 
-  // Adds `count` weighted values to R rows of sums, N vectors wide. Weights lie `stride` apart.
+  // Adds `count` weighted values to R rows of sums, N vectors wide. Weights lie `stride` apart. A
+  // few lines are fetched at a time: a pass' worth at once would hold up the loads.
   template <int R, int N>
   static void mix(const float *w, int64_t stride, const T *v, int64_t row_size, int64_t count,
-                  float *y, int64_t size) {
+                  float *y, int64_t size, Fetch<I> *ahead) {
     F sums[R][N];
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N; ++n) sums[r][n] = I::load(y + r * size + n * W);
-    for (int64_t j = 0; j < count; ++j, v += row_size) {
-      fetch_ahead(v, row_size, N * W);
-      F value[N];
-      for (int n = 0; n < N; ++n) value[n] = I::load(v + n * W);
-      for (int r = 0; r < R; ++r) {
-        const F weight = I::all(w[r * stride + j]);
-        for (int n = 0; n < N; ++n) sums[r][n] = I::fused(weight, value[n], sums[r][n]);
+    Fetch<I> more = *ahead;
+    for (int64_t j = 0; j < count;) {
+      more.advance(kPositions * N * W * kBytes);
+      for (const int64_t end = smaller(j + kPositions, count); j < end; ++j, v += row_size) {
+        F value[N];
+        for (int n = 0; n < N; ++n) value[n] = I::load(v + n * W);
+        for (int r = 0; r < R; ++r) {
+          const F weight = I::all(w[r * stride + j]);
+          for (int n = 0; n < N; ++n) sums[r][n] = I::fused(weight, value[n], sums[r][n]);
+        }
       }
     }
+    *ahead = more;
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N; ++n) I::store(y + r * size + n * W, sums[r][n]);
   }
@@ -98,13 +97,11 @@ struct Attend {
   // `count` positions from `keys`, whose rows are row_size elements apart, for rows of one height.
   template <int R>
   static void dot_rows(const Tile &t, int64_t row, const T *keys, int64_t row_size, int64_t place,
-                       int64_t count) {
+                       int64_t count, Fetch<I> *ahead) {
     for (int64_t j = 0; j < count; j += kPositions) {
+      ahead->advance(kPositions * row_size * kBytes);
       const T *k[kPositions];
-      for (int p = 0; p < kPositions; ++p) {
-        k[p] = keys + smaller(j + p, count - 1) * row_size;
-        fetch_ahead(keys + (j + p) * row_size, row_size, t.size);
-      }
+      for (int p = 0; p < kPositions; ++p) k[p] = keys + smaller(j + p, count - 1) * row_size;
       dots<R>(t.q + row * t.size, t.size, k, t.scores + row * t.span.padded + place + j,
               t.span.padded);
     }
@@ -112,33 +109,33 @@ struct Attend {
 
   template <int R>
   static void mix_rows(const Tile &t, int64_t row, const T *values, int64_t row_size, int64_t place,
-                       int64_t count) {
+                       int64_t count, Fetch<I> *ahead) {
     constexpr int N = I::kSums / R;
     const float *w = t.scores + row * t.span.padded + place;
     float *y = t.sums + row * t.size;
     int64_t i = 0;
     for (; i + N * W <= t.size; i += N * W)
-      mix<R, N>(w, t.span.padded, values + i, row_size, count, y + i, t.size);
+      mix<R, N>(w, t.span.padded, values + i, row_size, count, y + i, t.size, ahead);
     for (; i < t.size; i += W)
-      mix<R, 1>(w, t.span.padded, values + i, row_size, count, y + i, t.size);
+      mix<R, 1>(w, t.span.padded, values + i, row_size, count, y + i, t.size, ahead);
   }
 
   // Positions [place, place + count) of the span, for all rows of the tile.
-  static void dot_all(const Tile &t, const T *keys, int64_t row_size, int64_t place,
-                      int64_t count) {
+  static void dot_all(const Tile &t, const T *keys, int64_t row_size, int64_t place, int64_t count,
+                      Fetch<I> ahead) {
     int64_t r = 0;
     for (; r + 4 <= t.rows && I::kSums >= 16; r += 4)
-      dot_rows<4>(t, r, keys, row_size, place, count);
-    for (; r + 2 <= t.rows; r += 2) dot_rows<2>(t, r, keys, row_size, place, count);
-    for (; r < t.rows; ++r) dot_rows<1>(t, r, keys, row_size, place, count);
+      dot_rows<4>(t, r, keys, row_size, place, count, &ahead);
+    for (; r + 2 <= t.rows; r += 2) dot_rows<2>(t, r, keys, row_size, place, count, &ahead);
+    for (; r < t.rows; ++r) dot_rows<1>(t, r, keys, row_size, place, count, &ahead);
   }
 
   static void mix_all(const Tile &t, const T *values, int64_t row_size, int64_t place,
-                      int64_t count) {
+                      int64_t count, Fetch<I> ahead) {
     int64_t r = 0;
-    for (; r + 4 <= t.rows; r += 4) mix_rows<4>(t, r, values, row_size, place, count);
-    for (; r + 2 <= t.rows; r += 2) mix_rows<2>(t, r, values, row_size, place, count);
-    for (; r < t.rows; ++r) mix_rows<1>(t, r, values, row_size, place, count);
+    for (; r + 4 <= t.rows; r += 4) mix_rows<4>(t, r, values, row_size, place, count, &ahead);
+    for (; r + 2 <= t.rows; r += 2) mix_rows<2>(t, r, values, row_size, place, count, &ahead);
+    for (; r < t.rows; ++r) mix_rows<1>(t, r, values, row_size, place, count, &ahead);
   }
 };
 
@@ -151,21 +148,41 @@ const float *widen(const T *rows, int64_t stride, int64_t count, int64_t size, f
   return out;
 }
 
+// Positions of a block: the span in equal parts, so that the next is fetched while one passes.
+inline int64_t block_positions(const Tile &t) {
+  if (t.rows > kDirectRows) return kBlock;
+  const int64_t all = t.span.end - t.span.base, blocks = (all + kDirectBlock - 1) / kDirectBlock;
+  return ((all + blocks - 1) / blocks + kPositions - 1) / kPositions * kPositions;
+}
+
+// The block at `place`; nothing beyond the end.
+template <class I>
+Fetch<I> fetch_block(const BdAttention *a, const Tile &t, void *cache, int64_t place) {
+  const int64_t all = t.span.end - t.span.base;
+  if (t.rows > kDirectRows || place >= all) return Fetch<I>();
+  return Fetch<I>(cache_row(a, cache, t.span.base + place),
+                  smaller(block_positions(t), all - place) * cache_row_bytes(a));
+}
+
 // Dot products with the keys, or sums of the values, of every position of the span.
 template <class I, class T>
 void over_cache(const BdAttention *a, const Tile &t, void *cache, bool keys) {
   const int64_t stride = cache_row_bytes(a) / static_cast<int64_t>(sizeof(T));
-  for (int64_t place = 0; place < t.span.end - t.span.base; place += kBlock) {
-    const int64_t count = smaller(kBlock, t.span.end - t.span.base - place);
+  const int64_t all = t.span.end - t.span.base, block = block_positions(t);
+  for (int64_t place = 0; place < all; place += block) {
+    const int64_t count = smaller(block, all - place);
     const T *rows = reinterpret_cast<const T *>(cache_row(a, cache, t.span.base + place));
     if (t.rows <= kDirectRows || sizeof(T) == sizeof(float)) {
-      keys ? Attend<I, T>::dot_all(t, rows, stride, place, count)
-           : Attend<I, T>::mix_all(t, rows, stride, place, count);
+      const Fetch<I> ahead = keys && place + block >= all
+                                 ? fetch_block<I>(a, t, a->values, 0)
+                                 : fetch_block<I>(a, t, cache, place + block);
+      keys ? Attend<I, T>::dot_all(t, rows, stride, place, count, ahead)
+           : Attend<I, T>::mix_all(t, rows, stride, place, count, ahead);
       continue;
     }
     const float *wide = widen<I, T>(rows, stride, count, t.size, t.wide);
-    keys ? Attend<I, float>::dot_all(t, wide, t.size, place, count)
-         : Attend<I, float>::mix_all(t, wide, t.size, place, count);
+    keys ? Attend<I, float>::dot_all(t, wide, t.size, place, count, Fetch<I>())
+         : Attend<I, float>::mix_all(t, wide, t.size, place, count, Fetch<I>());
   }
 }
 
@@ -230,6 +247,7 @@ template <class I>
 void attend(const BdAttention *a, int64_t first, int64_t last, void *scratch) {
   const Tile t(a, first, last, scratch);
   const int64_t size = t.size;
+  fetch_block<I>(a, t, a->keys, 0).advance(kFirstBytes);
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t token = (first + r) / a->group, head = (first + r) % a->group;
     const float *q = a->q + token * a->q_stride + head * size;

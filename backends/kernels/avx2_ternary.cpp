@@ -25,34 +25,52 @@ inline __m256i quad(const int8_t *q) {
 
 // ---- one token: bound by memory, so the codes at bits 2 and 6 stay in place (weight 4) ----
 
-void matvec_dots(const uint8_t *w, const int8_t *q, int64_t groups, int32_t *dots) {
+// Several blocks pass side by side, a run of groups of each in turn, while lines of all of them are
+// fetched in turn for the runs that follow: memory gives more of several pages than of one.
+constexpr int kStreams = 4;
+
+inline void fetch_group(const uint8_t *w) {
+  _mm_prefetch(reinterpret_cast<const char *>(w), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char *>(w + 64), _MM_HINT_T0);
+}
+
+// Products of S blocks, `step` bytes apart.
+template <int S>
+void matvec_dots(const uint8_t *w, int64_t step, const int8_t *q, int64_t groups,
+                 int32_t (*dots)[BD_BLOCK_ROWS]) {
   const __m256i low = _mm256_set1_epi8(0x03);
   const __m256i high = _mm256_set1_epi8(0x0c);
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256i totals[kVectors] = {};
+  __m256i totals[S][kVectors] = {};
   for (int64_t g = 0; g < groups; g += kMatvecChunk) {
-    const int64_t end = smaller(g + kMatvecChunk, groups);
-    __m256i one[kVectors] = {};
-    __m256i four[kVectors] = {};
-    for (int64_t i = g; i < end; ++i, w += BD_BLOCK_BYTES, q += BD_BLOCK_COLUMNS) {
-      _mm_prefetch(reinterpret_cast<const char *>(w + kPrefetch), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char *>(w + kPrefetch + 64), _MM_HINT_T0);
-      const __m256i q0 = quad(q), q1 = quad(q + 4), q2 = quad(q + 8), q3 = quad(q + 12);
-      for (int v = 0; v < kVectors; ++v) {
-        const __m256i a = load(w + 32 * v);
-        const __m256i b = _mm256_srli_epi16(a, 4);
-        one[v] = _mm256_add_epi16(one[v], _mm256_maddubs_epi16(_mm256_and_si256(a, low), q0));
-        four[v] = _mm256_add_epi16(four[v], _mm256_maddubs_epi16(_mm256_and_si256(a, high), q1));
-        one[v] = _mm256_add_epi16(one[v], _mm256_maddubs_epi16(_mm256_and_si256(b, low), q2));
-        four[v] = _mm256_add_epi16(four[v], _mm256_maddubs_epi16(_mm256_and_si256(b, high), q3));
+    const int64_t count = smaller(kMatvecChunk, groups - g);
+    const uint8_t *next = w + (g + count) * BD_BLOCK_BYTES;
+    for (int s = 0; s < S; ++s) {
+      __m256i one[kVectors] = {};
+      __m256i four[kVectors] = {};
+      const uint8_t *row = w + s * step + g * BD_BLOCK_BYTES;
+      const int8_t *x = q + g * BD_BLOCK_COLUMNS;
+      for (int64_t i = 0; i < count; ++i, row += BD_BLOCK_BYTES, x += BD_BLOCK_COLUMNS) {
+        const int64_t turn = s * count + i;
+        fetch_group(next + turn % S * step + turn / S * BD_BLOCK_BYTES);
+        const __m256i q0 = quad(x), q1 = quad(x + 4), q2 = quad(x + 8), q3 = quad(x + 12);
+        for (int v = 0; v < kVectors; ++v) {
+          const __m256i a = load(row + 32 * v);
+          const __m256i b = _mm256_srli_epi16(a, 4);
+          one[v] = _mm256_add_epi16(one[v], _mm256_maddubs_epi16(_mm256_and_si256(a, low), q0));
+          four[v] = _mm256_add_epi16(four[v], _mm256_maddubs_epi16(_mm256_and_si256(a, high), q1));
+          one[v] = _mm256_add_epi16(one[v], _mm256_maddubs_epi16(_mm256_and_si256(b, low), q2));
+          four[v] = _mm256_add_epi16(four[v], _mm256_maddubs_epi16(_mm256_and_si256(b, high), q3));
+        }
+      }
+      for (int v = 0; v < kVectors; ++v) {  // |one| and |four / 4| <= 16 * 512: no overflow
+        const __m256i sum = _mm256_add_epi16(one[v], _mm256_srai_epi16(four[v], 2));
+        totals[s][v] = _mm256_add_epi32(totals[s][v], _mm256_madd_epi16(sum, ones));
       }
     }
-    for (int v = 0; v < kVectors; ++v) {  // |one| and |four / 4| <= 16 * 512: no overflow
-      const __m256i sum = _mm256_add_epi16(one[v], _mm256_srai_epi16(four[v], 2));
-      totals[v] = _mm256_add_epi32(totals[v], _mm256_madd_epi16(sum, ones));
-    }
   }
-  for (int v = 0; v < kVectors; ++v) store(dots + 8 * v, totals[v]);
+  for (int s = 0; s < S; ++s)
+    for (int v = 0; v < kVectors; ++v) store(dots[s] + 8 * v, totals[s][v]);
 }
 
 // ---- several tokens: a tile of 16 rows x T tokens unpacks each code once for T tokens ----
@@ -98,11 +116,15 @@ using TileDots = void (*)(const uint8_t *, const int8_t *, int64_t, int64_t, int
 constexpr TileDots kTiles[kTileTokens + 1] = {
     nullptr, tile_dots<1>, tile_dots<2>, tile_dots<3>, tile_dots<4>, tile_dots<5>, tile_dots<6>};
 
-void one_token(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
-  alignas(32) int32_t dots[BD_BLOCK_ROWS];
-  for (int64_t block = first; block < last; ++block) {
-    matvec_dots(block_bytes(w, block), in->q, groups_of(w->columns), dots);
-    write_rows(w, block, dots, in->sum[0], in->down[0], y);
+// S streams of `count` blocks each, the first from block `first`.
+template <int S>
+void one_token(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t count) {
+  alignas(32) int32_t dots[S][BD_BLOCK_ROWS];
+  const int64_t groups = groups_of(w->columns), step = count * groups * BD_BLOCK_BYTES;
+  for (int64_t block = first; block < first + count; ++block) {
+    matvec_dots<S>(block_bytes(w, block), step, in->q, groups, dots);
+    for (int s = 0; s < S; ++s)
+      write_rows(w, block + s * count, dots[s], in->sum[0], in->down[0], y);
   }
 }
 
@@ -127,7 +149,11 @@ namespace bitdistill {
 namespace avx2 {
 
 void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
-  if (in->tokens == 1) return one_token(w, in, y, first, last);
+  if (in->tokens == 1) {
+    const int64_t count = (last - first) / kStreams;
+    one_token<kStreams>(w, in, y, first, count);
+    return one_token<1>(w, in, y, first + kStreams * count, last - first - kStreams * count);
+  }
   const int64_t done = lookup(w, in, y, first, last);
   const BdTokens rest = tokens_from(in, done);
   several_tokens(w, &rest, y + done * w->rows, first, last);

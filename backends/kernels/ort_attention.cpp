@@ -109,18 +109,11 @@ void copy_past(const AttentionNode &k, const AttentionCall &c, int64_t unit) {
   }
 }
 
-ort::Status *keep(const AttentionNode &k, const AttentionCall &c,
-                  const ort::KernelContext *context) {
-  const int64_t units = c.batch * k.kv_heads;
-  const double cost = static_cast<double>(c.tokens * c.size) * 2;
-  return parallel(k.api, context, units, chunk_of(cost), [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit) {
-      copy_past(k, c, unit);
-      const int64_t b = unit / k.kv_heads;
-      const BdAttention a = part_of(k, c, b, unit % k.kv_heads);
-      k.kernels->attention->keep(&a, 0, c.given(b));
-    }
-  });
+void keep(const AttentionNode &k, const AttentionCall &c, int64_t unit) {
+  copy_past(k, c, unit);
+  const int64_t b = unit / k.kv_heads;
+  const BdAttention a = part_of(k, c, b, unit % k.kv_heads);
+  k.kernels->attention->keep(&a, 0, c.given(b));
 }
 
 // One tile of rows; those of padding are zero. False: out of memory.
@@ -140,16 +133,27 @@ bool attend(const AttentionNode &k, const AttentionCall &c, int64_t unit, int64_
   return scratch != nullptr;
 }
 
+// Key heads of all sequences; the cache of one whose rows are one tile is written by its own task.
 ort::Status *attend_all(const AttentionNode &k, const AttentionCall &c,
                         const ort::KernelContext *context) {
-  const int64_t rows = c.tokens * (k.heads / k.kv_heads);
+  const int64_t rows = c.tokens * (k.heads / k.kv_heads), units = c.batch * k.kv_heads;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  const double cost = static_cast<double>((rows + tiles - 1) / tiles * c.total * c.size) * 0.03;
+  if (tiles > 1) {
+    const double kept = static_cast<double>(c.tokens * c.size) * 2;
+    BD_TRY(parallel(k.api, context, units, chunk_of(kept), [&](int64_t first, int64_t last) {
+      for (int64_t unit = first; unit < last; ++unit) keep(k, c, unit);
+    }));
+  }
+  // Of a position: keys and values from memory, then products.
+  const double position = static_cast<double>(c.row_bytes()) * 0.25 +
+                          static_cast<double>((rows + tiles - 1) / tiles * c.size) * 0.03;
   std::atomic<bool> failed{false};
-  BD_TRY(parallel(k.api, context, c.batch * k.kv_heads * tiles, chunk_of(cost),
+  BD_TRY(parallel(k.api, context, units * tiles, chunk_of(position * static_cast<double>(c.total)),
                   [&](int64_t first, int64_t last) {
-                    for (int64_t i = first; i < last; ++i)
+                    for (int64_t i = first; i < last; ++i) {
+                      if (tiles == 1) keep(k, c, i);
                       if (!attend(k, c, i / tiles, i % tiles)) failed = true;
+                    }
                   }));
   return failed ? refuse(k.api, "%s: out of memory", k.name) : nullptr;
 }
@@ -161,7 +165,6 @@ ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   BD_TRY(make_outputs(k, context, &c));
   if (c.batch == 0 || c.tokens == 0) return nullptr;
   c.rotary = k.rotary->rows(c.total);
-  BD_TRY(keep(k, c, context));
   return attend_all(k, c, context);
 }
 

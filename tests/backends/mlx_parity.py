@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bitdistill import checkpoint, manifest
-from bitdistill.backends.torch_runtime import round_storage
+from bitdistill.backends.torch_storage import round_storage
 
 CLOSE = 1e-5  # of the logits' spread: fp32 in another order of summation, no rounding flip
 

@@ -129,10 +129,41 @@ def test_options_are_checked(student_dir: Callable[..., Path], plain_dir: Path) 
     path = student_dir()
     with pytest.raises(ValueError, match="unknown dtype 'float33'; did you mean 'float32'"):
         backends.load(path, dtype="float33")
+    with pytest.raises(ValueError, match="unknown device 'cudaa'; did you mean 'cuda'"):
+        backends.load(path, device="cudaa")
     with pytest.raises(ValueError, match="unknown storage part 'norm'; did you mean 'norms'"):
         backends.load(path, storage={"norm": "float16"})
     with pytest.raises(ValueError, match="unknown storage type 'int8'"):
         backends.load(path, storage={"norms": "int8"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_refused(student_dir: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match="PyTorch sees no CUDA device"):
+        backends.load(student_dir(), device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_gpu_gives_what_the_processor_gives(student_dir: Callable[..., Path], dtype: str) -> None:
+    """Scoring, a cache, and rows of it; without 8-bit rounding, which tells any two sums apart."""
+    path = student_dir("qwen3", "paper", None)
+    here, there = (backends.load(path, device=name, dtype=dtype) for name in ("cpu", "cuda"))
+    for mine, theirs in zip(here.logits(TOKENS), there.logits(TOKENS), strict=True):
+        np.testing.assert_allclose(theirs, mine, atol=1e-4)
+    cache = there.new_cache(16)
+    np.testing.assert_allclose(
+        there.step(TOKENS[0], cache), here.step(TOKENS[0], here.new_cache(16)), atol=1e-4
+    )
+    logits, rows = there.start_rows(TOKENS, 4)
+    expected, own = here.start_rows(TOKENS, 4)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    rows, own = there.select_rows(rows, [1, 0]), here.select_rows(own, [1, 0])
+    tokens = [3, 4]
+    np.testing.assert_allclose(
+        there.step_rows(tokens, rows), here.step_rows(tokens, own), atol=1e-4
+    )
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_showcase(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Pa
     settings += ["distill.batch_size=12"]
     options = ["--tasks", "sst2-movie", "--seeds", "3", "--methods", "paper"]
     options += [word for setting in settings for word in ("--set", setting)]
+    options += ["--device", "cpu", "--threads", "1"]
     results = tmp_path / "showcase.jsonl"
     command = [str(SCRIPTS / "showcase.py"), *options, "--results", str(results)]
     for _ in range(2):
@@ -96,7 +97,13 @@ def test_showcase(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Pa
             ("bitdistill", "onnx", 3, 12),
             ("bitdistill", "mlx", 3, 12),
             ("bitdistill-paper", "torch", 3, 12),
+            ("bitnet-sft", "torch", 3, 12),  # in fp64, as what follows
+            ("bitdistill", "torch", 3, 12),
+            ("bitdistill-paper", "torch", 3, 12),
         ]
+        compared = [r["artifact"] for r in records if r["metric"] == "agreement"]
+        wide = [f"{row} (cpu) (float64)" for row in ("bitnet-sft", "student", "student")]
+        assert compared == ["onnx", "mlx", *wide]
 
 
 PROBE = """

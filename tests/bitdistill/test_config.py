@@ -197,6 +197,11 @@ def test_a_summary_task_of_your_own() -> None:
     assert (task.kind, task.labels, task.max_new_tokens) == ("summary", (), 40)
 
 
+def test_a_built_in_task_is_not_changed_in_vain() -> None:
+    with pytest.raises(ConfigError, match="built in, so labels, max_new_tokens would have"):
+        load_config("tiny", ["task={name: sst2, labels: [a, b], max_new_tokens: 4}"])
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -78,7 +78,11 @@ def test_compiled_bfloat16_training_learns(tmp_path: Path) -> None:
 def test_replayed_steps_equal_launched_ones(
     start: Callable[..., Fit], switch: dict[str, bool], multiple: int
 ) -> None:
-    """In fp32, with two lengths or one, and quantisation that sets in: the same terms."""
+    """In fp32, with two lengths or one, and quantisation that sets in: the same terms.
+
+    Both ways compiled, or neither: compiled sums round otherwise, so that after a few steps some
+    activation falls on the other side of a rounding, and relations are a percent apart.
+    """
     options = settings(steps=16, learning_rate=1e-4)
 
     def run(**machine: bool) -> list[dict[str, float]]:
@@ -93,7 +97,7 @@ def test_replayed_steps_equal_launched_ones(
         assert graphs is None or any(captured.graph is not None for captured in graphs.values())
         return terms
 
-    plain, replayed = run(graphs=False), run(graphs=True, **switch)
+    plain, replayed = run(graphs=False, **switch), run(graphs=True, **switch)
     for step, (one, two) in enumerate(zip(plain, replayed, strict=True)):
         assert two == pytest.approx(one, rel=1e-2, abs=1e-6), step
 

@@ -55,6 +55,34 @@ def test_results_of_a_whole_run(make: Make, data: Path) -> None:
     assert seen == [(f"{name}: predict", 4, 4) for name in ("teacher", "student", "onnx")]
 
 
+def test_a_student_in_fp64_shows_what_rounding_changes(make: Make, data: Path) -> None:
+    """Beside the student it is another row, compared with it as artifacts are; teachers are not."""
+    student, teacher = make("student"), make("teacher", "teacher", method="fp16-sft")
+    fingerprint = open_directories([student])[0].student
+    artifact = make("onnx", "artifact", target="onnx", student_fingerprint=fingerprint)
+    loaded: list[tuple[str, dict[str, str]]] = []
+
+    def note(job: dict[str, Any], progress: Any) -> Any:
+        loaded.append((Path(job["path"]).name, job["load"]))
+        found = execute(job, progress)
+        if "dtype" in job["load"]:
+            for record in found["parts"][0]["records"]:
+                record["label"] = 1 - record["label"]
+        return found
+
+    paths = [teacher, student, artifact]
+    results = run(paths, data=data, speed=False, floor=True, device="cuda", execute=note)
+    gpu = {"device": "cuda"}
+    assert loaded == [
+        ("teacher", gpu), ("student", gpu), ("onnx", {}), ("student", gpu | {"dtype": "float64"}),
+    ]  # fmt: skip
+    agreed = {(r.artifact, r.precision): r.value for r in results if r.metric == "agreement"}
+    assert agreed == {("onnx", "1.58-bit"): 75.0, ("student (cuda) (float64)", "1.58-bit"): 0.0}
+    for option in ({"floor": True}, {"device": "cuda"}):
+        with pytest.raises(ValueError, match="ask for device and floor in a run without it"):
+            run(paths, data=data, execute=refuse, **option)  # type: ignore[arg-type]
+
+
 def test_artifacts_of_other_students_are_not_compared(make: Make, data: Path) -> None:
     paths = [make("student"), make("onnx", "artifact", target="onnx", student_fingerprint="no")]
     assert "agreement" not in {
