@@ -11,7 +11,6 @@ Shapes: B sequences, T tokens, V vocabulary, P asked positions.
 from __future__ import annotations
 
 import copy
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
@@ -32,7 +31,6 @@ Request = tuple[Sequence[int], Sequence[int]]
 Forward = tuple[tuple[int, ...], int]  # the tokens fed, the first position whose logits are needed
 
 MAX_LOGITS = 1 << 26  # elements of logits asked for at once: 256 MiB
-logger = logging.getLogger(__name__)
 
 
 class Cache(Protocol):
@@ -210,7 +208,9 @@ class Runtime(ABC):
             if index + 1 < count:
                 logits = self.step([token], cache)
         if count < limit:
-            logger.warning(
+            import logging
+
+            logging.getLogger(__name__).warning(
                 "generation stopped: the context of %d tokens is full; export with a larger "
                 "context, or shorten the prompt",
                 self.context,

@@ -33,10 +33,11 @@ class EmbeddingFile:
             raise FormatError(f"{path} is not a table of {rows} x {columns} {dtype}; copy it again")
 
     def rows(self, tokens: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Token ids (...) -> float32 (..., K); each different row is read once."""
-        different, places = np.unique(tokens, return_inverse=True)
-        table = np.empty((len(different), self.columns), self.dtype)
-        for row, token in zip(table, different.tolist(), strict=True):
+        """Token ids (...) -> float32 (..., K)."""
+        rows = np.empty((tokens.size, self.columns), np.float32)
+        stored = np.empty(self.columns, self.dtype)
+        for row, token in zip(rows, tokens.ravel().tolist(), strict=True):
             self._stream.seek(token * self.row_bytes)
-            self._stream.readinto(row.data)
-        return table.astype(np.float32)[places.reshape(np.shape(tokens))]
+            self._stream.readinto(stored.data)
+            row[:] = stored
+        return rows.reshape(*tokens.shape, self.columns)

@@ -46,31 +46,35 @@ class OnnxCache:
         self.binding = runtime.session.io_binding()
         self.memory: list[ort.OrtValue] = []
         names = [f"{i}.{part}" for i in range(len(spec.layers)) for part in ("key", "value")]
-        for index, name in enumerate(names):
-            held = runtime.empty(rows, capacity) if memory is None else memory[index]
-            value = ort.OrtValue.ortvalue_from_numpy(held)
+        held = runtime.empty(rows, capacity) if memory is None else memory
+        for name, array in zip(names, held, strict=True):
+            value = ort.OrtValue.ortvalue_from_numpy(array)
             self.memory.append(value)
             self.binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             self.binding.bind_ortvalue_output(f"present.{name}", value)
-        logits = np.zeros((rows, runtime.words), np.float32)
-        self.logits = ort.OrtValue.ortvalue_from_numpy(logits)
-        self.binding.bind_ortvalue_output("logits", self.logits)
 
     @property
     def length(self) -> int:
         """The most tokens that a row holds."""
         return int(self.lengths.max())
 
-    def feed(self, tokens_RT: Integers, counts_R: Integers) -> Floats:
-        """Feed counts_R[r] tokens to row r, padded on the right; float32 (R, V) of the last."""
+    def feed(self, tokens_RT: Integers, counts_R: Integers, head: bool = True) -> Floats:
+        """Feed counts_R[r] tokens to row r, padded on the right; float32 (R, V) of the last.
+
+        Without `head` no logits are made, and the result is (0, V).
+        """
         rows, width = tokens_RT.shape
-        last = np.arange(rows) * width + counts_R - 1
-        for name, value in self.runtime.inputs(tokens_RT, self.lengths + counts_R, last).items():
+        asked = (np.arange(rows) * width + counts_R - 1)[: rows if head else 0]
+        for name, value in self.runtime.inputs(tokens_RT, self.lengths + counts_R, asked).items():
             self.binding.bind_cpu_input(name, value)
+        # The caller's own memory, so that nothing is copied; the binding keeps an address, which it
+        # does not use again.
+        logits = np.empty((len(asked), self.runtime.words), np.float32)
+        place = (np.float32, logits.shape, logits.ctypes.data)
+        self.binding.bind_output("logits", "cpu", 0, *place)
         self.runtime.session.run_with_iobinding(self.binding)
         self.lengths = self.lengths + counts_R
-        # a copy, because the buffer is written again by the next step
-        return np.array(self.runtime.all_words(self.logits.numpy()))
+        return self.runtime.all_words(logits)
 
     def select(self, keep: Sequence[int]) -> OnnxCache:
         """A cache whose row i is row keep[i] of this one."""
@@ -141,9 +145,9 @@ class OnnxRuntime(Runtime):
             )
 
     def empty(self, rows: int, positions: int) -> NDArray[Any]:
-        """Keys, or values, of a layer that hold nothing yet."""
+        """Keys and values of every layer that hold nothing yet: one array, without gaps."""
         shape = kv_cache.shape(self.spec, self.kv_bits, rows, positions)
-        return np.zeros(shape, kv_cache.DTYPES[self.kv_bits])
+        return np.zeros((2 * len(self.spec.layers), *shape), kv_cache.DTYPES[self.kv_bits])
 
     def new_cache(self, capacity: int) -> OnnxCache:
         """An empty cache for one sequence of up to `capacity` tokens."""
@@ -154,6 +158,15 @@ class OnnxRuntime(Runtime):
         """Feed tokens of one sequence; float32 (V,) logits of the last."""
         self.check_tokens(tokens, cache.capacity - cache.length)
         return cache.feed(np.array([tokens], np.int64), np.array([len(tokens)]))[0]
+
+    def prefill(self, prompt: Sequence[int], cache: OnnxCache) -> Floats:
+        """Feed a prompt in chunks; the head is read once, for the last token."""
+        self.check_tokens(prompt, cache.capacity - cache.length)
+        *starts, last = range(0, len(prompt), self.prefill_chunk)
+        for start in starts:
+            chunk = np.array([prompt[start : start + self.prefill_chunk]], np.int64)
+            cache.feed(chunk, np.array([self.prefill_chunk]), head=False)
+        return self.step(prompt[last:], cache)
 
     def start_rows(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Floats, OnnxCache]:
         """Feed all prompts in one padded forward: float32 (R, V), and their cache."""
@@ -174,7 +187,7 @@ class OnnxRuntime(Runtime):
         """float32 (P, V) at rows (b, t), by one forward without a cache."""
         flat = rows[:, 0] * tokens_BT.shape[1] + rows[:, 1]
         inputs = self.inputs(tokens_BT, lengths_B, flat)
-        nothing = self.empty(len(tokens_BT), 0)
+        nothing = self.empty(len(tokens_BT), 0)[0]
         for index in range(len(self.spec.layers)):
             for part in ("key", "value"):
                 inputs[f"past_key_values.{index}.{part}"] = nothing

@@ -4,7 +4,8 @@
       --embed-bits 8 4 --kv-bits 16 8 --out docs/results/onnx-decoder.jsonl
 
 Makes a student (random_student.py) and an artifact for every combination of options, or takes those
-that are in --work already, and appends JSON lines:
+that are in --work already, and appends JSON lines. With --classifiers there is one of every width
+of weights and cache as well, whose memory alone is measured.
 
 decode   milliseconds a token at a position: rounds over all artifacts in turn, the median of a
          round's tokens, then the median of rounds; `ratio` to the first position, by round too;
@@ -13,7 +14,8 @@ decode   milliseconds a token at a position: rounds over all artifacts in turn, 
 prefill  tokens a second of one prompt, fed in the runtime's own chunks, as a user's is
 memory   of a fresh process that runs 128 token ids and decodes 4, less a process that has imported
          onnxruntime and run a small session; without the cache (`cache_mb`) and the tokenizer,
-         which is not loaded. MB are 1e6 bytes. `file_mb`: model and weights, what it may touch
+         which is not loaded. MB are 1e6 bytes. `file_mb`: model and weights, what it may touch;
+         of a classifier not the embedding, of which it reads the rows of its tokens
 """
 
 from __future__ import annotations
@@ -86,20 +88,25 @@ def fresh_memory(artifact: Path, threads: int, work: Path) -> dict[str, float]:
     return figures
 
 
-def make_artifacts(arguments: argparse.Namespace) -> dict[str, Path]:
-    """An artifact for every combination of options, by its name."""
-    from random_student import make
+def make_artifacts(arguments: argparse.Namespace, classifiers: bool) -> dict[str, Path]:
+    """An artifact, or a classifier, for every combination of options, by its name."""
+    from random_student import TASK, make
 
     from bitdistill import exporters
 
     student, found = arguments.work / arguments.shape, {}
-    grid = itertools.product(arguments.embed_bits, arguments.kv_bits, arguments.weight_bits)
-    for embed, kv, weight in grid:
-        name = f"{arguments.shape}-embed{embed}-kv{kv}-weight{weight:g}"
+    tables: dict[str, dict[str, Any]] = {
+        f"embed{b}": {"embed_bits": b} for b in arguments.embed_bits
+    }
+    if classifiers:
+        tables = {"classifier": {"task": TASK.name}}
+    grid = itertools.product(tables, arguments.kv_bits, arguments.weight_bits)
+    for table, kv, weight in grid:
+        name = f"{arguments.shape}-{table}-kv{kv}-weight{weight:g}"
         found[name] = arguments.work / name
         if not found[name].exists():
             make(arguments.shape, student)
-            options = {"embed_bits": embed, "kv_bits": kv, "weight_bits": weight}
+            options = tables[table] | {"kv_bits": kv, "weight_bits": weight}
             exporters.export(student, "onnx", found[name], **options)
     return found
 
@@ -181,9 +188,10 @@ def lines(arguments: argparse.Namespace) -> Iterable[dict[str, Any]]:
     from bitdistill.backends.kernels.binding import Kernels
     from bitdistill.evals.environment import machine, versions
 
-    artifacts = make_artifacts(arguments)
+    artifacts = make_artifacts(arguments, classifiers=False)
+    classifiers = make_artifacts(arguments, classifiers=True) if arguments.classifiers else {}
     where = {"isa": Kernels().isa, "machine": machine(), "versions": versions()}
-    for name, path in artifacts.items():
+    for name, path in (artifacts | classifiers).items():
         size = sum(f.stat().st_size for f in (path / "model.onnx", path / "model.onnx.data"))
         figures = fresh_memory(path, arguments.threads, arguments.work)
         line = {"artifact": name, "benchmark": "memory", "threads": arguments.threads}
@@ -199,6 +207,7 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--work", type=Path, required=True, help="where students and artifacts are")
     parser.add_argument("--embed-bits", type=int, nargs="+", default=[8])
+    parser.add_argument("--classifiers", action="store_true", help="measure their memory as well")
     parser.add_argument("--kv-bits", type=int, nargs="+", default=[16])
     parser.add_argument("--weight-bits", type=float, nargs="+", default=[2.0])
     parser.add_argument("--threads", type=int, default=2)

@@ -3,6 +3,7 @@
     python benchmarks/random_student.py --shape qwen3-4b --layers 4 --out runs/random-4b
 
 Weights are bfloat16, written shard by shard, so that a large model needs the memory of one shard.
+The student has a label task, TASK, so that it can be exported as a classifier.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from torch import Tensor
 from bitdistill import manifest
 from bitdistill.decoder import config_class
 from bitdistill.student import model_class
+from bitdistill.tasks import Task
 from bitdistill.tokenizing import train_tokenizer
 
 SHARD_BYTES = 1 << 30
+TASK = Task("letters", "label", "{text}", ("text",), "label", labels=("a", "b"))
 
 
 def make(shape: str, out: Path, layers: int | None = None, seed: int = 0) -> Path:
@@ -55,7 +58,7 @@ def content(family: str) -> dict[str, Any]:
     """The manifest of a student that was never trained."""
     named = {"stage": "student", "method": "random", "base_model": "random", "family": family}
     kept = {"norm_style": "paper", "activation_bits": 8, "recipe": "random", "metrics": {}}
-    return {**named, **kept, "licence": "apache-2.0", "task": None, "parent": None}
+    return {**named, **kept, "licence": "apache-2.0", "parent": None, "task": TASK.to_json()}
 
 
 def shards(family: str, config: Any, seed: int) -> Iterator[dict[str, Tensor]]:

@@ -3,17 +3,16 @@
 Every hand-over between steps is a directory with a `bitdistill.json`, written last. A directory is
 built beside its destination (`NAME.partial`) and renamed when it is complete, so an interrupted run
 leaves nothing that looks finished. Nothing here needs more than the standard library, because the
-runtimes read manifests without torch or transformers.
+runtimes read manifests without torch or transformers. `hashlib` and `shutil` are imported where
+they are used: their libraries take 4 MB, which a runtime that only reads a manifest does without.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,12 +28,16 @@ class FormatError(ValueError):
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
+    import hashlib
+
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fingerprint(value: Any) -> str:
     """A short stable hash of any JSON value."""
+    import hashlib
+
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -140,6 +143,8 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
     Everything is on the disk before the name changes, so a power cut leaves no half-written file
     under a name that promises a whole one.
     """
+    import shutil
+
     if any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
         raise FileExistsError(f"{path} cannot be a directory there; choose another --out")
     _finish_replacement(path)
@@ -180,6 +185,8 @@ def _finish_replacement(path: Path) -> None:
     if old.exists() and not path.exists():
         old.rename(path)
     elif old.exists():
+        import shutil
+
         shutil.rmtree(old)
 
 

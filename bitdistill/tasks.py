@@ -185,12 +185,13 @@ def load_examples(
     split: str | None = None,
     limit: int | None = None,
     columns: dict[str, str] | None = None,
+    remedy: str = "columns.{}",
 ) -> list[Example]:
     """Examples of a task from a local file, or from its hub data set where `source` is None.
 
     `columns` maps the task's column names to the file's (`{"sentence": "review"}`). Labels may be
     ids or the answers' words. Raises ValueError for a missing column or value, an unknown label or
-    no data.
+    no data. `remedy` is what the caller's user maps a column with.
     """
     columns = columns or {}
     split = split or task.splits[1]
@@ -198,20 +199,20 @@ def load_examples(
     for index, row in enumerate(_read_rows(task, source, split, streaming=limit is not None)):
         if limit is not None and index >= limit:
             break
-        examples.append(_example(task, index, row, columns))
+        examples.append(_example(task, index, row, columns, remedy))
     if not examples:
         raise ValueError(f"{source or task.name} ({split}) holds no examples")
     return examples
 
 
-def _example(task: Task, index: int, row: Row, columns: dict[str, str]) -> Example:
+def _example(task: Task, index: int, row: Row, columns: dict[str, str], remedy: str) -> Example:
     values = {}
     for column in (*task.columns, task.target):
         name = columns.get(column, column)
         if name not in row:
             raise ValueError(
                 f"column {name!r} is missing; the data has {', '.join(row)}; map it with "
-                f"columns.{column}"
+                f"{remedy.format(column)}"
             )
         if row[name] is None:
             raise ValueError(f"example {index} has no value in column {name!r}; fix the data")

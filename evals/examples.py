@@ -11,6 +11,8 @@ from bitdistill import manifest
 from bitdistill.evals.directories import Directory, recorded_data
 from bitdistill.tasks import Example, Task, load_examples
 
+REMEDY = "--column {}=NAME, its name in the data"  # for a column that is missing
+
 
 @dataclass(frozen=True)
 class ExampleSet:
@@ -49,6 +51,6 @@ def read_sets(
         raise ValueError(f"two data sets are called {names[0]!r}; name their splits with --split")
     sources: list[str | Path | None] = [*files] or [None] * len(names)
     return [
-        ExampleSet(name, load_examples(task, source, name, limit, columns))
+        ExampleSet(name, load_examples(task, source, name, limit, columns, REMEDY))
         for name, source in zip(names, sources, strict=True)
     ]

@@ -11,9 +11,6 @@
 // Attributes  N, K, scale_rows (divides N), layout (1 or 2), activation_bits (8, or 0 in
 //             layout 1), epsilon (needed with norm_weight), activation ("silu" or "gelu_tanh",
 //             optional)
-//
-// A model stores one scale a matrix; the kernels take one a row. Where W and scale are constant the
-// scales are expanded once, when the session is made.
 #include "ort_ternary.h"
 
 #include <math.h>
@@ -92,18 +89,6 @@ ort::Status *read_attributes(TernaryNode *k, const ort::KernelInfo *info) {
   return nullptr;
 }
 
-// Expands constant scales once. Not before W was checked: a row of W takes as much memory as a
-// scale or more, so a false N cannot ask for memory that the file does not.
-ort::Status *keep_scales(TernaryNode *k, const ort::KernelInfo *info) {
-  if (!k->checked[kW] || !k->checked[kScale]) return nullptr;
-  Tensor scale;
-  BD_TRY(read_constant(k->api, info, kScale, &scale));
-  k->row_scales.reset(new (std::nothrow) float[static_cast<size_t>(k->rows)]);
-  if (k->row_scales == nullptr) return refuse(k->api, "%s: out of memory", k->name);
-  expand_scales(*k, scale.floats(), k->row_scales.get());
-  return nullptr;
-}
-
 ort::Status *check_codes(const TernaryNode &k, const uint8_t *packed) {
   const int64_t bytes = (k.base3 ? bd_base3_bytes : bd_packed_bytes)(k.rows, k.columns);
   if ((k.base3 ? bd_has_no_trits : bd_has_code_3)(packed, static_cast<size_t>(bytes)) == 0)
@@ -130,8 +115,7 @@ ort::Status *make(TernaryNode *k, const ort::KernelInfo *info) {
   if (k->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
   read_name(k->api, info, "TernaryLinear", k->name);
   BD_TRY(read_attributes(k, info));
-  BD_TRY(check_constants(k, info));
-  return keep_scales(k, info);
+  return check_constants(k, info);
 }
 
 ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
@@ -172,10 +156,6 @@ ort::Characteristic characteristic(const ort::CustomOp *, size_t index) {
 }
 
 }  // namespace
-
-void expand_scales(const TernaryNode &k, const float *scale, float *out) {
-  for (int64_t n = 0; n < k.rows; ++n) out[n] = scale[n / k.scale_rows];
-}
 
 ort::Status *check_constant(const TernaryNode &k, size_t input, const Tensor &tensor) {
   BD_TRY(check_tensor(k.api, k.name, tensor, expected(k, input)));

@@ -2,8 +2,6 @@
 #ifndef BITDISTILL_ORT_TERNARY_H
 #define BITDISTILL_ORT_TERNARY_H
 
-#include <memory>
-
 #include "ort_support.h"
 
 namespace bitdistill {
@@ -31,12 +29,8 @@ struct TernaryNode {
   int activation;  // BD_SILU, BD_GELU_TANH or 0
   float epsilon;   // NaN: not given
   bool checked[kTernaryConstants];
-  std::unique_ptr<float[]> row_scales;  // (rows); null: expanded for each call
-  char name[kNameSize];                 // "TernaryLinear 'node name'"
+  char name[kNameSize];  // "TernaryLinear 'node name'"
 };
-
-// (rows / scale_rows) -> (rows).
-void expand_scales(const TernaryNode &k, const float *scale, float *out);
 
 // Every check of W, scale, norm_weight or bias but that of the codes, which cost a pass over the
 // weights.

@@ -1,9 +1,12 @@
 // One call of TernaryLinear: its inputs, checked, and its work, divided among the runtime's
 // threads.
+#include <algorithm>
+#include <atomic>
 #include <thread>
 
 #include "ort_ternary.h"
 #include "split.h"
+#include "work_memory.h"
 
 namespace bitdistill {
 namespace {
@@ -52,22 +55,43 @@ ort::Status *read_call(const TernaryNode &k, const ort::KernelContext *context, 
   return residual.present ? check_beside(k, *c, "residual", residual, k.rows) : nullptr;
 }
 
-// Tokens ready for the product. `product` is memory for the gate's, or null where there is none.
-ort::Status *prepare(const TernaryNode &k, const ort::KernelContext *context, const TernaryCall &c,
-                     float *product, const BdTokens &out) {
+// A gate's product, made and rounded token by token: it stays in the cache of its thread, and a
+// prompt's takes no memory.
+ort::Status *prepare_gated(const TernaryNode &k, const ort::KernelContext *context,
+                           const TernaryCall &c, const BdTokens &out) {
   const bool packed = !c.in[kUp].present;
   const float *x = c.floats(kX);
-  const BdGate gate = {x, packed ? x + k.columns : c.floats(kUp),
-                       packed ? 2 * k.columns : k.columns, k.columns, k.activation};
-  const BdInput in = {product != nullptr ? product : x, c.floats(kNorm), k.epsilon, c.tokens,
-                      k.columns};
+  const float *up = packed ? x + k.columns : c.floats(kUp);
+  const int64_t stride = packed ? 2 * k.columns : k.columns;
   const auto round = k.bits == 0 ? k.kernels->normalize : k.kernels->quantize;
-  const double columns = static_cast<double>(k.columns);
-  const int64_t chunk = chunk_of(columns * (product != nullptr ? 0.8 : 0.3));
-  return parallel(k.api, context, c.tokens, chunk, [&](int64_t a, int64_t b) {
-    if (product != nullptr) k.kernels->gate(&gate, product, a, b);
-    round(&in, &out, a, b);
-  });
+  std::atomic<bool> failed{false};
+  const int64_t chunk = chunk_of(static_cast<double>(k.columns) * 0.8);
+  BD_TRY(parallel(k.api, context, c.tokens, chunk, [&](int64_t a, int64_t b) {
+    void *memory = work_memory(static_cast<size_t>(k.columns) * sizeof(float));
+    if (memory == nullptr) {
+      failed = true;
+      return;
+    }
+    float *product = static_cast<float *>(memory);
+    const BdInput in = {product, c.floats(kNorm), k.epsilon, 1, k.columns};
+    for (int64_t t = a; t < b; ++t) {
+      const BdGate gate = {x + t * stride, up + t * stride, stride, k.columns, k.activation};
+      const BdTokens token = some_tokens(out, t, t + 1);
+      k.kernels->gate(&gate, product, 0, 1);
+      round(&in, &token, 0, 1);
+    }
+  }));
+  return failed ? refuse(k.api, "%s: out of memory", k.name) : nullptr;
+}
+
+// Tokens ready for the product.
+ort::Status *prepare(const TernaryNode &k, const ort::KernelContext *context, const TernaryCall &c,
+                     const BdTokens &out) {
+  if (k.activation != 0) return prepare_gated(k, context, c, out);
+  const BdInput in = {c.floats(kX), c.floats(kNorm), k.epsilon, c.tokens, k.columns};
+  const auto round = k.bits == 0 ? k.kernels->normalize : k.kernels->quantize;
+  return parallel(k.api, context, c.tokens, chunk_of(static_cast<double>(k.columns) * 0.3),
+                  [&](int64_t a, int64_t b) { round(&in, &out, a, b); });
 }
 
 // Blocks [first, last) of a product's rows, to which the residual's are added.
@@ -105,18 +129,11 @@ ort::Status *multiply(const TernaryNode &k, const ort::KernelContext *context, c
   });
 }
 
-ort::Status *run(const TernaryNode &k, const ort::KernelContext *context, const TernaryCall &c,
-                 const float *row_scales) {
-  const size_t gated = k.activation == 0 ? 0 : static_cast<size_t>(c.tokens * k.columns);
-  const size_t gated_bytes = (gated * sizeof(float) + 63) / 64 * 64;
-  const Scratch scratch(gated_bytes + bd_scratch_bytes(c.tokens, k.columns, k.bits));
-  if (scratch.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
-  char *memory = static_cast<char *>(scratch.data());
-  const BdTokens tokens = bd_tokens(memory + gated_bytes, c.tokens, k.columns, k.bits);
-  BD_TRY(prepare(k, context, c, gated == 0 ? nullptr : reinterpret_cast<float *>(memory), tokens));
-  const BdTernary w = {static_cast<const uint8_t *>(c.in[kW].data), row_scales, c.floats(kBias),
-                       k.rows, k.columns};
-  return multiply(k, context, c, w, tokens);
+// A model stores one scale a matrix, or a few; the kernels take one a row. Kept for every node they
+// would be 1.4 MB of a 0.6B model, read from memory for each token.
+void expand_scales(const TernaryNode &k, const float *scale, float *out) {
+  for (int64_t n = 0; n < k.rows; n += k.scale_rows, ++scale)
+    std::fill_n(out + n, k.scale_rows, *scale);
 }
 
 }  // namespace
@@ -126,13 +143,17 @@ ort::Status *run_ternary(const TernaryNode &k, ort::KernelContext *context) {
   BD_TRY(read_call(k, context, &c));
   BD_TRY(make_output(k.api, context, c.in[kX], c.in[kX].rank - 1, k.rows, &c.y));
   if (c.tokens == 0) return nullptr;
-  if (k.row_scales != nullptr) return run(k, context, c, k.row_scales.get());
-  // Scales that are inputs are expanded into memory of this call, which may be one of many.
-  const Scratch scales(static_cast<size_t>(k.rows) * sizeof(float));
-  if (scales.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
-  float *row_scales = static_cast<float *>(scales.data());
+  const size_t scale_bytes = (static_cast<size_t>(k.rows) * sizeof(float) + 63) / 64 * 64;
+  const Scratch scratch(scale_bytes + bd_scratch_bytes(c.tokens, k.columns, k.bits));
+  if (scratch.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
+  float *row_scales = static_cast<float *>(scratch.data());
   expand_scales(k, c.floats(kScale), row_scales);
-  return run(k, context, c, row_scales);
+  char *rest = static_cast<char *>(scratch.data()) + scale_bytes;
+  const BdTokens tokens = bd_tokens(rest, c.tokens, k.columns, k.bits);
+  BD_TRY(prepare(k, context, c, tokens));
+  const BdTernary w = {static_cast<const uint8_t *>(c.in[kW].data), row_scales, c.floats(kBias),
+                       k.rows, k.columns};
+  return multiply(k, context, c, w, tokens);
 }
 
 }  // namespace bitdistill

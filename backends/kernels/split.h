@@ -11,6 +11,20 @@
 
 namespace bitdistill {
 
+// Tokens [first, last) of those that were made ready.
+inline BdTokens some_tokens(const BdTokens &in, int64_t first, int64_t last) {
+  BdTokens out = in;
+  out.tokens = last - first;
+  if (in.values != nullptr) {
+    out.values += first * in.stride;
+  } else {
+    out.q += first * in.stride;
+    out.down += first;
+    out.sum += first;
+  }
+  return out;
+}
+
 class Split {
  public:
   // `shares` parts for each thread where they cost something, up to kTileShares where they do not.
@@ -33,15 +47,7 @@ class Split {
   void run(Kernel kernel, int64_t part, const BdTernary &w, const BdTokens &in, float *y) const {
     const int64_t row = part % block_parts_, column = part / block_parts_;
     const int64_t first = token_at(column);
-    BdTokens some = in;
-    some.tokens = token_at(column + 1) - first;
-    if (in.values != nullptr) {
-      some.values += first * in.stride;
-    } else {
-      some.q += first * in.stride;
-      some.down += first;
-      some.sum += first;
-    }
+    const BdTokens some = some_tokens(in, first, token_at(column + 1));
     kernel(&w, &some, y + first * w.rows, blocks_ * row / block_parts_,
            blocks_ * (row + 1) / block_parts_);
   }

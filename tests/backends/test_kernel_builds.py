@@ -110,9 +110,9 @@ def test_kernels_that_this_cpu_may_lack(compiler: str, sanitize: bool, tmp_path:
     if sanitize:
         flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     machine = ("avx2_", "avx_vnni_t", *(f"avx512_vnni_{part}" for part in "abht"))
-    plain = ("attention", "dispatch", "scalar", "x86_tables", "avx2.", "work_memory")
+    plain = ("attention", "dispatch", "scalar", "x86_tables", "avx2.", "work_memory", "emulated_m")
     sources = [path for path in KERNELS.glob("*.cpp") if path.name.startswith((*machine, *plain))]
-    sources.append(DRIVER.with_name("emulated_driver.cpp"))
+    sources += [DRIVER.with_name(f"emulated_{part}.cpp") for part in ("driver", "main")]
     objects = [tmp_path / f"{source.stem}.o" for source in sources]
     program = tmp_path / "driver"
     for source, target in zip(sources, objects, strict=True):

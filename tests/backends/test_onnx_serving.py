@@ -57,6 +57,52 @@ def test_a_warm_start_runs_a_prompt_and_a_step(
     np.testing.assert_array_equal(flat(warm, sequences()), flat(cold, sequences()))
 
 
+@pytest.mark.parametrize("ops", ["custom", "portable", "integer"])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_the_head_is_left_out_of_all_chunks_but_the_last(
+    onnx_pair: Pair, monkeypatch: pytest.MonkeyPatch, ops: str, bits: int
+) -> None:
+    options = {"ops": ops, "embed_bits": bits}
+    runtime = backends.load(onnx_pair("qwen3", "paper", 8, options=options)[1])
+    monkeypatch.setattr(runtime, "prefill_chunk", 4)
+    prompt, asked = sequences()[1][:10], []
+    inputs = runtime.inputs
+
+    def noted(*arguments: Any) -> Any:
+        given = inputs(*arguments)
+        asked.append((given["input_ids"].shape[1], given["logit_rows"].tolist()))
+        return given
+
+    monkeypatch.setattr(runtime, "inputs", noted)
+    cache, stepped = runtime.new_cache(10), runtime.new_cache(10)
+    logits = runtime.prefill(prompt, cache)
+    assert asked == [(4, []), (4, []), (2, [1])]
+    assert cache.length == 10
+    for start in (0, 4, 8):
+        expected = runtime.step(prompt[start : start + 4], stepped)
+    np.testing.assert_array_equal(logits, expected)
+    with pytest.raises(ValueError, match="do not fit"):
+        runtime.prefill(prompt, cache)
+
+
+LOAD = """
+import sys
+
+from bitdistill import backends
+
+runtime = backends.load(sys.argv[1], verify=False)
+runtime.step([5], runtime.new_cache(1))
+print(sorted({"hashlib", "shutil", "logging", "difflib"} & set(sys.modules)))
+"""
+
+
+def test_loading_without_verification_brings_no_libraries_of_its_own(onnx_pair: Pair) -> None:
+    """They would be 5 MB of a process that serves a model of 200."""
+    command = [sys.executable, "-c", LOAD, str(onnx_pair("qwen3", "paper", 8)[1])]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (answer.returncode, answer.stdout) == (0, "[]\n"), answer.stderr
+
+
 GENERATE = """
 import sys
 

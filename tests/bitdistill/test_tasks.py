@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bitdistill.evals.examples import read_sets
 from bitdistill.tasks import TASKS, Task, get_task, load_examples
 
 ROWS = [
@@ -132,6 +133,12 @@ def test_a_missing_column(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "column 'sentence' is missing; the data has sentense, label; map it with columns.sentence"
     )
+
+
+def test_a_missing_column_of_an_evaluation_is_mapped_on_the_command_line(tmp_path: Path) -> None:
+    data = write(tmp_path, "jsonl", [{"sentense": "a", "label": 1}])
+    with pytest.raises(ValueError, match="map it with --column sentence=NAME, its name in"):
+        read_sets([], SST2, data, None, None, None)
 
 
 @pytest.mark.parametrize(
