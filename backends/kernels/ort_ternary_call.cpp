@@ -123,7 +123,7 @@ ort::Status *multiply(const TernaryNode &k, const ort::KernelContext *context, c
                     [&](int64_t a, int64_t b) { part(&w, &tokens, c.y, a, b); });
   }
   const bool by_tokens = k.kernels->by_tokens != 0 && kernel == k.kernels->ternary;
-  const Split split(c.tokens, blocks, 2 * processors(), by_tokens);
+  const Split split(c.tokens, blocks, processors(), 2, by_tokens);
   return parallel(k.api, context, split.parts(), 1, [&](int64_t a, int64_t b) {
     for (int64_t index = a; index < b; ++index) split.run(part, index, w, tokens, c.y);
   });

@@ -152,6 +152,7 @@ struct Layer {
   float *y;
   bool floats;
   bitdistill::Split split;
+  std::atomic<int64_t> next;  // part of `split`
 };
 
 void prepare_part(void *context, int64_t first, int64_t last) {
@@ -159,9 +160,10 @@ void prepare_part(void *context, int64_t first, int64_t last) {
   (l.floats ? l.kernels->normalize : l.kernels->quantize)(l.in, l.tokens, first, last);
 }
 
-void multiply_part(void *context, int64_t first, int64_t last) {
-  const Layer &l = *static_cast<const Layer *>(context);
-  for (int64_t part = first; part < last; ++part)
+// One thread's share: the parts that are left when it comes.
+void multiply_parts(void *context, int64_t, int64_t) {
+  Layer &l = *static_cast<Layer *>(context);
+  for (int64_t part = l.next.fetch_add(1); part < l.split.parts(); part = l.next.fetch_add(1))
     l.split.run(l.floats ? l.kernels->ternary_float : l.kernels->ternary, part, *l.w, *l.tokens,
                 l.y);
 }
@@ -198,16 +200,17 @@ void bd_ternary_layers(const BdKernels *kernels, const BdTernary *w, int count, 
   if (in->tokens == 0) return;
   const BdTokens tokens = bd_tokens(scratch, in->tokens, in->columns, activation_bits);
   const int threads = pool != nullptr ? bd_pool_threads(pool) : 1;
-  const bitdistill::Split none(1, 1, 1, false);
-  Layer layer = {kernels, nullptr, in, &tokens, nullptr, activation_bits == 0, none};
+  const bitdistill::Split none(1, 1, 1, 1, false);
+  Layer layer = {kernels, nullptr, in, &tokens, nullptr, activation_bits == 0, none, {0}};
   const bool small = in->tokens * in->columns < kShareOfTokens;
   run_parts(small ? nullptr : pool, in->tokens, prepare_part, &layer);
   for (int i = 0; i < count; ++i) {
     layer.w = w + i;
     layer.y = y[i];
-    layer.split = bitdistill::Split(in->tokens, bd_blocks(layer.w->rows), threads,
+    layer.split = bitdistill::Split(in->tokens, bd_blocks(layer.w->rows), threads, 1,
                                     kernels->by_tokens != 0 && !layer.floats);
-    run_parts(pool, layer.split.parts(), multiply_part, &layer);
+    layer.next.store(0);
+    run_parts(pool, threads, multiply_parts, &layer);
   }
 }
 

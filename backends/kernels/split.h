@@ -1,8 +1,9 @@
-// How a product of several tokens is divided among threads. Rows first, as long as a part keeps
-// enough of them to share the tables of prefill, or the weights unpacked for it; then tokens. Where
-// parts build tables (lookup.h), each share of the rows builds the same once more: there tokens
-// alone are divided, if all parts get as many whole tiles. The results do not depend on it: every
-// output is computed whole by one call.
+// How a product of several tokens is divided into parts, which threads take as they come: one that
+// shares its core with other work takes fewer. Rows first, as long as a part keeps enough of them
+// to share the tables of prefill, or the weights unpacked for it; then tokens. Where parts build
+// tables (lookup.h), each share of the rows builds the same once more: there tokens alone are
+// divided, if all threads get as many whole tiles. The results do not depend on it: every output is
+// computed whole by one call.
 #ifndef BITDISTILL_SPLIT_H
 #define BITDISTILL_SPLIT_H
 
@@ -26,9 +27,14 @@ inline BdTokens some_tokens(const BdTokens &in, int64_t first, int64_t last) {
 
 class Split {
  public:
-  Split(int64_t tokens, int64_t blocks, int64_t parts, bool by_tokens)
-      : tokens_(tokens), blocks_(blocks), token_parts_(parts), block_parts_(1) {
-    if (by_tokens && tokens % (kTile * parts) == 0) return;
+  // `shares` parts for each thread where they cost something, up to kTileShares where they do not.
+  Split(int64_t tokens, int64_t blocks, int64_t threads, int64_t shares, bool by_tokens)
+      : tokens_(tokens),
+        blocks_(blocks),
+        token_parts_(within(tokens / kTile, kTileShares * threads)),
+        block_parts_(1) {
+    if (by_tokens && tokens % (kTile * threads) == 0) return;
+    const int64_t parts = shares * threads;
     block_parts_ = within(blocks / kBlocks, parts);
     token_parts_ = within((parts + block_parts_ - 1) / block_parts_, tokens / kTokens);
     block_parts_ = within((parts + token_parts_ - 1) / token_parts_, blocks);
@@ -50,6 +56,7 @@ class Split {
   static constexpr int64_t kBlocks = 32;  // of 32 rows: a part with fewer had better split tokens
   static constexpr int64_t kTokens = 32;
   static constexpr int64_t kTile = 16;  // tokens of a tile: parts are whole tiles
+  static constexpr int64_t kTileShares = 8;
 
   static int64_t within(int64_t value, int64_t most) {
     value = value < most ? value : most;
