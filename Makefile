@@ -32,7 +32,7 @@ demo: setup
 	  --out $(DEMO)/results.jsonl
 
 test: setup lint typecheck
-	$(RUN)/pytest -rs
+	$(RUN)/pytest -rs --numprocesses auto --maxprocesses 4
 
 $(HARNESS): $(STAMP)
 	$(RUN)/python -m pip install --quiet --editable ".[dev,lm-eval]"
