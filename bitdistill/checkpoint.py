@@ -56,12 +56,31 @@ def save(
     """Write a teacher or student directory: weights, config, tokenizer, card, manifest.
 
     `kind` is `teacher` or `student`; `content` becomes the manifest. FileExistsError if it exists.
+    What training ends an answer with ends a generation too, whatever the base model says of it.
     """
+    model.generation_config.eos_token_id = ends_of(model, tokenizer) or None
     with manifest.new_directory(path) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         manifest.write_manifest(partial, kind, content)
+
+
+def ends_of(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
+    """What ends a text in training, and whatever else ends one of this model, in order."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    found = {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])}
+    return sorted(token for token in found if token is not None)
+
+
+def stop_tokens(path: Path, config: dict[str, Any]) -> list[int]:
+    """Ids that end a generation of the model in a directory, whose config.json is given."""
+    file = path / "generation_config.json"
+    generation = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    stop = generation.get("eos_token_id", config.get("eos_token_id"))
+    if stop is None:
+        return []
+    return [stop] if isinstance(stop, int) else list(stop)
 
 
 class FileRows:
@@ -141,12 +160,7 @@ class StudentFiles:
     @property
     def stop_tokens(self) -> list[int]:
         """Ids that end a generation."""
-        path = self.path / "generation_config.json"
-        generation = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        stop = generation.get("eos_token_id", self.config.get("eos_token_id"))
-        if stop is None:
-            return []
-        return [stop] if isinstance(stop, int) else list(stop)
+        return stop_tokens(self.path, self.config)
 
 
 def open_student(path: str | Path) -> StudentFiles:

@@ -65,6 +65,7 @@ def load_model(model: Model, seed: int = 0) -> tuple[PreTrainedModel, Tokenizer]
         )
     if model.gguf_file is not None:
         loaded = _without_gguf_traces(loaded)
+        _end_as_the_file_says(tokenizer, loaded)
     check_layers(loaded)
     return loaded, tokenizer
 
@@ -130,6 +131,13 @@ def _without_gguf_traces(loaded: PreTrainedModel) -> PreTrainedModel:
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     return plain
+
+
+def _end_as_the_file_says(tokenizer: Tokenizer, loaded: PreTrainedModel) -> None:
+    """transformers 5.17 takes the token that begins a text for the one that ends it."""
+    end = loaded.config.eos_token_id
+    if isinstance(end, int) and tokenizer.eos_token_id != end:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
 
 
 def check_layers(model: PreTrainedModel) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from bitdistill.checkpoint import ends_of
 from bitdistill.data import Encoded, encode_prompt, task_examples
 from bitdistill.distributed import World
 from bitdistill.hardware import Hardware
@@ -71,7 +72,7 @@ def summaries(
             f"{task.max_new_tokens} tokens; raise distill.max_length"
         )
     encoded = [encode_prompt(prompt, task, tokenizer, room) for prompt in prompts]
-    stop = _stop_tokens(teacher, tokenizer)
+    stop = ends_of(teacher, tokenizer)
     made_from = [mark, encoded, task.max_new_tokens, stop, str(hardware.dtype)]
     folder = run / "teacher-written" / fingerprint(made_from)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,13 +92,6 @@ def summaries(
     answers = [said for file in files for said in json.loads(file.read_text(encoding="utf-8"))]
     pairs = zip(encoded, answers, strict=True)
     return Written([Encoded(prompt + said, len(said), labelled=False) for prompt, said in pairs])
-
-
-def _stop_tokens(teacher: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
-    """What ends a summary in training, and whatever else ends a text of this model."""
-    own = teacher.generation_config.eos_token_id if teacher.generation_config else None
-    found = {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])}
-    return sorted(token for token in found if token is not None)
 
 
 def _save(file: Path, answers: list[list[int]]) -> None:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from bitdistill import manifest
+from bitdistill import checkpoint, manifest
 from bitdistill.decoder import DecoderSpec, decoder_spec
 from bitdistill.exporters.base import Options
 from bitdistill.exporters.onnx_graph import DecoderGraph, Reader
@@ -76,8 +76,7 @@ def _spec(path: Path) -> tuple[DecoderSpec, list[int]]:
         "added_norm_eps": config.rms_norm_eps,
         "activation_bits": None,
     }
-    stop = config.eos_token_id
-    return decoder_spec(config), [stop] if isinstance(stop, int) else list(stop or ())
+    return decoder_spec(config), checkpoint.stop_tokens(path, config.to_dict())
 
 
 class _Tensors:

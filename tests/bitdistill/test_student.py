@@ -115,6 +115,17 @@ def test_save_and_reload_is_exact(
     assert DecoderSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
+def test_what_ends_an_answer_in_training_ends_a_generation(
+    make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    model = make_teacher("llama")
+    other = 7
+    model.generation_config.eos_token_id = other
+    checkpoint.save(tmp_path / "a", model, tokenizer, "teacher", {}, "# A teacher\n")
+    config = json.loads((tmp_path / "a" / "config.json").read_text("utf-8"))
+    assert checkpoint.stop_tokens(tmp_path / "a", config) == sorted({tokenizer.eos_token_id, other})
+
+
 def test_a_lost_gain_is_an_error(student_dir: Callable[..., Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -193,6 +193,7 @@ def test_gguf(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path) 
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(model.eval()(ids).logits, original(ids).logits)
     assert "quantization_config" not in model.config.to_dict()
+    assert words.eos_token_id == model.config.eos_token_id == 2
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").is_file()
     make_student(model)
