@@ -17,14 +17,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill.corpus import Steps
+from bitdistill.encoding import Encoded
 from bitdistill.schema import Config
 from bitdistill.schema_data import TaskData
 from bitdistill.sequences import Sequences
 from bitdistill.sources import is_local, local_files
-from bitdistill.tasks import Example, Task, load_examples, shorten
+from bitdistill.tasks import Example, load_examples
 
 Batch = dict[str, Tensor]
 IGNORED = -100
@@ -66,36 +66,6 @@ class Batches(Protocol):
         """Let go of processes and threads."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """One example as token ids; the last `answer` of them are learnt, from labels or teacher."""
-
-    ids: list[int]
-    answer: int
-    labelled: bool = True
-
-
-def encode_prompt(prompt: str, task: Task, tokenizer: Tokenizer, room: int) -> list[int]:
-    """A prompt's token ids, shortened (`tasks.shorten`) to at most `room`."""
-    ids: list[int] = tokenizer(prompt).input_ids
-    if len(ids) <= room:
-        return ids
-    return shorten(ids, tokenizer(task.suffix, add_special_tokens=False).input_ids, room)
-
-
-def encode_example(example: Example, task: Task, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """Prompt and answer as token ids; a long prompt is shortened, not the answer.
-
-    Summaries end with the end-of-text token, so that a model learns to stop.
-    """
-    answer = tokenizer(example.answer, add_special_tokens=False).input_ids
-    if task.kind == "summary" and tokenizer.eos_token_id is not None:
-        answer = [*answer, tokenizer.eos_token_id]
-    answer = answer[: max_length - 1]
-    prompt = encode_prompt(example.prompt, task, tokenizer, max_length - len(answer))
-    return Encoded(prompt + answer, len(answer))
-
-
 def collate(rows: list[Encoded], pad: int, multiple: int) -> Batch:
     """Right-padded ids, attention mask and labels, (B, T) with T a multiple of `multiple`."""
     longest = max(len(row.ids) for row in rows)
@@ -119,6 +89,9 @@ class Fresh(Protocol):
 
     def rows(self, epoch: int) -> list[Encoded]:
         """The `count` examples of an epoch."""
+
+    def close(self) -> None:
+        """Let go of threads."""
 
 
 class TaskBatches:
@@ -191,7 +164,8 @@ class TaskBatches:
         pass  # a task's order needs no more than the step
 
     def close(self) -> None:
-        pass
+        if self._fresh is not None:
+            self._fresh.close()
 
 
 class PackedBatches:

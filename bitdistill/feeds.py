@@ -15,10 +15,10 @@ from bitdistill.data import (
     PackedBatches,
     Shard,
     TaskBatches,
-    encode_example,
     task_examples,
 )
 from bitdistill.distributed import World
+from bitdistill.encoding import encode_examples
 from bitdistill.mixtures import Mixtures
 from bitdistill.schema import Config, Distillation, Pretraining, Training
 from bitdistill.tasks import Task
@@ -45,7 +45,7 @@ def task_batches(
     if times and task.kind == "label":
         fresh = Mixtures(task, examples, tokenizer, length, times, config.seed)
     return TaskBatches(
-        [encode_example(example, task, tokenizer, length) for example in examples],
+        encode_examples(examples, task, tokenizer, length),
         pad=tokenizer.pad_token_id or 0,
         batch_size=settings.batch_size,
         accumulate=world.share(settings.accumulate, "accumulate"),

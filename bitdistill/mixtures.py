@@ -19,11 +19,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bitdistill.data import Encoded, encode_example
+from bitdistill.encoding import Encoded, encode_examples
 from bitdistill.tasks import Example, Task
 
 LEFT_OUT, REPLACED = 0.1, 0.1  # shares of a column's words
@@ -31,7 +32,10 @@ SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 class Mixtures:
-    """`times` mixtures of every example for each epoch, encoded, without labels."""
+    """`times` mixtures of every example for each epoch, encoded, without labels.
+
+    A thread makes those of the next epoch while one is learnt: training does not wait for them.
+    """
 
     def __init__(
         self,
@@ -47,17 +51,29 @@ class Mixtures:
         self.task, self.examples, self.tokenizer = task, examples, tokenizer
         self.max_length, self.times, self.seed = max_length, times, seed
         self.count = times * len(examples)
+        self._maker = ThreadPoolExecutor(1, "mixtures")
+        self._made: dict[int, Future[list[Encoded]]] = {}
 
     def rows(self, epoch: int) -> list[Encoded]:
         """The mixtures of an epoch; the answer's place holds some answer, which is not learnt."""
-        rows = []
+        made = self._made.pop(epoch, None) or self._maker.submit(self._make, epoch)
+        self._made = {epoch + 1: self._maker.submit(self._make, epoch + 1)}
+        return made.result()
+
+    def close(self) -> None:
+        """Make no more; what is being made is made to its end, and forgotten."""
+        self._maker.shutdown(wait=False, cancel_futures=True)
+
+    def _make(self, epoch: int) -> list[Encoded]:
+        mixed = []
         for copy in range(self.times):
             columns = mixtures(self.examples, f"{self.seed}-{epoch}-{copy}")
-            for example, inputs in zip(self.examples, columns, strict=True):
-                mixed = replace(example, prompt=self.task.fill(inputs), inputs=inputs)
-                row = encode_example(mixed, self.task, self.tokenizer, self.max_length)
-                rows.append(replace(row, labelled=False))
-        return rows
+            mixed += [
+                replace(example, prompt=self.task.fill(inputs), inputs=inputs)
+                for example, inputs in zip(self.examples, columns, strict=True)
+            ]
+        rows = encode_examples(mixed, self.task, self.tokenizer, self.max_length)
+        return [replace(row, labelled=False) for row in rows]
 
 
 def mixtures(examples: Sequence[Example], seed: str) -> list[tuple[str, ...]]:

@@ -35,6 +35,7 @@ class Reporter:
     def __init__(self, log: Path | None = None, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet)
         self.log = log
+        self.began = time.perf_counter()
         self._board: Any = None
         if log is not None and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -44,6 +45,11 @@ class Reporter:
     def say(self, text: str) -> None:
         """One line for the person."""
         self.console.print(text, highlight=False)
+
+    def begin(self, name: str) -> None:
+        """A stage begins; records say how many seconds ago, loading and compilation included."""
+        self.began = time.perf_counter()
+        self.say(f"{name}: started")
 
     def record(self, values: dict[str, Any]) -> None:
         """One JSON line for the log."""
@@ -118,6 +124,7 @@ class Meter:
         self.progress.update(self.task, completed=step, terms=text)
         record = {"stage": self.name, "step": step, **terms, **measured(elapsed)}
         record |= {"tokens_per_second": round(speed), "data_wait": round(wait, 4)}
+        record["seconds"] = round(now - self.reporter.began, 3)
         self.reporter.record(record | {"time": time.time()})
         if not self.reporter.console.is_terminal and step // self._every > self._spoken:
             self._spoken = step // self._every

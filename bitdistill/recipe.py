@@ -255,7 +255,7 @@ class Recipe:
             training_state.discard(stage.state)
             self.reporter.say(f"{stage.name}: complete, skipped")
             return
-        self.reporter.say(f"{stage.name}: started")
+        self.reporter.begin(stage.name)
         if self.world.main:
             (self.out / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
         (model, tokenizer), metrics = work(self, stage)

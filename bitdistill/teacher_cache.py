@@ -23,8 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitdistill.capture import ATTENTION, Capture, related_layers
-from bitdistill.data import IGNORED, Batch, Batches, Encoded, TaskBatches, collate
+from bitdistill.data import IGNORED, Batch, Batches, TaskBatches, collate
 from bitdistill.distributed import World
+from bitdistill.encoding import Encoded
 from bitdistill.hardware import Hardware
 from bitdistill.losses import chunk_tokens
 from bitdistill.manifest import fingerprint

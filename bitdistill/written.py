@@ -22,8 +22,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill.checkpoint import ends_of
-from bitdistill.data import Encoded, encode_prompt, task_examples
+from bitdistill.data import task_examples
 from bitdistill.distributed import World
+from bitdistill.encoding import Encoded, encode_prompts
 from bitdistill.hardware import Hardware
 from bitdistill.manifest import fingerprint
 from bitdistill.mixtures import splices
@@ -43,6 +44,9 @@ class Written:
     def rows(self, epoch: int) -> list[Encoded]:
         """The same in all."""
         return self._rows
+
+    def close(self) -> None:
+        """They hold nothing."""
 
 
 def summaries(
@@ -71,7 +75,7 @@ def summaries(
             f"max_length {settings.max_length} leaves no room for a document beside a summary of "
             f"{task.max_new_tokens} tokens; raise distill.max_length"
         )
-    encoded = [encode_prompt(prompt, task, tokenizer, room) for prompt in prompts]
+    encoded = encode_prompts(prompts, task, tokenizer, [room] * len(prompts))
     stop = ends_of(teacher, tokenizer)
     made_from = [mark, encoded, task.max_new_tokens, stop, str(hardware.dtype)]
     folder = run / "teacher-written" / fingerprint(made_from)

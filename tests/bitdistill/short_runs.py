@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from bitdistill.corpus import Steps
-from bitdistill.data import ALONE, Batch, Batches, Encoded, PackedBatches, Shard, TaskBatches
+from bitdistill.data import ALONE, Batch, Batches, PackedBatches, Shard, TaskBatches
 from bitdistill.documents import Source
+from bitdistill.encoding import Encoded
 from bitdistill.quantize import BitLinear
 from bitdistill.readers import Texts
 from bitdistill.schema import Distillation

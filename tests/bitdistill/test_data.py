@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -14,13 +15,12 @@ import torch
 
 from bitdistill.data import (
     IGNORED,
-    Encoded,
     Shard,
     TaskBatches,
     collate,
-    encode_example,
     task_examples,
 )
+from bitdistill.encoding import Encoded, encode_examples
 from bitdistill.schema_data import TaskData
 from bitdistill.tasks import TASKS, Example
 
@@ -39,29 +39,42 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_encoding_is_prompt_then_answer(tokenizer: Any) -> None:
     example = Example(0, "the film is\nVerdict:", " good", 1)
-    encoded = encode_example(example, TASKS["tiny"], tokenizer, 64)
+    encoded = encode_examples([example], TASKS["tiny"], tokenizer, 64)[0]
     assert tokenizer.decode(encoded.ids) == "the film is\nVerdict: good"
     assert tokenizer.decode(encoded.ids[-encoded.answer :]) == " good"
 
 
 def test_summaries_end_with_the_end_of_text(tokenizer: Any) -> None:
     example = Example(0, "the film is\n\nSummary:", " good plot", None)
-    encoded = encode_example(example, TASKS["cnn_dailymail"], tokenizer, 64)
+    encoded = encode_examples([example], TASKS["cnn_dailymail"], tokenizer, 64)[0]
     assert encoded.ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(encoded.ids[-encoded.answer : -1]) == " good plot"
 
 
 def test_a_long_prompt_loses_the_end_of_its_text(tokenizer: Any) -> None:
     example = Example(0, "the film is not good but very dull\nVerdict:", " bad", 0)
-    full = encode_example(example, TASKS["tiny"], tokenizer, 512)
+    full = encode_examples([example], TASKS["tiny"], tokenizer, 512)[0]
     ending = len(tokenizer("\nVerdict:").input_ids) + full.answer
     for max_length in range(full.answer + 1, len(full.ids)):
-        short = encode_example(example, TASKS["tiny"], tokenizer, max_length)
+        short = encode_examples([example], TASKS["tiny"], tokenizer, max_length)[0]
         assert len(short.ids) == max_length
         assert short.answer == full.answer
         kept = min(ending, max_length)
         assert short.ids[-kept:] == full.ids[-kept:]
         assert short.ids[:-kept] == full.ids[: max_length - kept]
+
+
+def test_many_examples_are_encoded_as_each_alone(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitdistill.encoding.CHUNK", 4)
+    choice = random.Random(0)
+    prompts = [" ".join(choice.choices(WORDS, k=length)) + "\nVerdict:" for length in range(11)]
+    examples = [Example(0, prompt, choice.choice([" good", ""]), 1) for prompt in prompts]
+    for task in (TASKS["tiny"], TASKS["cnn_dailymail"]):
+        together = encode_examples(examples, task, tokenizer, 12)
+        assert together == [encode_examples([e], task, tokenizer, 12)[0] for e in examples]
+    assert encode_examples([], TASKS["tiny"], tokenizer, 12) == []
 
 
 def test_the_suffix_of_a_template() -> None:
@@ -73,7 +86,7 @@ def test_the_suffix_of_a_template() -> None:
 def test_a_long_answer_leaves_one_token_of_the_prompt(tokenizer: Any) -> None:
     example = Example(0, "the film", " not good" * 10, None)
     prompt, answer = tokenizer("the film").input_ids, tokenizer(" not good" * 10).input_ids
-    encoded = encode_example(example, TASKS["cnn_dailymail"], tokenizer, 6)
+    encoded = encode_examples([example], TASKS["cnn_dailymail"], tokenizer, 6)[0]
     assert encoded.ids == [prompt[-1], *answer[:5]]
     assert encoded.answer == 5
 

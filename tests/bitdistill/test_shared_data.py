@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from bitdistill.config import load_config, recipe_names
-from bitdistill.data import encode_example, task_examples
+from bitdistill.data import task_examples
+from bitdistill.encoding import encode_examples
 from bitdistill.schema_data import TaskData
 from bitdistill.tasks import TASKS, load_examples
 
@@ -75,7 +76,7 @@ def test_real_text_is_encoded_and_cut(tokenizer: Any) -> None:
     )
     examples = load_examples(data.resolve(), data.train, columns=SUMMARY)
     chosen = random.Random(0).sample(examples, 20)
-    rows = [encode_example(e, data.resolve(), tokenizer, 1024) for e in task_examples(data)]
+    rows = encode_examples(task_examples(data), data.resolve(), tokenizer, 1024)
     for example, row in zip(chosen, rows, strict=True):
         assert len(row.ids) <= 1024
         assert row.ids[-1] == tokenizer.eos_token_id
@@ -93,7 +94,7 @@ def test_showcase_recipes_name_what_is_there(name: str, tokenizer: Any) -> None:
         assert len(examples) >= 200
         assert len({example.label for example in examples}) == max(1, len(task.labels))
         for settings in (config.teacher, config.distill):
-            row = encode_example(examples[0], task, tokenizer, settings.max_length)
+            (row,) = encode_examples(examples[:1], task, tokenizer, settings.max_length)
             assert row.ids[-row.answer :]
     assert all(
         (DATA / Path(source).relative_to("data")).is_file() for source in config.corpus.sources

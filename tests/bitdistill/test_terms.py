@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from bitdistill.alignment import EPS, Alignment, alignment_sum
-from bitdistill.data import IGNORED, UNLABELLED, Batch, Encoded, TaskBatches, collate
+from bitdistill.data import IGNORED, UNLABELLED, Batch, TaskBatches, collate
+from bitdistill.encoding import Encoded
 from bitdistill.feeds import candidates
 from bitdistill.mixtures import Mixtures, mixtures
 from bitdistill.objective import make_objective
@@ -172,6 +173,28 @@ def test_mixtures_are_unlabelled_rows_of_an_epoch(tokenizer: Any) -> None:
         assert sorted(i for i in first if i >= 1000) == [row.ids[0] for row in labelled]
         assert all(bool((b["labels"] != IGNORED).any(-1).all()) for b in seen)
     assert fresh.rows(0) != fresh.rows(1)
+
+
+def test_mixtures_of_the_next_epoch_are_made_ahead(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def noted(examples: list[Example], seed: str) -> list[tuple[str, ...]]:
+        made.append(seed)
+        return mixtures(examples, seed)
+
+    monkeypatch.setattr("bitdistill.mixtures.mixtures", noted)
+    fresh = Mixtures(TASKS["qnli"], EXAMPLES, tokenizer, 64, times=1)
+    first = fresh.rows(0)
+    second = fresh.rows(1)
+    assert made[:2] == ["0-0-0", "0-1-0"]  # the thread made the second, once
+    assert made.count("0-1-0") == 1
+    assert fresh.rows(7) != first  # where a run is resumed
+    fresh.close()
+    again = Mixtures(TASKS["qnli"], EXAMPLES, tokenizer, 64, times=1)
+    assert (again.rows(1), again.rows(0)) == (second, first)
+    again.close()
 
 
 def test_summaries_cannot_be_mixed(tokenizer: Any) -> None:

@@ -62,6 +62,9 @@ def test_the_loss_falls(start: Callable[..., Fit], data: str, tmp_path: Path) ->
     assert [r["step"] for r in records] == [10, 20, 30, 40]
     assert {"ce", "logits", "relations", "learning_rate", "tokens_per_second"} <= set(records[0])
     assert all(0 <= record["data_wait"] < 1 for record in records)
+    seconds = [record["seconds"] for record in records]
+    assert seconds[0] > 0
+    assert seconds == sorted(seconds)
     terms = ("ce", "logits", "relations")
     assert last == {key: records[-1][key] for key in (*terms, "gradient_norm")}
     assert sum(last[key] for key in terms) < 0.5 * sum(records[0][key] for key in terms)
