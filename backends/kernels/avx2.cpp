@@ -22,6 +22,7 @@ const BdKernels kTable = {"avx2",
                           avx2::ternary,
                           avx2::ternary_float,
                           avx2::ternary_base3,
+                          avx2::unpack_base3,
                           &avx2::heads,
                           &avx2::attention,
                           1};
