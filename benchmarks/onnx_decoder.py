@@ -16,8 +16,8 @@ memory   of a fresh process that runs 128 token ids and decodes 4, less a proces
          onnxruntime and run a small session; without the cache (`cache_mb`) and the tokenizer,
          which is not loaded. MB are 1e6 bytes. `file_mb`: model and weights, what it may touch;
          of a classifier not the embedding, of which it reads the rows of its tokens
-growth   with --generate N: resident memory after 128 tokens and 4, and again while one sequence of
-         N likeliest tokens grows in the same process, whose cache was resident from the start
+growth   with --generate N: resident memory of one process by the likeliest tokens it has generated,
+         1,000 after each prompt of 128; the cache is resident from the start, and counted
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import Any
 
 PROMPT, DECODED, STEPS = 128, 4, 8
 MULTIPLIER = 48271  # of the tokens' generator: numpy.random would be counted as the model's memory
-GROWTH = (1000, 5000)
+SEQUENCE, GROWTH = 1000, (1000, 5000)
 POSITIONS, PREFILL = (128, 512, 900), (128, 512)
 PAUSE = 0.1  # seconds in which the threads of the artifact before stop waiting for more work
 
@@ -108,16 +108,18 @@ def growth(artifact: Path, threads: int, count: int) -> dict[str, Any]:
     from bitdistill.backends.onnx_runtime import OnnxCache
 
     runtime: Any = backends.load(artifact, threads=threads, verify=False)
-    memory = runtime.empty(1, PROMPT + count)
+    memory = runtime.empty(1, PROMPT + SEQUENCE)
     memory[:] = 0  # an array of zeros is resident where it was written
-    cache = OnnxCache(runtime, PROMPT + count, memory=memory)
-    logits = runtime.prefill(tokens(PROMPT, runtime.vocabulary), cache)
+    cache = OnnxCache(runtime, PROMPT + SEQUENCE, memory=memory)
     at = {DECODED, count, *(n for n in GROWTH if n < count)}
     found, start = {}, time.perf_counter()
-    for made in range(1, count + 1):
+    for made in range(count):
+        if made % SEQUENCE == 0:
+            cache.lengths[:] = 0
+            logits = runtime.prefill(tokens(PROMPT, runtime.vocabulary), cache)
         logits = runtime.step([int(logits.argmax())], cache)
-        if made in at:
-            found[str(made)] = round(resident(), 1)
+        if made + 1 in at:
+            found[str(made + 1)] = round(resident(), 1)
     seconds = round(time.perf_counter() - start, 1)
     return {"resident_mb": found, "cache_mb": round(memory.nbytes / 1e6, 1), "seconds": seconds}
 

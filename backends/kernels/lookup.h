@@ -101,10 +101,8 @@ template <int J>
 inline Type entry_of(const char *tables, uint64_t bytes) {
   constexpr uint64_t kMask = 255u << Lanes::kEntryBits;
   constexpr int kShift = 8 * J - Lanes::kEntryBits;
-  if constexpr (kShift < 0)
-    bytes <<= -kShift;
-  else
-    bytes >>= kShift;
+  constexpr int kTurn = (kShift + 64) % 64;  // a rotation, which may leave its source as it is
+  bytes = bytes >> kTurn | bytes << (64 - kTurn);
   return Lanes::load(tables + Lanes::kStart[J] * kLine + (bytes & kMask));
 }
 
