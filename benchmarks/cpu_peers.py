@@ -6,13 +6,14 @@
         tq2_0=TQ2_0.gguf,llama.cpp/llama-bench
     python benchmarks/cpu_peers.py show rates.jsonl
 
-`make` writes the Qwen3-0.6B shape: a student's artifacts with an 8-bit and a 4-bit head, and its
-full-precision model as a stock ONNX graph in fp32 and in 2 bits. `time` loads all rows beside each
-other and times them in turn (evals/alternate.py): a prompt, then tokens one by one. GGUF files run
-in the llama-bench given with them, which decodes from an empty context; the other rows decode after
-the prompt, where a step costs more. One JSON line a row; several calls append to one file. `show`
-takes medians over all rounds, and ratios within a round. `isa` is the instruction set of our
-kernels; that peers use no other is the caller's to see to (for ONNX Runtime: avx2_only.py).
+`make` writes the Qwen3-0.6B shape: a student's artifacts with an 8-bit and a 4-bit head, weights in
+2 and 1.6 bits (`-base3`), and its full-precision model as a stock ONNX graph in fp32 and in 2 bits.
+`time` loads all rows beside each other and times them in turn (evals/alternate.py): a prompt, then
+tokens one by one. GGUF files run in the llama-bench given with them, which decodes from an empty
+context; the other rows decode after the prompt, where a step costs more. One JSON line a row;
+several calls append to one file. `show` takes medians over all rounds, and ratios within a round.
+`isa` is the instruction set of our kernels; that peers use no other is the caller's to see to (for
+ONNX Runtime: avx2_only.py).
 
 The share of the roofline is a token's bytes of body and head over the bandwidth that one read of
 memory reached in the same call (`ceiling-read` of the kernels' benchmark).
@@ -21,6 +22,7 @@ memory reached in the same call (`ceiling-read` of the kernels' benchmark).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -32,13 +34,14 @@ SHAPE = "qwen3-0.6b"
 CONTEXT = 4096  # tokens; the stock graphs hold tables of that many positions
 BASELINES = ("fp32", "int2")
 HEAD_BITS = (8, 4)
+WEIGHT_BITS = {"": 2.0, "-base3": 1.6}
 BUDGET = 600.0  # seconds a row may take in all; the number of rounds is what bounds it
 CEILING_SECONDS = 0.5
 Line = dict[str, Any]
 
 
 def make(out: Path) -> None:
-    """Write OUT/head-int8, OUT/head-int4, OUT/onnx-fp32 and OUT/onnx-int2."""
+    """Write OUT/head-int8, -int8-base3, -int4 and -int4-base3, OUT/onnx-fp32 and -int2."""
     import torch
     from shapes import SHAPES
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -62,8 +65,9 @@ def make(out: Path) -> None:
     model = student.make_student(teacher, "paper", 8)
     checkpoint.save(out / "student", model, tokenizer, "student", content, "# Random\n")
     del model, teacher
-    for bits in HEAD_BITS:
-        export(out / "student", "onnx", out / f"head-int{bits}", embed_bits=bits)
+    for bits, (end, weight) in itertools.product(HEAD_BITS, WEIGHT_BITS.items()):
+        options = {"embed_bits": bits, "weight_bits": weight}
+        export(out / "student", "onnx", out / f"head-int{bits}{end}", **options)
     for kind in BASELINES:
         export_stock(out / "teacher", kind, out / f"onnx-{kind}")
 

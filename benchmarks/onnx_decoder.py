@@ -16,6 +16,8 @@ memory   of a fresh process that runs 128 token ids and decodes 4, less a proces
          onnxruntime and run a small session; without the cache (`cache_mb`) and the tokenizer,
          which is not loaded. MB are 1e6 bytes. `file_mb`: model and weights, what it may touch;
          of a classifier not the embedding, of which it reads the rows of its tokens
+growth   with --generate N: resident memory of one process by the likeliest tokens it has generated,
+         1,000 after each prompt of 128; the cache is resident from the start, and counted
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from typing import Any
 
 PROMPT, DECODED, STEPS = 128, 4, 8
 MULTIPLIER = 48271  # of the tokens' generator: numpy.random would be counted as the model's memory
+SEQUENCE, GROWTH = 1000, (1000, 5000)
 POSITIONS, PREFILL = (128, 512, 900), (128, 512)
 PAUSE = 0.1  # seconds in which the threads of the artifact before stop waiting for more work
 
@@ -82,10 +85,43 @@ def fresh_memory(artifact: Path, threads: int, work: Path) -> dict[str, float]:
     opset = [helper.make_opsetid("", 21)]
     small = work / "small.onnx"
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), small)
-    command = [sys.executable, __file__, "--memory-of", str(artifact), "--threads", str(threads)]
-    answer = subprocess.run([*command, "--work", str(work)], check=True, stdout=subprocess.PIPE)
-    figures: dict[str, float] = json.loads(answer.stdout)
+    return in_process("--memory-of", str(artifact), "--threads", str(threads), "--work", str(work))
+
+
+def in_process(*options: str) -> dict[str, Any]:
+    """What this script prints with `options`, in a fresh process."""
+    command = [sys.executable, __file__, *options]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    figures: dict[str, Any] = json.loads(answer.stdout)
     return figures
+
+
+def resident() -> float:
+    """Resident memory of this process, in MB."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
+
+
+def growth(artifact: Path, threads: int, count: int) -> dict[str, Any]:
+    """Resident memory by the number of tokens generated; called in a process of its own."""
+    from bitdistill import backends
+    from bitdistill.backends.onnx_runtime import OnnxCache
+
+    runtime: Any = backends.load(artifact, threads=threads, verify=False)
+    memory = runtime.empty(1, PROMPT + SEQUENCE)
+    memory[:] = 0  # an array of zeros is resident where it was written
+    cache = OnnxCache(runtime, PROMPT + SEQUENCE, memory=memory)
+    at = {DECODED, count, *(n for n in GROWTH if n < count)}
+    found, start = {}, time.perf_counter()
+    for made in range(count):
+        if made % SEQUENCE == 0:
+            cache.lengths[:] = 0
+            logits = runtime.prefill(tokens(PROMPT, runtime.vocabulary), cache)
+        logits = runtime.step([int(logits.argmax())], cache)
+        if made + 1 in at:
+            found[str(made + 1)] = round(resident(), 1)
+    seconds = round(time.perf_counter() - start, 1)
+    return {"resident_mb": found, "cache_mb": round(memory.nbytes / 1e6, 1), "seconds": seconds}
 
 
 def make_artifacts(arguments: argparse.Namespace, classifiers: bool) -> dict[str, Path]:
@@ -196,6 +232,10 @@ def lines(arguments: argparse.Namespace) -> Iterable[dict[str, Any]]:
         figures = fresh_memory(path, arguments.threads, arguments.work)
         line = {"artifact": name, "benchmark": "memory", "threads": arguments.threads}
         yield line | figures | {"file_mb": round(size / 1e6, 1)} | where
+        if arguments.generate and name in artifacts:
+            options = ["--generate", str(arguments.generate), "--threads", str(arguments.threads)]
+            figures = in_process("--growth-of", str(path), *options, "--work", str(arguments.work))
+            yield line | {"benchmark": "growth"} | figures | where
     for line in speed(artifacts, arguments.threads, arguments.seconds):
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
         yield rounded | where
@@ -213,12 +253,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each artifact's rounds")
     parser.add_argument("--out", type=Path, help="file to append to; stdout has the lines as well")
+    parser.add_argument("--generate", type=int, default=0, help="tokens, for growth")
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--growth-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.memory_of:
         figures = memory(arguments.memory_of, arguments.threads, arguments.work / "small.onnx")
         print(json.dumps(figures))
+        return
+    if arguments.growth_of:
+        print(json.dumps(growth(arguments.growth_of, arguments.threads, arguments.generate)))
         return
     for line in lines(arguments):
         print(json.dumps(line), flush=True)

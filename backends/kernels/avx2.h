@@ -16,6 +16,7 @@ void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, in
 int64_t lookup(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
+void unpack_base3(const BdTernary *w, uint8_t *out, int64_t first, int64_t last);
 extern const BdHeadKernels heads;
 extern const BdAttentionKernels attention;
 }  // namespace avx2
@@ -46,6 +47,16 @@ constexpr int kPrefetch = 2048;              // bytes ahead of the weights being
 
 inline __m256i load(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
 inline void store(void *p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i *>(p), v); }
+
+// One token: several blocks pass side by side, a run of groups of each in turn, while lines of all
+// of them are fetched in turn for the runs that follow: memory gives more of several pages than of
+// one.
+constexpr int kStreams = 4;
+
+inline void fetch_group(const uint8_t *w) {
+  _mm_prefetch(reinterpret_cast<const char *>(w), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char *>(w + 64), _MM_HINT_T0);
+}
 
 }  // namespace
 #endif

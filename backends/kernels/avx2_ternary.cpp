@@ -25,15 +25,6 @@ inline __m256i quad(const int8_t *q) {
 
 // ---- one token: bound by memory, so the codes at bits 2 and 6 stay in place (weight 4) ----
 
-// Several blocks pass side by side, a run of groups of each in turn, while lines of all of them are
-// fetched in turn for the runs that follow: memory gives more of several pages than of one.
-constexpr int kStreams = 4;
-
-inline void fetch_group(const uint8_t *w) {
-  _mm_prefetch(reinterpret_cast<const char *>(w), _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char *>(w + 64), _MM_HINT_T0);
-}
-
 // Products of S blocks, `step` bytes apart.
 template <int S>
 void matvec_dots(const uint8_t *w, int64_t step, const int8_t *q, int64_t groups,

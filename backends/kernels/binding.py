@@ -66,6 +66,7 @@ _PREPARE = c.CFUNCTYPE(None, c.POINTER(Input), c.POINTER(Tokens), c.c_int64, c.c
 _PRODUCT = c.CFUNCTYPE(
     None, c.POINTER(Ternary), c.POINTER(Tokens), c.c_void_p, c.c_int64, c.c_int64
 )
+_UNPACK = c.CFUNCTYPE(None, c.POINTER(Ternary), c.c_void_p, c.c_int64, c.c_int64)
 
 
 class KernelTable(c.Structure):
@@ -78,6 +79,7 @@ class KernelTable(c.Structure):
         ("ternary", _PRODUCT),
         ("ternary_float", _PRODUCT),
         ("ternary_base3", _PRODUCT),
+        ("unpack_base3", _UNPACK),
         ("head", c.POINTER(HeadTable)),
         ("attention", c.c_void_p),
         ("by_tokens", c.c_int),

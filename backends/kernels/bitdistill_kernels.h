@@ -168,6 +168,10 @@ typedef struct BdKernels {
   /* As `ternary`, of weights in base 3. */
   void (*ternary_base3)(const BdTernary *w, const BdTokens *in, float *y, int64_t first_block,
                         int64_t last_block);
+  /* The blocks of weights in base 3 in the layout of 2 bits, bd_packed_bytes in all: what many
+   * tokens had better be multiplied by. */
+  void (*unpack_base3)(const BdTernary *w, uint8_t *packed, int64_t first_block,
+                       int64_t last_block);
   const BdHeadKernels *head;
   const BdAttentionKernels *attention;
   /* Whether threads that share a product had better divide its tokens than its rows (`ternary`). */

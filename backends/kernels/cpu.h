@@ -8,6 +8,7 @@ struct CpuFeatures {
   bool avx2;
   bool f16c;
   bool fma;
+  bool bmi2;
   bool avx_vnni;
   bool avx512_vnni;  // with F, BW, DQ and VL
   bool amx;          // AMX-INT8, and the system's permission to use it

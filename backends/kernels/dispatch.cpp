@@ -81,6 +81,7 @@ CpuFeatures read_features() {
   features.avx2 = ymm && bit(extended.b, 5);
   features.f16c = ymm && bit(basic.c, 29);
   features.fma = ymm && bit(basic.c, 12);
+  features.bmi2 = bit(extended.b, 8);
   features.avx_vnni = ymm && extended.a >= 1 && bit(cpuid(7, 1).a, 4);
   features.avx512_vnni = zmm && avx512 && bit(extended.c, 11);
   features.amx = tiles && bit(extended.d, 24) && bit(extended.d, 25) && tiles_permitted();

@@ -101,10 +101,8 @@ template <int J>
 inline Type entry_of(const char *tables, uint64_t bytes) {
   constexpr uint64_t kMask = 255u << Lanes::kEntryBits;
   constexpr int kShift = 8 * J - Lanes::kEntryBits;
-  if constexpr (kShift < 0)
-    bytes <<= -kShift;
-  else
-    bytes >>= kShift;
+  constexpr int kTurn = (kShift + 64) % 64;  // a rotation, which may leave its source as it is
+  bytes = bytes >> kTurn | bytes << (64 - kTurn);
   return Lanes::load(tables + Lanes::kStart[J] * kLine + (bytes & kMask));
 }
 
@@ -115,16 +113,38 @@ inline Type add_row(Type sum, const char *tables, uint64_t bytes) {
   return Lanes::add(sum, entry_of<3>(tables, bytes));
 }
 
+// The groups take turns: their entries lie in different halves of a line, and two loads of one half
+// wait for each other.
+template <int J>
+inline Type add_both(Type sum, const char *tables, uint64_t first, uint64_t second) {
+  sum = Lanes::add(sum, entry_of<J>(tables, first));
+  BD_IN_ORDER(sum);
+  sum = Lanes::add(sum, entry_of<J>(tables + kVector, second));
+  BD_IN_ORDER(sum);
+  return sum;
+}
+
+inline Type add_rows(Type sum, const char *tables, uint64_t first, uint64_t second) {
+  sum = add_both<0>(sum, tables, first, second);
+  sum = add_both<1>(sum, tables, first, second);
+  sum = add_both<2>(sum, tables, first, second);
+  return add_both<3>(sum, tables, first, second);
+}
+
 // G groups of one block. Inlined, the loop would keep its pointers in memory.
 template <int G>
 BD_NOINLINE void add_groups(const uint8_t *w, const char *tables, int16_t (*sums)[kTokens]) {
   for (int r = 0; r < BD_BLOCK_ROWS; r += 2) {
     Type one = Lanes::load(sums[r]), two = Lanes::load(sums[r + 1]);
-    for (int g = 0; g < G; ++g) {
-      uint64_t bytes;
-      memcpy(&bytes, w + g * BD_BLOCK_BYTES + 4 * r, sizeof bytes);
-      one = add_row(one, tables + g * kVector, bytes);
-      two = add_row(two, tables + g * kVector, bytes >> 32);
+    uint64_t first, second;
+    memcpy(&first, w + 4 * r, sizeof first);
+    if constexpr (G == kPass) {
+      memcpy(&second, w + BD_BLOCK_BYTES + 4 * r, sizeof second);
+      one = add_rows(one, tables, first, second);
+      two = add_rows(two, tables, first >> 32, second >> 32);
+    } else {
+      one = add_row(one, tables, first);
+      two = add_row(two, tables, first >> 32);
     }
     Lanes::store(sums[r], one);
     Lanes::store(sums[r + 1], two);

@@ -18,6 +18,7 @@ const BdKernels kTable = {"neon",
                           neon::ternary,
                           neon::ternary_float,
                           neon::ternary_base3,
+                          neon::unpack_base3,
                           &neon::heads,
                           &neon::attention,
                           0};

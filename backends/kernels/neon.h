@@ -14,6 +14,7 @@ void gate(const BdGate *in, float *out, int64_t first, int64_t last);
 void ternary(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
+void unpack_base3(const BdTernary *w, uint8_t *out, int64_t first, int64_t last);
 extern const BdHeadKernels heads;
 extern const BdAttentionKernels attention;
 }  // namespace neon

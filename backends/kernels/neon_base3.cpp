@@ -42,6 +42,27 @@ void block_dots(const uint8_t *packed, const int8_t *q, int64_t stride, int64_t 
   kTiles[count](packed + BD_BLOCK_BYTES / 2, q, stride, groups, dots + BD_BLOCK_ROWS / 2);
 }
 
+// 16 bytes of each group of a block, as in avx2_base3.cpp.
+void unpack_rows(const uint8_t *w, int64_t groups, uint8_t *out, const uint8_t *end) {
+  uint8x16_t byte = vdupq_n_u8(0);
+  int codes_in_byte = 0;
+  for (int64_t g = 0; g < groups; ++g, w += BD_BLOCK_BYTES) {
+    uint8x16_t bytes = vld1q_u8(w);
+    for (int s = 0; s < 5; ++s) {
+      const uint8x16_t codes = vreinterpretq_u8_s8(next_codes(&bytes));
+      byte = vsliq_n_u8(vshrq_n_u8(byte, 2), codes, 6);
+      if (++codes_in_byte < 4) continue;
+      if (out < end) vst1q_u8(out, byte);
+      byte = vdupq_n_u8(0);
+      codes_in_byte = 0;
+      out += BD_BLOCK_BYTES;
+    }
+  }
+  if (out >= end) return;
+  for (; codes_in_byte < 4; ++codes_in_byte) byte = vshrq_n_u8(byte, 2);
+  vst1q_u8(out, byte);
+}
+
 }  // namespace
 
 namespace bitdistill {
@@ -58,6 +79,15 @@ void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t fir
       for (int t = 0; t < count; ++t, ++token)
         write_rows(w, block, dots[t], in->sum[token], in->down[token], y + token * w->rows);
     }
+}
+
+void unpack_base3(const BdTernary *w, uint8_t *out, int64_t first, int64_t last) {
+  const int64_t groups = base3_groups(w->columns);
+  const int64_t bytes = groups_of(w->columns) * BD_BLOCK_BYTES;
+  for (int64_t block = first; block < last; ++block)
+    for (int64_t i = 0; i < BD_BLOCK_BYTES; i += 16)
+      unpack_rows(base3_block(w, block) + i, groups, out + block * bytes + i,
+                  out + (block + 1) * bytes);
 }
 
 }  // namespace neon

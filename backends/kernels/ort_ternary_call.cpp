@@ -11,7 +11,10 @@
 namespace bitdistill {
 namespace {
 
-constexpr int64_t kFewTokens = 8;  // below, small tasks of rows; from here on, large ones
+constexpr int64_t kFewTokens = 8;       // below, small tasks of rows; from here on, large ones
+constexpr int64_t kUnpackedTokens = 8;  // from here on, base 3 is worth unpacking
+
+size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct TernaryCall {
   Tensor in[kTernaryInputs];
@@ -104,9 +107,9 @@ void add_rows(const float *residual, const BdTernary &w, int64_t tokens, float *
 }
 
 ort::Status *multiply(const TernaryNode &k, const ort::KernelContext *context, const TernaryCall &c,
-                      const BdTernary &w, const BdTokens &tokens) {
+                      const BdTernary &w, bool base3, const BdTokens &tokens) {
   const auto kernel = k.bits == 0 ? k.kernels->ternary_float
-                      : k.base3   ? k.kernels->ternary_base3
+                      : base3     ? k.kernels->ternary_base3
                                   : k.kernels->ternary;
   const float *residual = c.floats(kResidual);
   const auto part = [&](const BdTernary *rows, const BdTokens *some, float *y, int64_t a,
@@ -129,6 +132,15 @@ ort::Status *multiply(const TernaryNode &k, const ort::KernelContext *context, c
   });
 }
 
+// Weights in base 3 are unpacked once for a prompt's tokens: that costs what a few of them do.
+ort::Status *unpack(const TernaryNode &k, const ort::KernelContext *context, BdTernary *w,
+                    uint8_t *out) {
+  BD_TRY(parallel(k.api, context, bd_blocks(w->rows), chunk_of(static_cast<double>(w->columns)),
+                  [&](int64_t a, int64_t b) { k.kernels->unpack_base3(w, out, a, b); }));
+  w->packed = out;
+  return nullptr;
+}
+
 // A model stores one scale a matrix, or a few; the kernels take one a row. Kept for every node they
 // would be 1.4 MB of a 0.6B model, read from memory for each token.
 void expand_scales(const TernaryNode &k, const float *scale, float *out) {
@@ -143,17 +155,21 @@ ort::Status *run_ternary(const TernaryNode &k, ort::KernelContext *context) {
   BD_TRY(read_call(k, context, &c));
   BD_TRY(make_output(k.api, context, c.in[kX], c.in[kX].rank - 1, k.rows, &c.y));
   if (c.tokens == 0) return nullptr;
-  const size_t scale_bytes = (static_cast<size_t>(k.rows) * sizeof(float) + 63) / 64 * 64;
-  const Scratch scratch(scale_bytes + bd_scratch_bytes(c.tokens, k.columns, k.bits));
+  const bool unpacked = k.base3 && c.tokens >= kUnpackedTokens;
+  const size_t scale_bytes = whole_lines(static_cast<size_t>(k.rows) * sizeof(float));
+  const size_t code_bytes =
+      unpacked ? static_cast<size_t>(bd_packed_bytes(k.rows, k.columns)) : 0;  // whole lines
+  const Scratch scratch(scale_bytes + code_bytes + bd_scratch_bytes(c.tokens, k.columns, k.bits));
   if (scratch.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
   float *row_scales = static_cast<float *>(scratch.data());
   expand_scales(k, c.floats(kScale), row_scales);
   char *rest = static_cast<char *>(scratch.data()) + scale_bytes;
-  const BdTokens tokens = bd_tokens(rest, c.tokens, k.columns, k.bits);
+  const BdTokens tokens = bd_tokens(rest + code_bytes, c.tokens, k.columns, k.bits);
   BD_TRY(prepare(k, context, c, tokens));
-  const BdTernary w = {static_cast<const uint8_t *>(c.in[kW].data), row_scales, c.floats(kBias),
-                       k.rows, k.columns};
-  return multiply(k, context, c, w, tokens);
+  BdTernary w = {static_cast<const uint8_t *>(c.in[kW].data), row_scales, c.floats(kBias), k.rows,
+                 k.columns};
+  if (unpacked) BD_TRY(unpack(k, context, &w, reinterpret_cast<uint8_t *>(rest)));
+  return multiply(k, context, c, w, k.base3 && !unpacked, tokens);
 }
 
 }  // namespace bitdistill

@@ -120,6 +120,25 @@ void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t fir
     }
 }
 
+// Quads of columns come in the same order in both layouts, five of them a byte or four.
+void unpack_base3(const BdTernary *w, uint8_t *out, int64_t first, int64_t last) {
+  const int64_t groups = base3_groups(w->columns), quads = 4 * groups_of(w->columns);
+  for (int64_t block = first; block < last; ++block) {
+    const uint8_t *packed = base3_block(w, block);
+    uint8_t *bytes = out + block * groups_of(w->columns) * BD_BLOCK_BYTES;
+    memset(bytes, 0, static_cast<size_t>(quads / 4) * BD_BLOCK_BYTES);
+    for (int64_t i = 0; i < BD_BLOCK_BYTES; ++i)
+      for (int64_t g = 0; g < groups; ++g) {
+        int byte = packed[g * BD_BLOCK_BYTES + i];
+        for (int64_t quad = 5 * g; quad < 5 * g + 5 && quad < quads; ++quad) {
+          bytes[quad / 4 * BD_BLOCK_BYTES + i] |=
+              static_cast<uint8_t>((3 * byte >> 8) << (2 * (quad % 4)));
+          byte = 3 * byte & 255;
+        }
+      }
+  }
+}
+
 int supported() { return 1; }
 
 const BdKernels kTable = {"scalar",
@@ -130,6 +149,7 @@ const BdKernels kTable = {"scalar",
                           ternary,
                           ternary_float,
                           ternary_base3,
+                          unpack_base3,
                           &bitdistill::scalar_heads,
                           &bitdistill::scalar_attention,
                           0};

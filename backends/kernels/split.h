@@ -33,7 +33,10 @@ class Split {
         blocks_(blocks),
         token_parts_(within(tokens / kTile, kTileShares * threads)),
         block_parts_(1) {
-    if (by_tokens && tokens % (kTile * threads) == 0) return;
+    if (by_tokens && tokens % (kTile * threads) == 0) {
+      block_parts_ = (blocks + kTableBlocks - 1) / kTableBlocks;
+      return;
+    }
     const int64_t parts = shares * threads;
     block_parts_ = within(blocks / kBlocks, parts);
     token_parts_ = within((parts + block_parts_ - 1) / block_parts_, tokens / kTokens);
@@ -55,7 +58,8 @@ class Split {
  private:
   static constexpr int64_t kBlocks = 32;  // of 32 rows: a part with fewer had better split tokens
   static constexpr int64_t kTokens = 32;
-  static constexpr int64_t kTile = 16;  // tokens of a tile: parts are whole tiles
+  static constexpr int64_t kTableBlocks = 96;  // tables are made for so many at once: lookup.h
+  static constexpr int64_t kTile = 16;         // tokens of a tile: parts are whole tiles
   static constexpr int64_t kTileShares = 8;
 
   static int64_t within(int64_t value, int64_t most) {

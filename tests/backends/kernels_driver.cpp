@@ -74,6 +74,15 @@ std::vector<float> run_base3(const BdKernels *kernels, const Layer &layer,
   return y;
 }
 
+std::vector<uint8_t> run_unpack(const BdKernels *kernels, const Layer &layer,
+                                const std::vector<uint8_t> &packed) {
+  std::vector<uint8_t> out(static_cast<size_t>(bd_packed_bytes(layer.rows, layer.columns)), 255);
+  BdTernary w = layer.weights();
+  w.packed = packed.data();
+  kernels->unpack_base3(&w, out.data(), 0, bd_blocks(layer.rows));
+  return out;
+}
+
 bool same(const std::vector<float> &a, const std::vector<float> &b) {
   for (size_t i = 0; i < a.size(); ++i)
     if (!(a[i] == b[i]) && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
@@ -189,6 +198,7 @@ bool compare(const BdKernels *kernels, unsigned seed, BdPool *pool) {
           for (uint8_t &byte : base3) byte = static_cast<uint8_t>(random());
           if (!same(run_base3(kernels, layer, base3, x), run_base3(oracle, layer, base3, x)))
             return false;
+          if (run_unpack(kernels, layer, base3) != run_unpack(oracle, layer, base3)) return false;
           if (!same_gate(kernels, oracle, random, tokens, columns)) return false;
           if (!same_head(kernels, oracle, random, tokens, rows, columns)) return false;
           if (!same_table(kernels, oracle, random, tokens, rows, columns, bits == 8 ? 8 : 4))

@@ -7,8 +7,8 @@ import pytest
 from kernel_oracle import F, oracle, random_trits, same
 from op_models import ATTRIBUTES, model, session
 
-from bitdistill.backends.kernels.binding import Kernels, available_isas, library
-from bitdistill.packing import base3_shape, pack_base3, pack_kernel
+from bitdistill.backends.kernels.binding import Kernels, Ternary, available_isas, library
+from bitdistill.packing import base3_shape, kernel_shape, pack_base3, pack_kernel, unpack_kernel
 
 ISAS = available_isas()
 SHAPES = [(1, 1), (20, 32), (21, 33), (39, 5), (100, 75), (129, 31), (260, 64), (1001, 40)]
@@ -55,6 +55,29 @@ def test_every_byte_is_read_as_specified(isa: str) -> None:
     assert np.array_equal(Kernels(isa).ternary_dots(q, packed, 256, layout=2), expected)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [*SHAPES, (80, 64), (96, 32), (112, 33), (1024, 32)])
+def test_unpacked_they_are_layout_1(isa: str, shape: tuple[int, int]) -> None:
+    k, n = shape
+    trits = random_trits(np.random.default_rng(k), n, k)
+    first = pack_base3(trits)
+    any_bytes = np.random.default_rng(n).integers(0, 256, first.shape, np.uint8)
+    for packed in (first, any_bytes):
+        results = []
+        for one in (isa, "scalar"):
+            out = np.full((*kernel_shape(n, k), 2), 255, np.uint8)  # and as much behind it
+            w = Ternary(packed.ctypes.data, None, None, n, k)
+            blocks = len(packed)
+            Kernels(one).table.unpack_base3(w, out.ctypes.data, blocks // 2, blocks)
+            Kernels(one).table.unpack_base3(w, out.ctypes.data, 0, blocks // 2)
+            flat = out.reshape(2, *kernel_shape(n, k))
+            assert (flat[1] == 255).all()
+            results.append(flat[0].copy())
+        assert np.array_equal(*results)
+        if packed is first:
+            assert np.array_equal(unpack_kernel(results[0], n, k), trits)
+
+
 def test_bytes_without_trits_are_found() -> None:
     lib = library()
     numbers = np.array([-(-x * 256 // 243) for x in range(243)], np.uint8)
@@ -66,7 +89,7 @@ def test_bytes_without_trits_are_found() -> None:
         assert lib.bd_base3_bytes(rows, columns) == np.prod(base3_shape(rows, columns))
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, 7, 9, 64])
 def test_a_session_equals_layout_1(tokens: int) -> None:
     rng = np.random.default_rng(1)
     trits, scale = random_trits(rng, 75, 100), rng.random(75, F)

@@ -34,6 +34,7 @@ AVX512 = ["-mavx2", "-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "dq", 
 MACHINE = {
     "avx2_ceilings": (["-mavx2", "-mfma"], None),
     "avx2_attention": (["-mavx2", "-mf16c", "-mfma"], None),
+    "avx2_lookup": (["-mavx2", "-mf16c", "-mbmi2"], None),
     "avx2_": (["-mavx2", "-mf16c"], None),
     "avx_vnni_": (["-mavx2", "-mf16c", "-mavxvnni"], "BD_AVX_VNNI"),
     "avx512_vnni_": (AVX512, "BD_AVX512_VNNI"),
