@@ -6,8 +6,9 @@
 A row is what `bitdistill train --recipe showcase/TASK --set seed=N`, `export` and `eval` make, and
 this only calls them: teacher, BitNet-SFT, student, its ONNX and MLX artifacts, and (`--methods
 paper`) a student by the paper's method, which shares teacher and BitNet-SFT. `--jobs` trainings run
-at a time on the GPU. Scoring goes on beside them, one unit at a time: rows in PyTorch on
-`--device`, students in fp64 too (what rounding alone changes), artifacts on `--threads` of the CPU.
+at a time on the GPU; stage 2 comes first, and beside it what does not wait for it. Scoring goes on
+beside them, one unit at a time: rows in PyTorch on `--device`, students in fp64 too (what rounding
+alone changes), artifacts on `--threads` of the CPU.
 
 Whatever is complete is skipped and what was interrupted goes on, so a table can be filled in
 several sittings: SIGTERM and Ctrl-C let the trainings save. What each command said is in OUT/logs.
@@ -27,6 +28,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from bitdistill.config import load_config
 
 TASKS = ("sst2-movie", "qnli-privacy", "boolq", "summary-bbc", "summary-debian")
 SHARED = ("teacher", "bitnet-sft")  # stages that do not depend on the method
@@ -91,19 +94,34 @@ class Unit:
         suffix = "" if method == "default" else f"-{method}"
         return self.options.out / f"{self.name}{suffix}"
 
+    def pretrain(self, shell: Shell) -> None:
+        """Every method's stage 2, which the other units find in the shared directory."""
+        for method in self.options.methods:
+            self._train(shell, method, "pretrained", "bitnet_sft.enabled=false")
+
+    def prepare(self, shell: Shell) -> None:
+        """What stage 2 has no part in."""
+        settings = load_config(f"showcase/{self.task}", self.options.set)
+        self._train(shell, "default", SHARED[1] if settings.bitnet_sft.enabled else SHARED[0])
+
     def train(self, shell: Shell) -> None:
         """Every method's student; a complete stage is skipped by the command itself."""
         for method in self.options.methods:
-            run = self.run_of(method)
-            if method != "default":
-                run.mkdir(parents=True, exist_ok=True)
-                for stage in SHARED:
-                    if not (run / stage).exists():
-                        (run / stage).symlink_to((self.run_of("default") / stage).resolve())
-            recipe = f"showcase/{self.task}" + ("" if method == "default" else f"+{method}")
-            settings = [f"seed={self.seed}", *self.options.set]
-            sets = [word for setting in settings for word in ("--set", setting)]
-            shell(run.name, "train", "--recipe", recipe, "--out", str(run), "--resume", *sets)
+            self._train(shell, method, "student")
+
+    def _train(self, shell: Shell, method: str, until: str, *more: str) -> None:
+        run = self.run_of(method)
+        if method != "default":
+            run.mkdir(parents=True, exist_ok=True)
+            for stage in SHARED:
+                theirs = self.run_of("default") / stage
+                if theirs.exists() and not (run / stage).exists():
+                    (run / stage).symlink_to(theirs.resolve())
+        recipe = f"showcase/{self.task}" + ("" if method == "default" else f"+{method}")
+        settings = [f"seed={self.seed}", *self.options.set, *more]
+        sets = [word for setting in settings for word in ("--set", setting)]
+        where = ("--out", str(run), "--resume", "--until", until)
+        shell(run.name, "train", "--recipe", recipe, *where, *sets)
 
     def score(self, shell: Shell) -> None:
         """Export the default student, then `eval` all rows together; done once."""
@@ -129,8 +147,13 @@ class Unit:
 def fill(units: Sequence[Unit], shell: Shell, jobs: int) -> list[str]:
     """Train `jobs` units at a time and score each when it is trained; what went wrong."""
     with ThreadPoolExecutor(jobs) as trainings, ThreadPoolExecutor(1) as scorings:
+        # the pool takes them in this order, so nothing waits for what has not begun
+        early = [trainings.submit(units[0].pretrain, shell)]
+        early += [trainings.submit(u.prepare, shell) for u in (units[1:] if jobs > 1 else ())]
 
         def both(unit: Unit) -> Future[None]:
+            early[0].result()
+            early[min(units.index(unit), len(early) - 1)].result()
             unit.train(shell)
             return scorings.submit(unit.score, shell)
 
