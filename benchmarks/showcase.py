@@ -4,11 +4,12 @@
     bitdistill report docs/results/showcase.jsonl
 
 A row is what `bitdistill train --recipe showcase/TASK --set seed=N`, `export` and `eval` make, and
-this only calls them: teacher, BitNet-SFT, student, its ONNX and MLX artifacts, and (`--methods
-paper`) a student by the paper's method, which shares teacher and BitNet-SFT. `--jobs` trainings run
-at a time on the GPU; stage 2 comes first, and beside it what does not wait for it. Scoring goes on
-beside them, one unit at a time: rows in PyTorch on `--device`, students in fp64 too (what rounding
-alone changes), artifacts on `--threads` of the CPU.
+this only calls them: teacher, BitNet-SFT, student, and (`--methods paper`) a student by the paper's
+method, which shares teacher and BitNet-SFT. `--jobs` trainings run at a time on the GPU; stage 2
+comes first, and beside it what does not wait for it. Scoring goes on beside them, one unit at a
+time: rows in PyTorch on `--device`, students in fp64 too (what rounding alone changes); and the
+student beside its ONNX and MLX artifacts, which run on `--threads` of the CPU, on the first
+`--artifact-examples`, into a file of their own.
 
 Whatever is complete is skipped and what was interrupted goes on, so a table can be filled in
 several sittings: SIGTERM and Ctrl-C let the trainings save. What each command said is in OUT/logs.
@@ -32,6 +33,7 @@ from typing import Any
 from bitdistill.config import load_config
 
 TASKS = ("sst2-movie", "qnli-privacy", "boolq", "summary-bbc", "summary-debian")
+TARGETS = ("onnx", "mlx")
 SHARED = ("teacher", "bitnet-sft")  # stages that do not depend on the method
 
 
@@ -124,44 +126,63 @@ class Unit:
         shell(run.name, "train", "--recipe", recipe, *where, *sets)
 
     def score(self, shell: Shell) -> None:
-        """Export the default student, then `eval` all rows together; done once."""
+        """`eval` all rows in PyTorch together."""
+        run = self.run_of("default")
+        rows = [run / s for s in (*SHARED, "student") if (run / s).exists()]
+        rows += [self.run_of(m) / "student" for m in self.options.methods if m != "default"]
+        self._eval(shell, "scored", rows, self.options.results)
+
+    def score_artifacts(self, shell: Shell) -> None:
+        """Export the default student, and `eval` it beside its artifacts."""
         run, options = self.run_of("default"), self.options
-        done = run / "scored"
-        if done.exists():
-            return
-        rows = [run / stage for stage in (*SHARED, "student")]
-        for target in ("onnx", "mlx"):
+        rows = [run / "student"]
+        for target in TARGETS:
             rows.append(run / target)
             if not (run / target / "bitdistill.json").exists():
                 what = ("--target", target, "--out", str(run / target), "--no-parity")
-                shell(run.name, "export", str(run / "student"), *what, cpu=True)
-        rows += [self.run_of(m) / "student" for m in options.methods if m != "default"]
+                shell(f"{run.name}-artifacts", "export", str(rows[0]), *what, cpu=True)
+        count = options.artifact_examples
+        limit = () if count is None else ("--limit", str(count))
+        self._eval(shell, "artifacts-scored", rows, options.artifact_results, *limit)
+
+    def _eval(self, shell: Shell, mark: str, rows: list[Path], out: Path, *more: str) -> None:
+        """Once."""
+        run, options = self.run_of("default"), self.options
+        done = run / mark
+        if done.exists():
+            return
         held = options.data / self.task / options.file
-        settings = ["--data", str(held), "--seed", str(self.seed), "--no-speed", "--floor"]
+        settings = ["--data", str(held), "--seed", str(self.seed), "--no-speed", "--floor", *more]
         settings += ["--device", options.device, "--threads", str(options.threads)]
-        places = ("--out", str(options.results), "--store", str(options.out / "evals"))
-        shell(run.name, "eval", *map(str, rows), *settings, *places)
+        places = ("--out", str(out), "--store", str(options.out / f"evals-{mark}"))
+        shell(f"{run.name}-{mark}", "eval", *map(str, rows), *settings, *places)
         done.touch()
 
 
 def fill(units: Sequence[Unit], shell: Shell, jobs: int) -> list[str]:
     """Train `jobs` units at a time and score each when it is trained; what went wrong."""
-    with ThreadPoolExecutor(jobs) as trainings, ThreadPoolExecutor(1) as scorings:
+    with (
+        ThreadPoolExecutor(jobs) as trainings,
+        ThreadPoolExecutor(1) as scorings,
+        ThreadPoolExecutor(1) as artifacts,
+    ):
         # the pool takes them in this order, so nothing waits for what has not begun
         early = [trainings.submit(units[0].pretrain, shell)]
         early += [trainings.submit(u.prepare, shell) for u in (units[1:] if jobs > 1 else ())]
 
-        def both(unit: Unit) -> Future[None]:
+        def whole(unit: Unit) -> list[Future[None]]:
             early[0].result()
             early[min(units.index(unit), len(early) - 1)].result()
             unit.train(shell)
-            return scorings.submit(unit.score, shell)
+            work = (scorings, unit.score), (artifacts, unit.score_artifacts)
+            return [pool.submit(step, shell) for pool, step in work]
 
-        futures = [trainings.submit(both, unit) for unit in units]
+        futures = [trainings.submit(whole, unit) for unit in units]
         errors = []
         for future in futures:
             try:
-                future.result().result()
+                for scored in future.result():
+                    scored.result()
             except Failed as error:
                 errors.append(str(error))
                 print(error, file=sys.stderr, flush=True)
@@ -177,6 +198,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=["paper"], default=[])
     parser.add_argument("--out", type=Path, default=Path("runs/showcase"))
     parser.add_argument("--results", type=Path, default=Path("docs/results/showcase.jsonl"))
+    artifact_results = Path("docs/results/showcase-artifacts.jsonl")
+    parser.add_argument("--artifact-results", type=Path, default=artifact_results)
+    parser.add_argument("--artifact-examples", type=int, metavar="N", help="the first N; else all")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of task folders")
     parser.add_argument("--file", default="validation.jsonl", help="what is scored, in each")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")

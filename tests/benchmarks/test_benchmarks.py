@@ -84,7 +84,8 @@ def test_showcase(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Pa
     options = ["--tasks", "sst2-movie", "--seeds", "3", "--methods", "paper"]
     options += [word for setting in settings for word in ("--set", setting)]
     options += ["--device", "cpu", "--threads", "1"]
-    results = tmp_path / "showcase.jsonl"
+    results, of_artifacts = tmp_path / "showcase.jsonl", tmp_path / "artifacts.jsonl"
+    options += ["--artifact-results", str(of_artifacts), "--artifact-examples", "8"]
     command = [str(SCRIPTS / "showcase.py"), *options, "--results", str(results)]
     for _ in range(2):
         lines_of(*command, folder=tmp_path)
@@ -94,8 +95,6 @@ def test_showcase(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Pa
             ("fp16-sft", "torch", 3, 12),
             ("bitnet-sft", "torch", 3, 12),
             ("bitdistill", "torch", 3, 12),
-            ("bitdistill", "onnx", 3, 12),
-            ("bitdistill", "mlx", 3, 12),
             ("bitdistill-paper", "torch", 3, 12),
             ("bitnet-sft", "torch", 3, 12),  # in fp64, as what follows
             ("bitdistill", "torch", 3, 12),
@@ -103,7 +102,10 @@ def test_showcase(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Pa
         ]
         compared = [r["artifact"] for r in records if r["metric"] == "agreement"]
         wide = [f"{row} (cpu) (float64)" for row in ("bitnet-sft", "student", "student")]
-        assert compared == ["onnx", "mlx", *wide]
+        assert compared == wide
+        records = [json.loads(line) for line in of_artifacts.read_text().splitlines()]
+        agreed = [(r["artifact"], r["n"]) for r in records if r["metric"] == "agreement"]
+        assert agreed == [("onnx", 8), ("mlx", 8), ("student (cpu) (float64)", 8)]
 
 
 PROBE = """
