@@ -154,6 +154,7 @@ class Unit:
         held = options.data / self.task / options.file
         settings = ["--data", str(held), "--seed", str(self.seed), "--no-speed", "--floor", *more]
         settings += ["--device", options.device, "--threads", str(options.threads)]
+        settings += ["--batch-size", str(options.batch_size)]
         places = ("--out", str(out), "--store", str(options.out / f"evals-{mark}"))
         shell(f"{run.name}-{mark}", "eval", *map(str, rows), *settings, *places)
         done.touch()
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="of scoring")
     parser.add_argument("--threads", type=int, default=4, help="of scoring")
+    parser.add_argument("--batch-size", type=int, default=64, help="of scoring")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     options.methods = ["default", *options.methods]

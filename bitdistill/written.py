@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ from bitdistill.mixtures import splices
 from bitdistill.schema import Config
 
 SHARD = 1024  # documents of a file
-BATCH_TOKENS = 2**17  # prompts and summaries of one batch, padding included
-MAX_ROWS = 256
+CACHE_BYTES = {"cuda": 2**33, "cpu": 2**30}  # keys and values of one batch
+MAX_ROWS = 1024
 
 
 class Written:
@@ -104,6 +105,14 @@ def _save(file: Path, answers: list[list[int]]) -> None:
     partial.replace(file)
 
 
+def batch_rows(config: Any, length: int, hardware: Hardware) -> int:
+    """How many texts of `length` tokens, padding included, a model writes at a time."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    room = CACHE_BYTES["cuda" if hardware.cuda else "cpu"]
+    return max(1, min(MAX_ROWS, room // (values * hardware.dtype.itemsize * length)))
+
+
 @torch.no_grad()
 def _write(
     teacher: PreTrainedModel,
@@ -117,7 +126,7 @@ def _write(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while order:
         width = len(prompts[order[0]])
-        rows = max(1, min(MAX_ROWS, BATCH_TOKENS // (width + int(limits.max_new_tokens or 0))))
+        rows = batch_rows(teacher.config, width + int(limits.max_new_tokens or 0), hardware)
         chosen, order = order[:rows], order[rows:]
         ids_BT = torch.full((len(chosen), width), int(limits.pad_token_id or 0))
         mask_BT = torch.zeros_like(ids_BT)

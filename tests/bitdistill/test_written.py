@@ -15,6 +15,7 @@ from bitdistill import written
 from bitdistill.data import UNLABELLED
 from bitdistill.distributed import World
 from bitdistill.feeds import task_batches
+from bitdistill.hardware import Hardware
 from bitdistill.mixtures import splices
 from bitdistill.recipe import train
 from bitdistill.schema import Config
@@ -47,6 +48,15 @@ def test_splices_are_cut_between_sentences() -> None:
             seen.add(made)
     assert len(seen) > 15
     assert splices(examples, "1") == splices(examples, "1")
+
+
+def test_a_batch_is_as_large_as_its_keys_and_values_allow(make_teacher: Callable[..., Any]) -> None:
+    config = make_teacher("llama", num_hidden_layers=4).config  # 2 key heads of 16, in fp32
+    hardware = Hardware(torch.device("cpu"), torch.float32)
+    a_token = 2 * 4 * 2 * 16 * 4
+    assert written.batch_rows(config, 2**12, hardware) == 2**30 // (a_token * 2**12)
+    assert written.batch_rows(config, 10, hardware) == written.MAX_ROWS
+    assert written.batch_rows(config, 2**40, hardware) == 1
 
 
 def test_the_teacher_s_greedy_answers(
