@@ -99,7 +99,7 @@ class TorchRuntime(Runtime):
         self.model.to(self.device)
         self.vocabulary = int(self.model.config.vocab_size)
         self.context = int(self.model.config.max_position_embeddings)
-        self.stop_tokens = _stop_tokens(self.model)
+        self.stop_tokens = checkpoint.stop_tokens(path, self.model.config.to_dict())
 
     def new_cache(self, capacity: int) -> TorchCache:
         """An empty cache for one sequence of up to `capacity` tokens."""
@@ -190,15 +190,6 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
             continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
-
-
-def _stop_tokens(model: PreTrainedModel) -> list[int]:
-    generation = getattr(model, "generation_config", None)
-    stop = getattr(generation, "eos_token_id", None)
-    stop = model.config.eos_token_id if stop is None else stop
-    if stop is None:
-        return []
-    return [stop] if isinstance(stop, int) else list(stop)
 
 
 def _floats(logits: torch.Tensor) -> Floats:

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitdistill.config import EXPERIMENTS, load_config
+from bitdistill.decoder import head_width
 from bitdistill.hardware import TrainingError
 from bitdistill.losses import CHUNK_ELEMENTS
 from bitdistill.monitor import PEAK_OPERATIONS, forward_operations
@@ -101,7 +102,7 @@ def stage_tokens(name: str, stage: Training, examples: int, per_example: float) 
 def _values_a_token(config: Any) -> float:
     """Values that a layer keeps of a token for the backward pass, by the widths it works in."""
     heads, keys = config.num_attention_heads, config.num_key_value_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head = head_width(config)
     return 4 * config.hidden_size + 2 * (heads + 2 * keys) * head + 3 * config.intermediate_size
 
 

@@ -212,6 +212,12 @@ def _rotary(family: Family, config: Any) -> tuple[list[str], tuple[RotarySpec, .
     return kinds, tuple(tables)
 
 
+def head_width(config: Any) -> int:
+    """Width of an attention head; some configurations leave it to their other sizes."""
+    stated: int | None = getattr(config, "head_dim", None)
+    return stated or int(config.hidden_size) // int(config.num_attention_heads)
+
+
 def decoder_spec(config: Any) -> DecoderSpec:
     """The spec of a student from its (transformers) config, as `config_class` makes it.
 
@@ -222,7 +228,7 @@ def decoder_spec(config: Any) -> DecoderSpec:
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if values.get(cap) is not None:
             raise ValueError(f"{cap} is not supported")
-    head_dim = values.get("head_dim") or config.hidden_size // config.num_attention_heads
+    head_dim = head_width(config)
     kinds, rotary = _rotary(family, config)
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * (
         config.num_hidden_layers

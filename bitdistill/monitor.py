@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitdistill.decoder import head_width
 from bitdistill.hardware import Hardware
 from bitdistill.objective import Objective
 from bitdistill.quantize import WEIGHT_EPS, BitLinear, ternarize, ternary_scale
@@ -32,8 +33,7 @@ def forward_operations(model: PreTrainedModel, length: int) -> float:
     """
     body = sum(p.numel() for p in layers_of(model).parameters() if p.ndim > 1)
     config = model.config
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    width = config.num_attention_heads * head_width(config)
     attention = 2 * width * config.num_hidden_layers * length / 2
     return 2 * (body + model.lm_head.weight.numel() + attention)
 

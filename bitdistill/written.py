@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill.checkpoint import ends_of
 from bitdistill.data import task_examples
+from bitdistill.decoder import head_width
 from bitdistill.distributed import World
 from bitdistill.encoding import Encoded, encode_prompts
 from bitdistill.hardware import Hardware
@@ -107,8 +108,7 @@ def _save(file: Path, answers: list[list[int]]) -> None:
 
 def batch_rows(config: Any, length: int, hardware: Hardware) -> int:
     """How many texts of `length` tokens, padding included, a model writes at a time."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values = 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width(config)
     room = CACHE_BYTES["cuda" if hardware.cuda else "cpu"]
     return max(1, min(MAX_ROWS, room // (values * hardware.dtype.itemsize * length)))
 
