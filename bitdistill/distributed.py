@@ -2,14 +2,15 @@
 
 Parameters, gradients and optimizer state are sharded by PyTorch's FSDP2 (`fully_shard`): one group
 a decoder layer, and one for the rest. Master weights travel in fp32, because trits are taken from
-them as they are. Everything else here is a few numbers that every process must know alike: counts,
-whether to save or stop, whether a file was written.
+them as they are. Clipping, optimizer and saved states work on plain tensors, a device's own parts:
+through DTensors they took more of a step than the model. Everything else here is a few numbers that
+every process must know alike: counts, whether to save or stop, whether a file was written.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +104,24 @@ class World:
             )
         return total // self.size
 
+    def part(self, full: Tensor) -> Tensor:
+        """This process' rows of a whole tensor, as FSDP2 cuts it: like `torch.chunk`, so that the
+        last parts may be smaller or empty."""
+        if full.ndim == 0:
+            return full
+        rows = -(-len(full) // self.size)
+        return full[self.rank * rows :][:rows]
+
+    def clip_gradients(self, parts: Sequence[Tensor], limit: float) -> Tensor:
+        """Scale gradients down to a common norm of `limit` at most; the norm before, 0-d."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parts if p.grad is not None])
+        if self.size > 1:
+            square = norm.square()
+            dist.all_reduce(square)
+            norm = square.sqrt()
+        torch.nn.utils.clip_grads_with_norm_(parts, limit, norm)
+        return norm
+
 
 ALONE = World()
 
@@ -126,29 +145,20 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; every process must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def own_parts(model: nn.Module) -> dict[str, Tensor]:
+    """What this device trains, by name: parameters, or its parts of them in the same memory."""
+    return {
+        name: local(p.detach()) if isinstance(p, DTensor) else p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
-def part_like(parameter: Tensor, full: Tensor) -> Tensor:
-    """This device's part of a whole tensor, sharded as `parameter` is and on its device.
-
-    FSDP2 cuts the first dimension as `torch.chunk` does; the last parts may be smaller or empty.
-    """
-    if not isinstance(parameter, DTensor) or full.ndim == 0:
-        return full.to(parameter.device, copy=True)
-    mesh = parameter.device_mesh
-    rows = -(-len(full) // mesh.size())
-    mine = full[mesh.get_local_rank() * rows :][:rows].to(parameter.device, copy=True)
-    return DTensor.from_local(
-        mine,
-        mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+def hand_gradients(parameters: Iterable[Tensor], parts: Iterable[Tensor]) -> None:
+    """Give each part the gradient of its parameter, which then has none."""
+    for parameter, part in zip(parameters, parts, strict=True):
+        part.grad = None if parameter.grad is None else local(parameter.grad)
+        parameter.grad = None
 
 
 @torch.no_grad()
@@ -156,4 +166,5 @@ def collect(sharded: nn.Module, into: nn.Module) -> None:
     """Copy every parameter of a sharded model into a whole one of the same names, on the CPU."""
     targets = dict(into.named_parameters())
     for name, parameter in sharded.named_parameters():
-        targets[name].copy_(whole(parameter.detach()))
+        full = parameter.detach()
+        targets[name].copy_(full.full_tensor() if isinstance(full, DTensor) else full)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bitdistill.data import Batch
-from bitdistill.distributed import ALONE, World, exchange_gradients, whole
+from bitdistill.distributed import ALONE, World, exchange_gradients, hand_gradients
 from bitdistill.hardware import Hardware
 from bitdistill.objective import Objective
 from bitdistill.quantize import cache_weights, forget_weights
@@ -29,11 +29,15 @@ MAX_GRAPHS = 64  # a shape beyond that many runs without one
 
 
 class Engine:
-    """Runs optimizer steps and sums up their terms; `graphs` replays steps as CUDA graphs."""
+    """Runs optimizer steps and sums up their terms; `graphs` replays steps as CUDA graphs.
+
+    `parts` is what this device's optimizer moves (`own_parts` of the student).
+    """
 
     def __init__(
         self,
         objective: Objective,
+        parts: dict[str, Tensor],
         optimizer: torch.optim.Optimizer,
         clip_norm: float,
         hardware: Hardware,
@@ -44,7 +48,8 @@ class Engine:
         self.objective, self.optimizer, self.clip_norm = objective, optimizer, clip_norm
         self.hardware, self.world = hardware, world
         self.totals: dict[str, Tensor] = {}
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._trained = [p for p in objective.student.parameters() if p.requires_grad]
+        self._parts = list(parts.values())
         self._graphs: dict[Any, _Captured] | None = {} if graphs else None
         # capture needs a stream of its own, and autograd remembers streams: all training uses it
         self._stream = torch.cuda.Stream() if graphs else None
@@ -125,8 +130,10 @@ class Engine:
             self._add(terms)
         if cached:
             forget_weights(self.objective.student)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
-        self._add({"gradient_norm": whole(norm)})
+        if sharded:
+            hand_gradients(self._trained, self._parts)
+        norm = self.world.clip_gradients(self._parts, self.clip_norm)
+        self._add({"gradient_norm": norm})
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitdistill.data import Batches
 from bitdistill.hardware import Hardware, TrainingError
@@ -37,13 +38,13 @@ def total_steps(settings: Training, batches: Batches) -> int:
 
 
 def make_optimizer(
-    model: nn.Module, settings: Training, hardware: Hardware, *, graphs: bool
+    parameters: Iterable[Tensor], settings: Training, hardware: Hardware, *, graphs: bool
 ) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors (norms, biases) do not.
 
     With `graphs` the learning rate is a tensor, which a captured step reads from the device.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(parameters)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

@@ -119,6 +119,15 @@ class Distillation(Training):
         return logits or self.relations.active or self.alignment.weight > 0
 
     @model_validator(mode="after")
+    def _ratio_of_something(self) -> Distillation:
+        if self.relations.target_ratio is not None and self.ce == 0:
+            raise ValueError(
+                "relations.target_ratio is a share of the cross-entropy, and ce is 0: give "
+                "relations.weight, and relations.target_ratio=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _mixtures_are_judged(self) -> Distillation:
         if self.mixtures and not self.logits.weight:
             raise ValueError("mixtures have no answers: they need logits.weight above 0")

@@ -72,10 +72,11 @@ class Fit:
         graphs = self.hardware.cuda and self.hardware.wants(machine.graphs) and world.size == 1
         if world.size > 1:
             distributed.shard(objective, self.model, self.hardware.device)
-        self.optimizer = make_optimizer(self.model, settings, self.hardware, graphs=graphs)
-        self.engine = Engine(
-            objective, self.optimizer, settings.clip_norm, self.hardware, world, graphs=graphs
-        )
+        self.parts = distributed.own_parts(self.model)
+        moved = self.parts.values()
+        self.optimizer = make_optimizer(moved, settings, self.hardware, graphs=graphs)
+        rest = settings.clip_norm, self.hardware, world
+        self.engine = Engine(objective, self.parts, self.optimizer, *rest, graphs=graphs)
 
     def fit_relation_weight(self) -> None:
         """Where a target ratio is asked for, find the relations' weight on the first window.
@@ -213,8 +214,7 @@ class Fit:
 
     def _check_weights(self) -> None:
         """A finite loss can still have had gradients that are not; such weights are not kept."""
-        parameters = map(distributed.local, self.model.parameters())
-        if self.world.any(not all(bool(p.isfinite().all()) for p in parameters)):
+        if self.world.any(not all(bool(p.isfinite().all()) for p in self.parts.values())):
             raise self._diverged("the weights are not finite")
 
     def _diverged(self, fact: str) -> TrainingError:
@@ -234,11 +234,11 @@ class Fit:
             "relation_weight": self.objective.relation_weight,
             "tokens": self.tokens,
         }
-        self._states().save(self.step, self.model, self.optimizer, position)
+        self._states().save(self.step, self.parts, self.optimizer, position)
 
     def restore(self) -> None:
         """Return to the newest whole state; FormatError or TrainingError where there is none."""
-        position = self._states().restore(self.model, self.optimizer)
+        position = self._states().restore(self.parts, self.optimizer)
         self.step = position["step"]
         self.batches.restore(position["data"])
         self.objective.relation_weight = position["relation_weight"]

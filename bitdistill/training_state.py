@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitdistill import manifest
-from bitdistill.distributed import ALONE, World, local, part_like
+from bitdistill.distributed import ALONE, World
 from bitdistill.hardware import TrainingError
 
 PREFIX = "step-"
@@ -75,12 +75,13 @@ class States:
     def save(
         self,
         step: int,
-        model: nn.Module,
+        parts: dict[str, Tensor],
         optimizer: torch.optim.Optimizer,
         position: dict[str, Any],
     ) -> None:
         """Write a state, whole or not at all, then forget the oldest beyond `keep`.
 
+        `parts` is what this process trains, by name: the tensors that the optimizer moves.
         TrainingError where it cannot be written, as on a full disk; the states before stay.
         """
         path = self.path / f"{PREFIX}{step:08d}"
@@ -95,7 +96,7 @@ class States:
                         stack.enter_context(manifest.new_directory(path))
                 partial = manifest.partial_of(path)
                 with world.phase():
-                    _write_tensors(partial, model, optimizer, world)
+                    _write_tensors(partial, parts, optimizer, world)
                 with world.phase():
                     if world.main:
                         manifest.write_json(partial / "position.json", {"step": step, **position})
@@ -120,7 +121,7 @@ class States:
             f"free space there{rest if states else ''}"
         )
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def restore(self, parts: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return to the newest whole state and give its position.
 
         Raises FormatError if none is whole, TrainingError if it belongs to another run. Every hash
@@ -129,7 +130,7 @@ class States:
         with self.world.phase():
             path = self._newest_whole() if self.world.main else self.path
         path = self.path / self.world.gather(path.name)[0]
-        _read_tensors(path, model, optimizer)
+        _read_tensors(path, parts, optimizer, self.world)
         return json.loads((path / "position.json").read_text("utf-8"))
 
     def _newest_whole(self) -> Path:
@@ -191,17 +192,16 @@ def _remove(state: Path) -> None:
 
 
 def _write_tensors(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+    folder: Path, parts: dict[str, Tensor], optimizer: torch.optim.Optimizer, world: World
 ) -> None:
     """This process' shards; several processes' files differ in a number."""
     suffix = "" if world.size == 1 else f"-{world.rank:05d}-of-{world.size:05d}"
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(part): name for name, part in parts.items()}
     tensors = _random_states()
-    for parameter, values in optimizer.state.items():
+    for part, values in optimizer.state.items():
         for key, value in values.items():
-            part = local(torch.as_tensor(value)).contiguous()
-            tensors[f"{names[id(parameter)]}:{key}"] = part
-    weights = {name: local(p.detach()).contiguous() for name, p in model.named_parameters()}
+            tensors[f"{names[id(part)]}:{key}"] = torch.as_tensor(value).contiguous()
+    weights = {name: part.detach().contiguous() for name, part in parts.items()}
     save_file(weights, folder / f"{WEIGHTS}{suffix}.safetensors")
     save_file(tensors, folder / f"{OPTIMIZER}{suffix}.safetensors")
 
@@ -227,20 +227,21 @@ class _Shards:
 
 
 @torch.no_grad()
-def _read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _read_tensors(
+    folder: Path, parts: dict[str, Tensor], optimizer: torch.optim.Optimizer, world: World
+) -> None:
     """One tensor at a time; this process keeps the part that it has of it."""
-    parameters = dict(model.named_parameters())
     random_states = {}
     with ExitStack() as stack:
         weights = _Shards(stack, folder, WEIGHTS)
-        for name, parameter in parameters.items():
-            parameter.copy_(part_like(parameter, weights.whole(name)))
+        for name, part in parts.items():
+            part.copy_(world.part(weights.whole(name)))
         tensors = _Shards(stack, folder, OPTIMIZER)
         for key in tensors.names():
             name, _, field = key.rpartition(":")
-            if name in parameters:
-                parameter = parameters[name]
-                optimizer.state[parameter][field] = part_like(parameter, tensors.whole(key))
+            if name in parts:
+                value = world.part(tensors.whole(key)).to(parts[name].device, copy=True)
+                optimizer.state[parts[name]][field] = value
             else:
                 random_states[field] = tensors.first(key)
     _set_random_states(random_states)

@@ -63,6 +63,7 @@ def test_tiny_is_the_default() -> None:
         ("seed", "--set 'seed' is not of the form key.key=value"),
         ("=1", "--set '=1' is not of the form key.key=value"),
         ("seed=[1", "--set seed: the value is not valid YAML"),
+        ("distill.ce=0", "distill: relations.target_ratio is a share of the cross-entropy, and ce"),
         ("distill.steps=null", "distill: give exactly one of steps and epochs"),
         ("pretrain.enabled=true", "pretrain: give exactly one of steps and epochs"),
     ],
