@@ -1,6 +1,7 @@
 """The showcase table: tasks by seeds, each trained, exported and scored, as JSON lines.
 
     python benchmarks/showcase.py --tasks sst2-movie qnli-privacy --seeds 0 1 2
+    python benchmarks/showcase.py --gpus 0 1 --jobs 4    # all of it on two GPUs
     bitdistill report docs/results/showcase.jsonl
 
 A row is what `bitdistill train --recipe showcase/TASK --set seed=N`, `export` and `eval` make, and
@@ -24,8 +25,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,12 @@ class Shell:
     stopped: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(self, name: str, *arguments: str, cpu: bool = False) -> None:
-        """One command, its output appended to logs/NAME.txt; Failed if it does not return 0."""
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
+    def __call__(self, name: str, *arguments: str, gpu: str | None = None) -> None:
+        """One command, its output appended to logs/NAME.txt; Failed if it does not return 0.
+
+        It sees the GPU `gpu` alone: none if that is empty, all of them if it is None.
+        """
+        seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{name}.txt"
         with log.open("ab") as file:
@@ -63,7 +67,7 @@ class Shell:
                     [sys.executable, "-m", "bitdistill", *arguments],
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    env=os.environ | hidden,
+                    env=os.environ | seen,
                 )
                 self.running.add(child)
             code = child.wait()
@@ -96,22 +100,23 @@ class Unit:
         suffix = "" if method == "default" else f"-{method}"
         return self.options.out / f"{self.name}{suffix}"
 
-    def pretrain(self, shell: Shell) -> None:
+    def pretrain(self, shell: Shell, gpu: str | None) -> None:
         """Every method's stage 2, which the other units find in the shared directory."""
         for method in self.options.methods:
-            self._train(shell, method, "pretrained", "bitnet_sft.enabled=false")
+            self._train(shell, gpu, method, "pretrained", "bitnet_sft.enabled=false")
 
-    def prepare(self, shell: Shell) -> None:
+    def prepare(self, shell: Shell, gpu: str | None) -> None:
         """What stage 2 has no part in."""
         settings = load_config(f"showcase/{self.task}", self.options.set)
-        self._train(shell, "default", SHARED[1] if settings.bitnet_sft.enabled else SHARED[0])
+        until = SHARED[1] if settings.bitnet_sft.enabled else SHARED[0]
+        self._train(shell, gpu, "default", until)
 
-    def train(self, shell: Shell) -> None:
+    def train(self, shell: Shell, gpu: str | None) -> None:
         """Every method's student; a complete stage is skipped by the command itself."""
         for method in self.options.methods:
-            self._train(shell, method, "student")
+            self._train(shell, gpu, method, "student")
 
-    def _train(self, shell: Shell, method: str, until: str, *more: str) -> None:
+    def _train(self, shell: Shell, gpu: str | None, method: str, until: str, *more: str) -> None:
         run = self.run_of(method)
         if method != "default":
             run.mkdir(parents=True, exist_ok=True)
@@ -123,16 +128,16 @@ class Unit:
         settings = [f"seed={self.seed}", *self.options.set, *more]
         sets = [word for setting in settings for word in ("--set", setting)]
         where = ("--out", str(run), "--resume", "--until", until)
-        shell(run.name, "train", "--recipe", recipe, *where, *sets)
+        shell(run.name, "train", "--recipe", recipe, *where, *sets, gpu=gpu)
 
-    def score(self, shell: Shell) -> None:
+    def score(self, shell: Shell, gpu: str | None) -> None:
         """`eval` all rows in PyTorch together."""
         run = self.run_of("default")
         rows = [run / s for s in (*SHARED, "student") if (run / s).exists()]
         rows += [self.run_of(m) / "student" for m in self.options.methods if m != "default"]
-        self._eval(shell, "scored", rows, self.options.results)
+        self._eval(shell, gpu, "scored", rows, self.options.results)
 
-    def score_artifacts(self, shell: Shell) -> None:
+    def score_artifacts(self, shell: Shell, gpu: str | None) -> None:
         """Export the default student, and `eval` it beside its artifacts."""
         run, options = self.run_of("default"), self.options
         rows = [run / "student"]
@@ -140,12 +145,14 @@ class Unit:
             rows.append(run / target)
             if not (run / target / "bitdistill.json").exists():
                 what = ("--target", target, "--out", str(run / target), "--no-parity")
-                shell(f"{run.name}-artifacts", "export", str(rows[0]), *what, cpu=True)
+                shell(f"{run.name}-artifacts", "export", str(rows[0]), *what, gpu="")
         count = options.artifact_examples
         limit = () if count is None else ("--limit", str(count))
-        self._eval(shell, "artifacts-scored", rows, options.artifact_results, *limit)
+        self._eval(shell, gpu, "artifacts-scored", rows, options.artifact_results, *limit)
 
-    def _eval(self, shell: Shell, mark: str, rows: list[Path], out: Path, *more: str) -> None:
+    def _eval(
+        self, shell: Shell, gpu: str | None, mark: str, rows: list[Path], out: Path, *more: str
+    ) -> None:
         """Once."""
         run, options = self.run_of("default"), self.options
         done = run / mark
@@ -156,38 +163,97 @@ class Unit:
         settings += ["--device", options.device, "--threads", str(options.threads)]
         settings += ["--batch-size", str(options.batch_size)]
         places = ("--out", str(out), "--store", str(options.out / f"evals-{mark}"))
-        shell(f"{run.name}-{mark}", "eval", *map(str, rows), *settings, *places)
+        shell(f"{run.name}-{mark}", "eval", *map(str, rows), *settings, *places, gpu=gpu)
         done.touch()
 
 
-def fill(units: Sequence[Unit], shell: Shell, jobs: int) -> list[str]:
-    """Train `jobs` units at a time and score each when it is trained; what went wrong."""
-    with (
-        ThreadPoolExecutor(jobs) as trainings,
-        ThreadPoolExecutor(1) as scorings,
-        ThreadPoolExecutor(1) as artifacts,
-    ):
-        # the pool takes them in this order, so nothing waits for what has not begun
-        early = [trainings.submit(units[0].pretrain, shell)]
-        early += [trainings.submit(u.prepare, shell) for u in (units[1:] if jobs > 1 else ())]
+@dataclass(frozen=True)
+class Step:
+    """One step of a unit: which workers do it, and the names of the steps that it comes after."""
 
-        def whole(unit: Unit) -> list[Future[None]]:
-            early[0].result()
-            early[min(units.index(unit), len(early) - 1)].result()
-            unit.train(shell)
-            work = (scorings, unit.score), (artifacts, unit.score_artifacts)
-            return [pool.submit(step, shell) for pool, step in work]
+    name: str
+    work: str  # "stage 2", "train", "score" or "artifacts"
+    run: Callable[[Shell, str | None], None]
+    after: tuple[str, ...] = ()
 
-        futures = [trainings.submit(whole, unit) for unit in units]
-        errors = []
-        for future in futures:
-            try:
-                for scored in future.result():
-                    scored.result()
-            except Failed as error:
-                errors.append(str(error))
+
+def steps_of(units: Sequence[Unit]) -> list[Step]:
+    """All steps, those first that are to be done first when they can be."""
+    first = Step("stage 2", "stage 2", units[0].pretrain)
+    prepared = [Step(f"{u.name}: prepare", "train", u.prepare) for u in units[1:]]
+    steps = [first]
+    for unit in units:
+        name, own = f"{unit.name}: train", f"{unit.name}: prepare"
+        after = (first.name,) if unit is units[0] else (first.name, own)
+        steps.append(Step(name, "train", unit.train, after))
+        steps.append(Step(f"{unit.name}: score", "score", unit.score, (name,)))
+        steps.append(Step(f"{unit.name}: artifacts", "artifacts", unit.score_artifacts, (name,)))
+    return [*steps, *prepared]
+
+
+class Work:
+    """Hands steps out in their order; one whose forerunner failed is not done."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        self.left, self.done, self.errors = list(steps), set[str](), list[str]()
+        self.changed = threading.Condition()
+
+    def do(
+        self, kinds: Sequence[str], shell: Shell, gpu: str | None, after: str | None = None
+    ) -> None:
+        """Every step of these kinds, in turn, as it can be done; nothing before `after` is."""
+        for kind in kinds:
+            while (step := self._take(kind, after)) is not None:
+                error = f"{step.name}: left undone"
+                try:
+                    step.run(shell, gpu)
+                    error = ""
+                except Failed as failed:
+                    error = str(failed)
+                finally:
+                    self._end(step, error)
+
+    def _take(self, kind: str, after: str | None) -> Step | None:
+        with self.changed:
+            while mine := [step for step in self.left if step.work == kind]:
+                if after is None or after in self.done:
+                    for step in mine:
+                        if self.done.issuperset(step.after):
+                            self.left.remove(step)
+                            return step
+                self.changed.wait()
+        return None
+
+    def _end(self, step: Step, error: str) -> None:
+        with self.changed:
+            if not error:
+                self.done.add(step.name)
+            else:
                 print(error, file=sys.stderr, flush=True)
-    return errors
+                self.errors.append(error)
+                lost = {step.name}
+                while more := {s.name for s in self.left if lost.intersection(s.after)} - lost:
+                    lost |= more
+                self.left = [s for s in self.left if s.name not in lost]
+            self.changed.notify_all()
+
+
+def fill(units: Sequence[Unit], shell: Shell, jobs: int, gpus: Sequence[str | None]) -> list[str]:
+    """Train `jobs` units at a time and score each when it is trained; what went wrong."""
+    steps = steps_of(units)
+    work, first = Work(steps), steps[0]
+    with ThreadPoolExecutor(jobs + 2) as threads:
+        tasks = [threads.submit(work.do, ("stage 2", "train"), shell, gpus[0])]
+        for index in range(1, jobs):
+            gpu = gpus[index % len(gpus)]
+            shared = len(gpus) > 1 and gpu == gpus[0]
+            rest = (first.name,) if shared else ()
+            tasks.append(threads.submit(work.do, ("train",), shell, gpu, *rest))
+        for kind in ("score", "artifacts"):
+            tasks.append(threads.submit(work.do, (kind,), shell, gpus[-1]))
+        for task in tasks:
+            task.result()  # raises an error of this script's own
+    return work.errors
 
 
 def main() -> None:
@@ -205,6 +271,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of task folders")
     parser.add_argument("--file", default="validation.jsonl", help="what is scored, in each")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument(
+        "--gpus", nargs="+", metavar="ID", help="to share them among; else as it is"
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="of scoring")
     parser.add_argument("--threads", type=int, default=4, help="of scoring")
     parser.add_argument("--batch-size", type=int, default=64, help="of scoring")
@@ -215,8 +284,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, shell.stop)
     signal.signal(signal.SIGINT, shell.stop)
     units = [Unit(task, seed, options) for seed in options.seeds for task in options.tasks]
-    if errors := fill(units, shell, options.jobs):
-        sys.exit(f"{len(errors)} of {len(units)} are not complete; run this again to go on")
+    if errors := fill(units, shell, options.jobs, options.gpus or [None]):
+        sys.exit(f"{len(errors)} steps were not completed; run this again to go on")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,46 @@ def test_showcase(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Pa
         records = [json.loads(line) for line in of_artifacts.read_text().splitlines()]
         agreed = [(r["artifact"], r["n"]) for r in records if r["metric"] == "agreement"]
         assert agreed == [("onnx", 8), ("mlx", 8), ("student (cpu) (float64)", 8)]
+
+
+class Unit:
+    """A unit of the showcase whose steps only say when they began and ended, and where."""
+
+    def __init__(self, name: str, said: list[tuple[str, str]], fails: type[Exception]) -> None:
+        self.name, self.said, self.fails = name, said, fails
+
+    def _step(self, name: str, gpu: str) -> None:
+        self.said.append((f"begin {name}", gpu))
+        time.sleep(0.02)
+        if name == "prepare b":
+            raise self.fails(name)
+        self.said.append((f"end {name}", gpu))
+
+    def __getattr__(self, step: str) -> Callable[[Any, str], None]:
+        return lambda shell, gpu: self._step(f"{step} {self.name}", gpu)
+
+
+@pytest.mark.parametrize(("gpus", "jobs"), [(["0"], 1), (["0"], 3), (["0", "1"], 4)])
+def test_order_of_the_showcase(gpus: list[str], jobs: int) -> None:
+    """Stage 2 first, on a GPU of its own if there are two; what depends on a failure is left out,
+    and all else is done."""
+    script = runpy.run_path(str(SCRIPTS / "showcase.py"))
+    said: list[tuple[str, str]] = []
+    units = [Unit(name, said, script["Failed"]) for name in "abcd"]
+    assert script["fill"](units, None, jobs, gpus) == ["prepare b"]
+    order = [text for text, _ in said]
+    rest = {f"{step} {u}" for step in ("train", "score", "score_artifacts") for u in "acd"}
+    ended = {text.removeprefix("end ") for text in order if text.startswith("end ")}
+    assert ended == rest | {"pretrain a", "prepare c", "prepare d"}
+    assert said[0] == ("begin pretrain a", "0")
+    alone = [gpu for text, gpu in said[1 : order.index("end pretrain a")] if "begin" in text]
+    assert len(gpus) == 1 or "0" not in alone
+    for unit in "acd":
+        begun = order.index(f"begin train {unit}")
+        assert begun > order.index("end pretrain a")
+        assert unit == "a" or begun > order.index(f"end prepare {unit}")
+        assert order.index(f"begin score {unit}") > order.index(f"end train {unit}")
+    assert {gpu for _, gpu in said} == set(gpus)
 
 
 PROBE = """
