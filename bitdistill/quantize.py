@@ -11,8 +11,7 @@ half-to-even. `q . t` is a sum of integers of magnitude at most 127 K, exact in 
 C++ kernels and MLX agree on it bit for bit, and only the fp32 scaling is rounded.
 
 Gradients pass straight through both roundings. `anneal` blends from full precision (0) to ternary
-(1): w + a (Q(w) - w), and the same for activations. The gain of a norm before the product learns at
-the columns of the weight, which it could scale as well as the input (`learning_ones`).
+(1): w + a (Q(w) - w), and the same for activations.
 """
 
 from __future__ import annotations
@@ -115,23 +114,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
-        """(..., K) -> (..., K) in fp32, with another gain than the weight if one is given."""
+    def forward(self, x: Tensor) -> Tensor:
         x = wide(x)
-        gain = self.weight if gain is None else gain
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * gain
-
-
-def learning_ones(gain: Tensor) -> Tensor:
-    """Ones (K,) that leave a weight (N, K) as it is, and carry the gradient of a gain before it.
-
-    With x * g = q the gradient of g_k is sum_m q_mk d_mk / g_k over all tokens m, and d = dY W. The
-    same sum is that of dW_nk W_nk / g_k over rows n: a pass over one matrix, which is there
-    anyway, in place of one over all activations, which took a tenth of a training step. It sees
-    the rounded input, as the weight's own gradient does. A gain of exactly 0 stays 0.
-    """
-    fixed = gain.detach()
-    return 1.0 + (gain - fixed) / torch.where(fixed == 0, torch.inf, fixed)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
 class BitLinear(nn.Linear):
@@ -189,13 +174,10 @@ class BitLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), in the input's dtype."""
         dtype = x.dtype
-        unit, scale = self._unit_weight()
         if self.norm is not None:
-            gain = self.norm.weight
-            x = self.norm(x, gain.detach())
-            if torch.is_grad_enabled() and gain.requires_grad:
-                unit = unit * learning_ones(gain)
+            x = self.norm(x)
         x = wide(x)
+        unit, scale = self._unit_weight()
         weight = unit.to(x.dtype)
         if self.activation_bits is None:
             y = F.linear(x, weight) * scale
