@@ -1,10 +1,11 @@
 """Several devices, one process each, as `torchrun` starts them: who this is, and what all agree on.
 
-Parameters, gradients and optimizer state are sharded by PyTorch's FSDP2 (`fully_shard`): one group
-a decoder layer, and one for the rest. Master weights travel in fp32, because trits are taken from
-them as they are. Clipping, optimizer and saved states work on plain tensors, a device's own parts:
-through DTensors they took more of a step than the model. Everything else here is a few numbers that
-every process must know alike: counts, whether to save or stop, whether a file was written.
+Parameters, gradients and optimizer state are sharded by PyTorch's FSDP2 (`fully_shard`): a group
+for each few decoder layers, and one for the rest. Master weights travel in fp32, because trits are
+taken from them as they are. Clipping, optimizer and saved states work on plain tensors, a device's
+own parts: through DTensors they took more of a step than the model. Everything else here is a few
+numbers that every process must know alike: counts, whether to save or stop, whether a file was
+written.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bitdistill.hardware import Hardware
 from bitdistill.student import layers_of
 
 BACKEND = "cpu:gloo,cuda:nccl"
+GROUP_BYTES = 2**28  # of weights gathered at a time, while those before compute
 
 
 class PeerError(RuntimeError):
@@ -126,11 +128,24 @@ class World:
 ALONE = World()
 
 
+def layer_groups(student: nn.Module) -> list[list[nn.Module]]:
+    """Neighbouring layers that are gathered together: of GROUP_BYTES or little more, or one."""
+    groups: list[list[nn.Module]] = []
+    size = GROUP_BYTES
+    for layer in layers_of(student):
+        if size >= GROUP_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(layer)
+        size += sum(p.numel() * p.element_size() for p in layer.parameters())
+    return groups
+
+
 def shard(objective: nn.Module, student: nn.Module, device: torch.device) -> None:
     """Shard the student's parameters over all devices; the objective is the root group."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in layers_of(student):
-        fully_shard(layer, mesh=mesh)
+    for group in layer_groups(student):
+        fully_shard(group, mesh=mesh)
     fully_shard(objective, mesh=mesh)
 
 

@@ -1,5 +1,7 @@
 """Run by torchrun in test_distributed.py: a recipe, and at STEP of its last stage an interruption.
 
+With STEP every layer is gathered alone, without it neighbours are gathered together.
+
 torchrun --nproc_per_node 2 devices.py CONFIG.yaml OUT [STEP]
 """
 
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bitdistill import distributed
 from bitdistill.config import load_config
 from bitdistill.recipe import train
 from bitdistill.training import Fit
@@ -31,4 +34,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if len(sys.argv) > 3:
         interrupt_at(int(sys.argv[3]))
+        distributed.GROUP_BYTES = 1
     train(load_config(sys.argv[1], []), Path(sys.argv[2]), quiet=True)
