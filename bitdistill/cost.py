@@ -114,17 +114,19 @@ def memory_gib(
     teacher: PreTrainedModel | None = None,
     recompute: bool = False,
     gpus: int = 1,
+    accumulate: int = 1,
     learnt: float | None = None,
     chunk: int = CHUNK_ELEMENTS["fused"],
 ) -> float:
     """Peak GiB of one GPU for micro-batches of `tokens`, of which `learnt` (all) have a loss.
 
-    `kind` is float, ternary or distill. The state is shared by `gpus`; the teacher is not. `chunk`
-    logits are computed at once.
+    `kind` is float, ternary or distill. The state is shared by `gpus`; the teacher is not, nor are
+    gradients between the `accumulate` micro-batches of a step. `chunk` logits are computed at once.
     """
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
     held = STATE_BYTES * parameters / gpus
+    held += 4 * parameters * (1 - 1 / gpus) if accumulate > 1 else 0
     held += 2 * sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0
     values, layers = _values_a_token(config) * BYTES[kind], config.num_hidden_layers
     kept = layers * 4 * config.hidden_size + values if recompute else layers * values
@@ -162,6 +164,7 @@ def costs(
             rows = min(stage.batch_size, math.ceil(stage.batch_size * stage.accumulate / gpus))
             options: dict[str, Any] = {"teacher": beside, "recompute": config.machine.recompute}
             options |= {"gpus": gpus, "learnt": rows * (length if text else 1)}
+            options["accumulate"] = math.ceil(stage.accumulate / gpus)
             memory.append(memory_gib(trained, kind, rows * length, **options))
         hours = operations * tokens / (RATE * UTILISATION[kind]) / 3600
         found.append(Cost(name, tokens, hours, *memory))
