@@ -48,7 +48,8 @@ class Engine:
         self.objective, self.optimizer, self.clip_norm = objective, optimizer, clip_norm
         self.hardware, self.world = hardware, world
         self.totals: dict[str, Tensor] = {}
-        self._trained = [p for p in objective.student.parameters() if p.requires_grad]
+        named = dict(objective.student.named_parameters())
+        self._trained = [named[name] for name in parts]
         self._parts = list(parts.values())
         self._graphs: dict[Any, _Captured] | None = {} if graphs else None
         # capture needs a stream of its own, and autograd remembers streams: all training uses it
