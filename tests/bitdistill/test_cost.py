@@ -61,7 +61,7 @@ def test_computed_memory_is_near_that_of_large_models() -> None:
     models = {
         n.lower()[5:]: without_weights(SHAPES[n]) for n in SHAPES if n.startswith("Qwen/Qwen3")
     }
-    found = 0
+    found = set()
     for record in records():
         if record["code"] == FIRST or record["shape"] not in models:
             continue
@@ -76,8 +76,11 @@ def test_computed_memory_is_near_that_of_large_models() -> None:
             accumulate=record["accumulate"],
         )
         assert computed == pytest.approx(record["peak_gib"], rel=0.11), record
-        found += 1
-    assert found == 14
+        found.add((record["shape"], record["method"], record["devices"]))
+    small, large = "qwen3-0.6b", "qwen3-4b"
+    methods = [(small, method, 1) for method in ("float", "bitnet", "distill")]
+    several = [(small, "bitnet", 2), (small, "distill", 2), (large, "bitnet", 2)]
+    assert found == {*methods, *several, (large, "bitnet", 1)}
 
 
 def test_hours_at_the_measured_shape_are_those_measured() -> None:
