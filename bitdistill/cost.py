@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitdistill.config import EXPERIMENTS, load_config
 from bitdistill.decoder import head_width
+from bitdistill.distributed import kept_whole
 from bitdistill.hardware import TrainingError
 from bitdistill.losses import CHUNK_ELEMENTS
 from bitdistill.monitor import PEAK_OPERATIONS, forward_operations
@@ -121,12 +122,14 @@ def memory_gib(
     """Peak GiB of one GPU for micro-batches of `tokens`, of which `learnt` (all) have a loss.
 
     `kind` is float, ternary or distill. The state is shared by `gpus`; the teacher is not, nor are
-    gradients between the `accumulate` micro-batches of a step. `chunk` logits are computed at once.
+    a small student's gathered weights, or gradients between the `accumulate` micro-batches of a
+    step. `chunk` logits are computed at once.
     """
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
     held = STATE_BYTES * parameters / gpus
-    held += 4 * parameters * (1 - 1 / gpus) if accumulate > 1 else 0
+    whole = (accumulate > 1) + kept_whole(model)  # gradients, weights
+    held += 4 * parameters * (1 - 1 / gpus) * whole
     held += 2 * sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0
     values, layers = _values_a_token(config) * BYTES[kind], config.num_hidden_layers
     kept = layers * 4 * config.hidden_size + values if recompute else layers * values

@@ -28,6 +28,7 @@ from bitdistill.student import layers_of
 
 BACKEND = "cpu:gloo,cuda:nccl"
 GROUP_BYTES = 2**28  # of weights gathered at a time, while those before compute
+WHOLE_BYTES = 2**32  # of a student whose weights are gathered once a step and then kept
 
 
 class PeerError(RuntimeError):
@@ -137,22 +138,37 @@ def layer_groups(student: nn.Module) -> list[list[nn.Module]]:
             groups.append([])
             size = 0
         groups[-1].append(layer)
-        size += sum(p.numel() * p.element_size() for p in layer.parameters())
+        size += bytes_of(layer)
     return groups
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Of a module's parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def kept_whole(student: nn.Module) -> bool:
+    """Whether gathered weights stay until the step's last backward pass, for small students."""
+    return bytes_of(student) <= WHOLE_BYTES
 
 
 def shard(objective: nn.Module, student: nn.Module, device: torch.device) -> None:
     """Shard the student's parameters over all devices; the objective is the root group."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    freed = not kept_whole(student)
     for group in layer_groups(student):
-        fully_shard(group, mesh=mesh)
+        fully_shard(group, mesh=mesh, reshard_after_forward=freed)
     fully_shard(objective, mesh=mesh)
 
 
-def exchange_gradients(objective: nn.Module, now: bool) -> None:
-    """Whether the next backward pass exchanges gradients: once a step, after the last batch."""
+def exchange_gradients(objective: nn.Module, now: bool, whole: bool) -> None:
+    """Whether the next backward pass exchanges gradients, as is the rule: once a step.
+
+    Until then weights that are kept `whole` stay gathered. It walks through all modules.
+    """
     assert isinstance(objective, FSDPModule)
     objective.set_requires_gradient_sync(now)
+    objective.set_reshard_after_backward(now or not whole)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -169,6 +185,7 @@ def own_parts(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()  # else a DTensor's part would be one more step of autograd's
 def hand_gradients(parameters: Iterable[Tensor], parts: Iterable[Tensor]) -> None:
     """Give each part the gradient of its parameter, which then has none."""
     for parameter, part in zip(parameters, parts, strict=True):

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from bitdistill.data import Batch
-from bitdistill.distributed import ALONE, World, exchange_gradients, hand_gradients
+from bitdistill.distributed import (
+    ALONE,
+    World,
+    exchange_gradients,
+    hand_gradients,
+    kept_whole,
+)
 from bitdistill.hardware import Hardware
 from bitdistill.objective import Objective
 from bitdistill.quantize import cache_weights, forget_weights
@@ -51,6 +57,7 @@ class Engine:
         named = dict(objective.student.named_parameters())
         self._trained = [named[name] for name in parts]
         self._parts = list(parts.values())
+        self._whole = kept_whole(objective.student)
         self._graphs: dict[Any, _Captured] | None = {} if graphs else None
         # capture needs a stream of its own, and autograd remembers streams: all training uses it
         self._stream = torch.cuda.Stream() if graphs else None
@@ -123,8 +130,8 @@ class Engine:
         if cached:
             cache_weights(self.objective.student, self.hardware.dtype)
         for index, batch in enumerate(window):
-            if sharded:
-                exchange_gradients(self.objective, index == len(window) - 1)
+            if sharded and len(window) > 1:
+                exchange_gradients(self.objective, index == len(window) - 1, self._whole)
             with self.hardware.autocast():
                 loss, terms = self.objective(batch)
             loss.backward()

@@ -1,6 +1,7 @@
 """Run by torchrun in test_distributed.py: a recipe, and at STEP of its last stage an interruption.
 
-With STEP every layer is gathered alone, without it neighbours are gathered together.
+With STEP every layer is gathered alone, twice a micro-batch; without it neighbours are gathered
+together, once a step.
 
 torchrun --nproc_per_node 2 devices.py CONFIG.yaml OUT [STEP]
 """
@@ -34,5 +35,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if len(sys.argv) > 3:
         interrupt_at(int(sys.argv[3]))
-        distributed.GROUP_BYTES = 1
+        distributed.GROUP_BYTES, distributed.WHOLE_BYTES = 1, 0
     train(load_config(sys.argv[1], []), Path(sys.argv[2]), quiet=True)

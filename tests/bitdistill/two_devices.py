@@ -18,7 +18,7 @@ from bitdistill.schema import Config
 from bitdistill.training_state import saved_states
 
 SCRIPT = Path(__file__).with_name("devices.py")
-SHARED = ("accumulate=2", "steps=6")
+SHARED = ("accumulate=4", "steps=6")
 
 
 def on_two_devices(config: Config, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +36,7 @@ def on_two_devices(config: Config, out: Path, *more: str) -> subprocess.Complete
 
 
 def shared_recipe(recipe: Callable[..., Config], *more: str) -> Config:
-    """Two micro-batches a step, a corpus stage, records and states every few steps."""
+    """Two micro-batches a step and device, a corpus stage, records and states every few steps."""
     stages = ("teacher", "distill")
     options = [f"{stage}.{option}" for stage in stages for option in SHARED]
     text = ["pretrain.enabled=true", "pretrain.steps=3", "pretrain.accumulate=2"]
