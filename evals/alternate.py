@@ -1,8 +1,8 @@
 """Time several rows in turn, in one run: repeat 1 of every row, then repeat 2, and so on.
 
 A machine that is slow for a minute then slows all rows alike, and ratios between rows are taken
-within a round. Each row is a process of its own (timer.py) that stays loaded; where they would not
-fit into memory together, a row is loaded again for each of its repeats instead.
+within a round. Each row is a process of its own (timer.py) that stays loaded, and warms up again
+before its turn; where they would not fit into memory together, a row is loaded again instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Row(Protocol):
     memory: dict[str, float]
 
     def start(self) -> None:
-        """Load and warm up, if that is not done."""
+        """Load, if that is not done, and warm up."""
 
     def repeat(self) -> Repeat:
         """Time the sequence once."""
@@ -53,12 +53,17 @@ class TimedProcess:
         if self._process is None:
             self._process = Process(self.module, self.job)
             self.facts = self._answer(self._process, "prefill_tokens")
+        else:
+            self._ask("warm", "warm")
 
     def repeat(self) -> Repeat:
+        return Repeat(**self._ask("repeat", "first"))
+
+    def _ask(self, request: str, key: str) -> dict[str, Any]:
         assert self._process is not None
-        self._process.stdin.write(b"repeat\n")
+        self._process.stdin.write(request.encode() + b"\n")
         self._process.stdin.flush()
-        return Repeat(**self._answer(self._process, "first"))
+        return self._answer(self._process, key)
 
     def end(self) -> None:
         if self._process is not None:
@@ -119,7 +124,8 @@ def _rounds(
             if done >= plans[i].repeats or (done and spent[i] >= plans[i].budget):
                 continue
             progress(f"{jobs[i]['name']}: time", done, plans[i].repeats)
-            row.start()
+            if len(rows) > 1 or not together or not done:
+                row.start()
             start = time.perf_counter()
             repeats[i].append(row.repeat())
             spent[i] += time.perf_counter() - start

@@ -82,6 +82,13 @@ class Bench:
         self.decode_tokens = min(decode, affordable)
         self.tokens = drawn[: self.prefill_tokens + self.decode_tokens]
 
+    def warm(self) -> None:
+        """The prompt and a token, not timed: caches and threads as back-to-back repeats find them.
+
+        For a row that has slept while others ran; llama-bench, too, does this before it times.
+        """
+        self._feed(self.tokens[: self.prefill_tokens + 1])
+
     def repeat(self) -> Repeat:
         """Time the sequence once more."""
         return self._feed(self.tokens)

@@ -87,7 +87,7 @@ class LlamaBench:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Nothing stays loaded."""
+        """Nothing stays loaded; the program warms up by itself."""
 
     def repeat(self) -> Repeat:
         """Prefill and decode, each timed by the program itself; per-token times are its mean."""

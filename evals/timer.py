@@ -1,8 +1,8 @@
 """One row of a benchmark, in a process of its own: `python -m bitdistill.evals.timer JOB`.
 
 A fresh process makes the peak memory honest: nothing else was loaded before. It loads, warms up and
-says so on stdout; then each line on stdin asks for one repeat, and the end of stdin for the end.
-Answers are JSON lines. So several rows can be loaded and repeated in turn (alternate.py).
+says so on stdout; then each line on stdin asks for one repeat, or to warm up again, and the end of
+stdin for the end. Answers are JSON lines. So several rows can be loaded and repeated in turn (alternate.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def serve(
     requests: Iterable[str],
     say: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Answer each request with a repeat. Memory is in MiB: bare process, model loaded, peak."""
+    """Answer each request, `warm` or `repeat`. Memory is in MiB: bare process, model loaded, peak."""
     bare = peak_memory()
     from bitdistill.evals.bench import Bench, Plan
 
@@ -31,8 +31,12 @@ def serve(
     loaded = peak_memory()
     bench = Bench(runtime, Plan(**job["plan"]), job["seed"])
     say({"prefill_tokens": bench.prefill_tokens, "backend": runtime.name, "versions": versions()})
-    for _ in requests:
-        say(dataclasses.asdict(bench.repeat()))
+    for request in requests:
+        if request.strip() == "warm":
+            bench.warm()
+            say({"warm": True})
+        else:
+            say(dataclasses.asdict(bench.repeat()))
     say({"memory": {"bare": bare, "load": loaded, "serve": peak_memory()}})
 
 

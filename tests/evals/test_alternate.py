@@ -16,6 +16,7 @@ from bitdistill.evals.alternate import time_rows
 from bitdistill.evals.bench import Repeat
 from bitdistill.evals.gguf import LlamaBench, LlamaCpp
 from bitdistill.evals.process import WorkerError
+from bitdistill.evals.timer import serve
 
 
 def job(path: Path, name: str = "row", **changes: Any) -> dict[str, Any]:
@@ -61,6 +62,10 @@ def test_rows_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, togeth
     figures = time_rows(jobs, silent)
     repeats = [name for name, event in events if event == "repeat"]
     assert repeats == ["a", "b", "a", "b", "a"]
+    starts = [(name, "start") for name in repeats]  # a row warms up for each of its turns
+    assert [e for e in events if e[1] in ("start", "repeat")] == [
+        event for start in starts for event in (start, (start[0], "repeat"))
+    ]
     assert [len(f["speed"]["rounds"]) for f in figures] == [3, 2]
     assert figures[0]["facts"] == {
         "prefill_tokens": 8, "alternated": True, "loaded_together": together,
@@ -68,6 +73,25 @@ def test_rows_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, togeth
     ends = [event for name, event in events if name == "a" and event == "end"]
     assert len(ends) == (1 if together else 4)  # also after each repeat
     assert events[-2:] == [("a", "close"), ("b", "close")]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_row_alone_stays_warm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, together: bool
+) -> None:
+    monkeypatch.setattr(alternate, "TimedProcess", Recorder)
+    monkeypatch.setattr(alternate, "available_memory", lambda: 1e9 if together else 1000.0)
+    events: list[tuple[str, str]] = []
+    time_rows([job(tmp_path, "a", load={"events": events})], silent)
+    assert [event for _, event in events].count("start") == (1 if together else 3)
+
+
+def test_a_process_warms_up_when_it_is_asked_to(tmp_path: Path, table_runtime: Any) -> None:
+    said: list[dict[str, Any]] = []
+    runtime = table_runtime()
+    serve(job(tmp_path), lambda *_, **__: runtime, ["warm\n", "repeat\n"], said.append)
+    assert [next(iter(answer)) for answer in said] == ["prefill_tokens", "warm", "first", "memory"]
+    assert runtime.fed == [8, 1, 1] + [8, 1] + [8, 1, 1, 1, 1]
 
 
 def test_a_row_over_its_budget_is_repeated_less(

@@ -20,6 +20,14 @@ def test_it_feeds_the_prompt_and_then_one_token_at_a_time(table_runtime: Any) ->
     assert 0 < speed.token_p50_ms <= speed.token_p95_ms
 
 
+def test_warming_up_again_is_the_prompt_and_a_token(table_runtime: Any) -> None:
+    runtime = table_runtime(context=256)
+    bench = Bench(runtime, Plan(prefill_tokens=20, decode_tokens=4, budget=60.0))
+    runtime.fed.clear()
+    bench.warm()
+    assert runtime.fed == [20, 1]
+
+
 def test_a_short_context_shortens_both(table_runtime: Any) -> None:
     speed = measure(table_runtime(context=40), Plan(repeats=1, budget=60.0))
     assert (speed.prefill_tokens, speed.decode_tokens) == (30, 10)
