@@ -40,7 +40,13 @@ from bitdistill.prefetch import prefetched
 from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Distillation, Training
 from bitdistill.stages import LAST, Stage, describe, fingerprint, plan_stages
-from bitdistill.student import make_student, measure_gains, quantization_statistics, set_gains
+from bitdistill.student import (
+    make_student,
+    measure_gains,
+    quantization_statistics,
+    round_tables,
+    set_gains,
+)
 from bitdistill.teacher import check_teacher, load_model
 from bitdistill.teacher_cache import remember
 from bitdistill.training import Fit
@@ -261,6 +267,8 @@ class Recipe:
         (model, tokenizer), metrics = work(self, stage)
         if stage.kind == "student":
             metrics |= quantization_statistics(model)
+            if all(other.parent is not stage for other in self.stages.values()):
+                round_tables(model)
         made = {
             "fingerprint": mark,
             "inputs": self.inputs.of(stage.depends),

@@ -170,6 +170,20 @@ def set_gains(student: PreTrainedModel, gains: dict[str, float]) -> None:
             nn.init.constant_(module.norm.weight, gains[name])
 
 
+@torch.no_grad()
+def round_tables(student: PreTrainedModel) -> None:
+    """Round embedding and head to the 16 bits that artifacts store, in place.
+
+    So a student and its artifacts are one model. The type is float16; of Gemma, which MLX stores in
+    bfloat16, what both types hold. Values beyond float16 stay: they need `--embed-bits 32`.
+    """
+    for table in (student.get_input_embeddings(), student.get_output_embeddings()):
+        weight = table.weight
+        narrow = weight.bfloat16() if family_of(student.config.model_type) == "gemma3_text" else weight
+        half = narrow.half().to(weight.dtype)
+        weight.copy_(torch.where(half.isfinite(), half, weight))
+
+
 def quantization_statistics(model: nn.Module) -> dict[str, Any]:
     """Fraction of zero trits over all BitLinears and by kind of linear."""
     zeros: dict[str, list[float]] = {}

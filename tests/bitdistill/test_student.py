@@ -15,7 +15,7 @@ import torch
 from bitdistill import checkpoint, manifest
 from bitdistill.decoder import LINEARS, DecoderSpec
 from bitdistill.quantize import BitLinear
-from bitdistill.student import make_student, measure_gains, set_gains
+from bitdistill.student import make_student, measure_gains, round_tables, set_gains
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 NORMS = {"paper": 2, "allnorm": 7, "none": 0}
@@ -209,3 +209,26 @@ def test_the_auto_classes_load_what_was_saved(
     expected = checkpoint.load(student_dir(family))
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, expected(tokens).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_are_rounded_to_what_artifacts_store(
+    make_teacher: Callable[..., Any], family: str, tied: bool
+) -> None:
+    student = make_student(make_teacher(family, tie_word_embeddings=tied))
+    table, head = student.model.embed_tokens.weight, student.lm_head.weight
+    assert (table is head) == tied
+    with torch.no_grad():
+        table[0, :3] = torch.tensor([1e5, 3e-8, 1 + 2**-10])
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    round_tables(student)
+    ours = ["model.embed_tokens.weight", "lm_head.weight"]
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name]) == (name not in ours), name
+    last = 1.0 if family == "gemma3_text" else 1 + 2**-10  # bfloat16 has 8 bits
+    assert table[0, :3].tolist() == [1e5, 2**-24, last]
+    for weight in (table[1:], head[1:]):
+        assert torch.equal(weight.half().float(), weight)
+        if family == "gemma3_text":
+            assert torch.equal(weight.bfloat16().float(), weight)
