@@ -179,7 +179,9 @@ def round_tables(student: PreTrainedModel) -> None:
     """
     for table in (student.get_input_embeddings(), student.get_output_embeddings()):
         weight = table.weight
-        narrow = weight.bfloat16() if family_of(student.config.model_type) == "gemma3_text" else weight
+        narrow = (
+            weight.bfloat16() if family_of(student.config.model_type) == "gemma3_text" else weight
+        )
         half = narrow.half().to(weight.dtype)
         weight.copy_(torch.where(half.isfinite(), half, weight))
 
