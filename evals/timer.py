@@ -2,7 +2,8 @@
 
 A fresh process makes the peak memory honest: nothing else was loaded before. It loads, warms up and
 says so on stdout; then each line on stdin asks for one repeat, or to warm up again, and the end of
-stdin for the end. Answers are JSON lines. So several rows can be loaded and repeated in turn (alternate.py).
+stdin for the end. Answers are JSON lines. So several rows can be loaded and repeated in turn
+(alternate.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def serve(
     requests: Iterable[str],
     say: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Answer each request, `warm` or `repeat`. Memory is in MiB: bare process, model loaded, peak."""
+    """Answer requests, `warm` or `repeat`. Memory is in MiB: bare process, model loaded, peak."""
     bare = peak_memory()
     from bitdistill.evals.bench import Bench, Plan
 

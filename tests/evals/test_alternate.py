@@ -91,7 +91,7 @@ def test_a_process_warms_up_when_it_is_asked_to(tmp_path: Path, table_runtime: A
     runtime = table_runtime()
     serve(job(tmp_path), lambda *_, **__: runtime, ["warm\n", "repeat\n"], said.append)
     assert [next(iter(answer)) for answer in said] == ["prefill_tokens", "warm", "first", "memory"]
-    assert runtime.fed == [8, 1, 1] + [8, 1] + [8, 1, 1, 1, 1]
+    assert runtime.fed == [*(8, 1, 1), *(8, 1), *(8, 1, 1, 1, 1)]  # loading, warm, repeat
 
 
 def test_a_row_over_its_budget_is_repeated_less(
