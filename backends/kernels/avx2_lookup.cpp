@@ -10,7 +10,7 @@ struct Lanes {
   static constexpr int kTokens = 16;
   static constexpr int kEntryBits = 6;
   static constexpr int kStart[4] = {0, 205, 410, 615};  // of the tables, in cache lines
-  static constexpr int kFewest = 10;                    // tokens that are worth a tile
+  static constexpr int kFewest = 12;                    // tokens that are worth a tile
   static constexpr int kFewestBlocks = 8;
 
   static Type zero() { return _mm256_setzero_si256(); }
