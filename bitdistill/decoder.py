@@ -42,7 +42,8 @@ class Family:
     """How one Hugging Face architecture spells the parts of a block.
 
     `input_norm`, `mlp_norm`, `post_attention_norm` and `post_mlp_norm` are module names below a
-    layer. `module` is the transformers module; `prefix` its class prefix.
+    layer. `module` is the transformers module; `prefix` its class prefix. `half` is the 16-bit type
+    that MLX computes in and stores.
     """
 
     module: str
@@ -55,6 +56,7 @@ class Family:
     norm_offset: float = 0.0
     scaled_embedding: bool = False
     config: str = "Config"
+    half: Literal["float16", "bfloat16"] = "float16"
 
 
 FAMILIES: dict[str, Family] = {
@@ -71,6 +73,7 @@ FAMILIES: dict[str, Family] = {
         norm_offset=1.0,
         scaled_embedding=True,
         config="TextConfig",
+        half="bfloat16",  # mlx-lm sums residuals in float16 where the embedding is float16
     ),
 }
 

@@ -174,15 +174,13 @@ def set_gains(student: PreTrainedModel, gains: dict[str, float]) -> None:
 def round_tables(student: PreTrainedModel) -> None:
     """Round embedding and head to the 16 bits that artifacts store, in place.
 
-    So a student and its artifacts are one model. The type is float16; of Gemma, which MLX stores in
-    bfloat16, what both types hold. Values beyond float16 stay: they need `--embed-bits 32`.
+    So a student and its artifacts are one model. ONNX stores float16, MLX the family's own type:
+    what both hold. Values beyond float16 stay: they need `--embed-bits 32`.
     """
+    narrow = getattr(torch, FAMILIES[family_of(student.config.model_type)].half)
     for table in (student.get_input_embeddings(), student.get_output_embeddings()):
         weight = table.weight
-        narrow = (
-            weight.bfloat16() if family_of(student.config.model_type) == "gemma3_text" else weight
-        )
-        half = narrow.half().to(weight.dtype)
+        half = weight.to(narrow).half().to(weight.dtype)
         weight.copy_(torch.where(half.isfinite(), half, weight))
 
 

@@ -33,7 +33,7 @@ from bitdistill.backends.mlx_layout import (
     table_group,
 )
 from bitdistill.checkpoint import StudentFiles
-from bitdistill.decoder import DecoderSpec
+from bitdistill.decoder import FAMILIES, DecoderSpec
 from bitdistill.exporters.base import Options, Progress
 from bitdistill.exporters.mlx_card import loaders
 from bitdistill.exporters.mlx_config import artifact_config, artifact_spec, write_model_file
@@ -80,10 +80,9 @@ class _Types:
 
     def __init__(self, spec: DecoderSpec, options: Options, stock: bool) -> None:
         self.spec, self.bits = spec, options.embed_bits
-        # mlx-lm sums Gemma's residuals in float16 where its embedding is float16
-        half_type = "bfloat16" if spec.family == "gemma3_text" else "float16"
-        self.dtype = options.dtype or half_type
-        self.table = half_type if self.dtype == "float32" else self.dtype
+        own = FAMILIES[spec.family].half
+        self.dtype = options.dtype or own
+        self.table = own if self.dtype == "float32" else self.dtype
         self.norm = self.dtype if stock else "float32"
 
     @property

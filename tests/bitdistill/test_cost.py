@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bitdistill import distributed
 from bitdistill.config import load_config
 from bitdistill.cost import RATE, SHAPES, UTILISATION, costs, memory_gib, table, without_weights
 from bitdistill.monitor import forward_operations
@@ -96,7 +97,7 @@ def test_hours_at_the_measured_shape_are_those_measured() -> None:
     assert found["pretrained"].tokens == pytest.approx(10e9, rel=1e-4)
 
 
-def test_costs_by_hand(make_teacher: Callable[..., Any]) -> None:
+def test_costs_by_hand(make_teacher: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A larger teacher, activations computed again, and a state that 8 GPUs share."""
     student, teacher = make_teacher("llama"), make_teacher("llama", num_hidden_layers=6)
     config = load_config("smollm2-135m-sst2", ["machine.recompute=true"])
@@ -110,9 +111,11 @@ def test_costs_by_hand(make_teacher: Callable[..., Any]) -> None:
     assert strong["bitnet-sft"] == plain["bitnet-sft"]
     assert strong["teacher"].hours > 2 * plain["teacher"].hours
     parameters = sum(p.numel() for p in student.parameters())
-    shared = memory_gib(student, "float", 0, gpus=8, learnt=0)
     alone = memory_gib(student, "float", 0, learnt=0)
-    assert (alone - shared) * 2**30 == pytest.approx((16 - 4) * parameters * 7 / 8)
+    for allowed, saved in ((2**32, 16 - 4), (0, 16)):  # a small student's weights stay whole
+        monkeypatch.setattr(distributed, "WHOLE_BYTES", allowed)
+        shared = memory_gib(student, "float", 0, gpus=8, learnt=0)
+        assert (alone - shared) * 2**30 == pytest.approx(saved * parameters * 7 / 8)
 
 
 def test_the_documented_table_is_the_computed_one() -> None:
