@@ -10,6 +10,7 @@ which also multiplies tables and attention scores. Tests hold both against MLX's
 
 from __future__ import annotations
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +26,23 @@ from bitdistill.backends.mlx_architecture import Attention, FeedForward, Model
 from bitdistill.backends.mlx_linear import TernaryLinear
 
 Floats = NDArray[np.float32]
+
+
+# glibc's numbers (malloc.h) and this process's values, in bytes.
+M_TRIM_THRESHOLD, KEPT = -1, 1 << 30
+M_MMAP_THRESHOLD, MAPPED = -3, 32 << 20
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed blocks: MLX on a CPU takes every array from it and frees it at once.
+
+    By default blocks of some hundred KB go back to the system and come back as pages to be
+    filled with zeros, 150 faults a token of a 135M model. Other C libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MAPPED)
+        mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def view(x: mx.array) -> Floats:
@@ -127,6 +145,7 @@ def move_products(model: Model, threads: int) -> FloatProduct:
 
     Packed weights are dropped from the model.
     """
+    keep_freed_memory()
     workers = Workers(threads)
     for module in model.modules():
         if isinstance(module, TernaryLinear):

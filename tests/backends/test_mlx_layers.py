@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 from bitdistill import packing, quantize
 from bitdistill.backends import mlx_linear
 from bitdistill.backends.mlx_architecture import Rotary
-from bitdistill.backends.mlx_host import Workers, move_product
+from bitdistill.backends.mlx_host import Workers, keep_freed_memory, move_product
 from bitdistill.backends.mlx_layout import group_size
 from bitdistill.backends.mlx_linear import TernaryLinear, apply_shared, quantize_activations
 
@@ -138,3 +141,18 @@ def test_rotary_at_far_positions() -> None:
     assert (
         np.abs(np.array(Rotary(rounded.tolist(), 1.0)(mx.array(x), position)) - exact) <= bound
     ).all()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc to keep memory")
+def test_freed_blocks_are_kept() -> None:
+    """Blocks that are freed and taken again are not faulted in a second time."""
+    keep_freed_memory()
+
+    def work() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [np.ones(8 << 20, np.uint8) for _ in range(8)]
+        del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    first = work()
+    assert min(work() for _ in range(3)) < max(first, 2048) / 4  # 2048 pages are one block
