@@ -31,24 +31,29 @@ HALF_NEEDS = (0, 32, 4)  # earlier kernels sum the affine term in half precision
 fuse = partial(mx.compile, shapeless=True) if mx.metal.is_available() else lambda function: function
 
 
-@mx.custom_function
-def round_to_int8(x: mx.array) -> mx.array:
-    """Half to even, within -128..127; gradients pass straight through."""
-    return mx.clip(mx.round(x), -128, 127)
-
-
-@round_to_int8.vjp
-def _straight_through(primals: Any, cotangent: mx.array, output: Any) -> mx.array:
-    return cotangent
-
-
 @fuse
-def quantize_activations(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Per-token absmax int8: integers as fp32 (..., K), and their scale (..., 1)."""
+def _quantize(x: mx.array) -> tuple[mx.array, mx.array]:
     x = x.astype(mx.float32)
-    largest = mx.stop_gradient(mx.abs(x).max(axis=-1, keepdims=True))
-    q: Any = round_to_int8(x * (127.0 / (largest + ACTIVATION_EPS)))
+    largest = mx.abs(x).max(axis=-1, keepdims=True)
+    q = mx.clip(mx.round(x * (127.0 / (largest + ACTIVATION_EPS))), -128, 127)
     return q, largest / 127.0
+
+
+@mx.custom_function
+def quantize_activations(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Per-token absmax int8, half to even: integers as fp32 (..., K), and their scale (..., 1).
+
+    Gradients pass straight through the rounding; the largest value is a constant to them. They are
+    said here and not inside, because MLX cannot compile custom gradients for every shape at once.
+    """
+    return _quantize(x)
+
+
+@quantize_activations.vjp
+def _straight_through(x: mx.array, cotangents: Any, outputs: Any) -> mx.array:
+    largest = outputs[1] * 127.0
+    gradient: mx.array = cotangents[0] * (127.0 / (largest + ACTIVATION_EPS))
+    return gradient.astype(x.dtype)
 
 
 @cache

@@ -110,16 +110,22 @@ def evaluate(
 
 @click.command()
 @click.argument("results", nargs=-1, required=True, type=FILE)
+@click.option("--seeds", is_flag=True, help="Means over training seeds, and what is lost to FP16.")
 @with_options(show_options)
 def report(
-    results: tuple[Path, ...], form: str, plot: Path | None, html: Path | None, store: Path
+    results: tuple[Path, ...],
+    seeds: bool,
+    form: str,
+    plot: Path | None,
+    html: Path | None,
+    store: Path,
 ) -> None:
     """Show results that `bitdistill eval --out` wrote: a table, pictures, one HTML file."""
     from bitdistill import evals
 
     _check_outputs(plot, html)
     found = [result for path in results for result in evals.read_jsonl(path)]
-    _show(found, form, plot, html, store)
+    _show(found, form, plot, html, store, seeds=seeds)
 
 
 @click.command()
@@ -147,7 +153,13 @@ def _check_outputs(*paths: Path | None) -> None:
 
 
 def _show(
-    results: list[Result], form: str, plot: Path | None, html: Path | None, store: Path
+    results: list[Result],
+    form: str,
+    plot: Path | None,
+    html: Path | None,
+    store: Path,
+    *,
+    seeds: bool = False,
 ) -> None:
     """The table on stdout; pictures and the report in files, whose names go to stderr."""
     from bitdistill import evals
@@ -161,10 +173,10 @@ def _show(
     if form == "table":
         from rich.console import Console
 
-        for table in evals.rich_tables(results):
+        for table in evals.rich_tables(results, seeds=seeds):
             Console().print(table)
     else:
-        click.echo(evals.render(results, form), nl=False)
+        click.echo(evals.render(results, form, seeds=seeds), nl=False)
 
 
 def _task_of(

@@ -67,9 +67,13 @@ class Directory:
 
     @property
     def precision(self) -> str:
-        """How weights are held: 1.58-bit, fp32, bf16, int4, int2, or a GGUF file's name."""
+        """How weights are held: 1.58-bit, fp32, bf16, int4, int2, or a GGUF file's name.
+
+        A student that computes in another type than fp32 adds it: "1.58-bit in fp64".
+        """
         if self.manifest["kind"] == "student" or self.is_artifact:
-            return self.manifest.get("precision", TERNARY)
+            held = str(self.manifest.get("precision", TERNARY))
+            return f"{held} in {PRECISIONS[self.load['dtype']]}" if "dtype" in self.load else held
         if not self.is_scored:
             return self.path.stem
         return PRECISIONS[self.load.get("dtype", "float32")]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from bitdistill.evals.results import Result
-from bitdistill.evals.tables import Table, build, records, texts
+from bitdistill.evals.seeds import seed_records
+from bitdistill.evals.tables import Grid, build, grids, records
 
 LATEX = {
     "\\": r"\textbackslash{}",
     "±": r"$\pm$",
+    "Δ": r"$\Delta$",
     "×": r"$\times$",
     "–": "--",
     **{symbol: f"\\{symbol}" for symbol in "&%$#_{}"},
@@ -22,21 +24,21 @@ LATEX = {
 }
 
 
-def markdown(results: Iterable[Result]) -> str:
+def markdown(results: Sequence[Result], seeds: bool) -> str:
     """Markdown tables; numbers are right-aligned."""
-    return "\n".join(_markdown(table) for table in build(results))
+    return "\n".join(_markdown(grid) for grid in grids(results, seeds=seeds))
 
 
-def _markdown(table: Table) -> str:
-    header, rows = texts(table)
-    names = len(table.identity)
-    rule = ["---"] * names + ["---:"] * (len(header) - names)
-    lines = [header, rule, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _markdown(grid: Grid) -> str:
+    rule = ["---"] * grid.names + ["---:"] * (len(grid.header) - grid.names)
+    body = [[cell.replace("|", "\\|") for cell in row] for row in grid.rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (grid.header, rule, *body))
 
 
-def _all_records(results: Iterable[Result]) -> list[dict[str, Any]]:
+def _all_records(results: Sequence[Result], seeds: bool) -> list[dict[str, Any]]:
     """Rows of all tables; a method that is in two of them has a row in each."""
+    if seeds:
+        return seed_records(results)
     tables = build(results, complete=True)
     named = len(tables) > 1
     return [
@@ -46,9 +48,9 @@ def _all_records(results: Iterable[Result]) -> list[dict[str, Any]]:
     ]
 
 
-def comma_separated(results: Iterable[Result]) -> str:
+def comma_separated(results: Sequence[Result], seeds: bool) -> str:
     """CSV with a header line."""
-    rows = _all_records(results)
+    rows = _all_records(results, seeds)
     stream = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(stream, list(names), lineterminator="\n")
@@ -57,22 +59,20 @@ def comma_separated(results: Iterable[Result]) -> str:
     return stream.getvalue()
 
 
-def as_json(results: Iterable[Result]) -> str:
+def as_json(results: Sequence[Result], seeds: bool) -> str:
     """A JSON array, one object per row."""
-    return json.dumps(_all_records(results), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(_all_records(results, seeds), indent=2, ensure_ascii=False) + "\n"
 
 
-def latex(results: Iterable[Result]) -> str:
+def latex(results: Sequence[Result], seeds: bool) -> str:
     """LaTeX tabulars; they need the package booktabs."""
-    return "\n".join(_latex(table) for table in build(results))
+    return "\n".join(_latex(grid) for grid in grids(results, seeds=seeds))
 
 
-def _latex(table: Table) -> str:
-    header, rows = texts(table)
-    names = len(table.identity)
-    align = "l" * names + "r" * (len(header) - names)
-    lines = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", _latex_row(header), r"\midrule"]
-    lines += [_latex_row(row) for row in rows]
+def _latex(grid: Grid) -> str:
+    align = "l" * grid.names + "r" * (len(grid.header) - grid.names)
+    lines = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", _latex_row(grid.header), r"\midrule"]
+    lines += [_latex_row(row) for row in grid.rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from bitdistill.evals.results import Result
 from bitdistill.evals.store import Record, read_disagreements
-from bitdistill.evals.tables import TASK_METRICS, build, texts
+from bitdistill.evals.tables import TASK_METRICS, build, grid
 
 SHOWN = 200  # disagreements of one split
 STYLE = """
@@ -85,7 +85,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: i
 def _tables(results: Sequence[Result]) -> Iterable[str]:
     for table in build(results, complete=True):
         yield f"<h2>{table.title}</h2>"
-        yield _table(*texts(table), text_columns=len(table.identity))
+        shown = grid(table)
+        yield _table(shown.header, shown.rows, text_columns=shown.names)
 
 
 def _pictures(results: Sequence[Result]) -> Iterable[str]:

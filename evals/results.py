@@ -21,8 +21,9 @@ class Result:
     onnx or mlx; `precision` says how weights are held. `unit` is %, tokens/s, ms, MiB, x (a ratio)
     or nothing. `stderr` and `interval` (95 %, bootstrap) are None where there is none. `artifact`
     is the directory's name, `artifact_hash` a hash of its files' hashes, `student` the fingerprint
-    of the student's weights that it runs (None for a teacher). `details` are the metric's own: a
-    confusion matrix, the row that a ratio or difference is against.
+    of the student's weights that it runs (None for a teacher), `seed` that of their training (None
+    for what was not trained by `bitdistill train`; settings hold that of the bootstrap). `details`
+    are the metric's own: a confusion matrix, the row that a ratio or difference is against.
     """
 
     method: str
@@ -35,7 +36,7 @@ class Result:
     unit: str
     n: int
     stderr: float | None
-    seed: int
+    seed: int | None
     artifact: str
     artifact_hash: str
     student: str | None = None

@@ -112,6 +112,7 @@ def run(
     settings = {
         "threads": threads,
         "limit": limit,
+        "seed": seed,
         "options": dataclasses.asdict(options),
         "task": manifest.fingerprint(task.to_json()),
     }

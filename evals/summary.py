@@ -73,7 +73,7 @@ def _head(
         "task": measured.task.name,
         "task_version": measured.task.version,
         "split": split,
-        "seed": measured.seed,
+        "seed": directory.manifest.get("seed"),
         "artifact": directory.name,
         "artifact_hash": directory.hash,
         "student": directory.student,

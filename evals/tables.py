@@ -2,6 +2,7 @@
 
     render(results, "markdown" | "csv" | "json" | "latex")    text
     rich_tables(results)                                      for a terminal
+    render(results, seeds=True)                               means over training seeds
 
 Rows are methods; columns are tasks, then speed and memory, ratios to the reference row first.
 Classification and summarisation make a table each. Artifacts of one method for different tasks
@@ -54,6 +55,16 @@ UNITS = {"tokens/s": "tok/s"}
 DECIMALS = {"%": 2, "tokens/s": 0, "MiB": 1, "ms": 1, "": 3}
 Column = tuple[str, str, str]  # task, split, metric; task and split "" for speed and size
 Key = tuple[str, str, str, str]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text, for people: the first `names` columns say what a row is."""
+
+    title: str
+    names: int
+    header: list[str]
+    rows: list[list[str]]
 
 
 @dataclass
@@ -197,8 +208,8 @@ def _cell(table: Table, row: Row, column: Column, common_n: int | None) -> str:
     return text if ratio is None else f"{ratio.value:.2f}× ({text})"
 
 
-def texts(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as text, for people."""
+def grid(table: Table) -> Grid:
+    """Header and rows as text, named by the tasks and splits it is of."""
     header = [name.capitalize() for name in table.identity]
     counts = {column: _common_n(table, column) for column in table.columns}
     for column, n in counts.items():
@@ -214,7 +225,8 @@ def texts(table: Table) -> tuple[list[str], list[list[str]]]:
         + [_cell(table, row, column, n) for column, n in counts.items()]
         for row in table.rows
     ]
-    return header, rows
+    parts = dict.fromkeys(f"{task} ({split})" for task, split, _ in table.columns if task)
+    return Grid(", ".join(parts), len(table.identity), header, rows)
 
 
 def records(table: Table) -> list[dict[str, Any]]:
@@ -240,38 +252,44 @@ def records(table: Table) -> list[dict[str, Any]]:
     return found
 
 
-def render(results: Sequence[Result], format: str = "markdown") -> str:
+def grids(results: Sequence[Result], *, seeds: bool = False) -> list[Grid]:
+    """The tables for people; `seeds`: one over training seeds instead (seeds.py)."""
+    from bitdistill.evals.seeds import seed_grid
+
+    return [seed_grid(results)] if seeds else [grid(table) for table in build(results)]
+
+
+def render(results: Sequence[Result], format: str = "markdown", *, seeds: bool = False) -> str:
     """The tables as text in one of FORMATS; ValueError for another format or no results."""
     from bitdistill.evals.formats import FORMATS
 
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}{suggest(format, FORMATS)}")
-    return FORMATS[format](results)
+    return FORMATS[format](results, seeds)
 
 
-def rich_tables(results: Sequence[Result]) -> list[RichTable]:
+def rich_tables(results: Sequence[Result], *, seeds: bool = False) -> list[RichTable]:
     """The tables for a terminal (rich)."""
-    return [_rich(table) for table in build(results)]
+    return [_rich(shown) for shown in grids(results, seeds=seeds)]
 
 
-def _rich(table: Table) -> RichTable:
+def _rich(grid: Grid) -> RichTable:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable
 
-    header, rows = texts(table)
-    parts = dict.fromkeys(f"{task} ({split})" for task, split, _ in table.columns if task)
     # narrow enough for a terminal of 80 columns
     shown = RichTable(
-        title=", ".join(parts),
+        title=grid.title,
         title_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
         padding=0,
     )
-    for index, name in enumerate(header):
-        justify: Literal["left", "right"] = "left" if index < len(table.identity) else "right"
+    for index, name in enumerate(grid.header):
+        justify: Literal["left", "right"] = "left" if index < grid.names else "right"
         narrow = name.replace(" (", "\n(").replace(", ", ",\n")
         shown.add_column(narrow, justify=justify, no_wrap=True)
-    for row in rows:
-        shown.add_row(*(cell.replace("× (", "×\n(").replace(" ± ", "\n± ") for cell in row))
+    for row in grid.rows:
+        cells = (cell.replace("× (", "×\n(").replace(" ± ", "\n± ") for cell in row)
+        shown.add_row(*(cell.replace(", ", "\n") for cell in cells))
     return shown

@@ -32,7 +32,7 @@ EXPORTERS = {
 DEFAULT_CONTEXT = 8192
 # fields of Options that few targets have
 OPTIONAL = ("activation_bits", "dtype", "model_file", "ops", "with_library", "task", "kv_bits")
-INHERITED = ("family", "method", "task", "base_model", "licence")
+INHERITED = ("family", "method", "task", "base_model", "licence", "seed")
 
 Progress = Callable[[str, int, int], None]  # name of a tensor, tensors done, tensors in all
 

@@ -119,6 +119,54 @@ def test_the_model_file_serves_an_mlx_lm_without_bitdistill(
     assert np.array_equal(np.load(found), np.array(model(mx.array(sequences(2, 12)))))
 
 
+COMPILED = """
+import json, sys
+import mlx.core as mx
+
+truly, mx.metal.is_available = mx.metal.is_available, lambda: True
+from bitdistill.backends import mlx_architecture, mlx_linear
+mx.metal.is_available = truly  # compiled as on Metal, run where this is
+import mlx_lm, numpy as np
+
+assert type(mlx_linear._quantize).__name__ != "function", "not compiled"
+model, tokenizer = mlx_lm.load(sys.argv[1])
+logits = [np.array(model(mx.array(np.load(name)))) for name in sys.argv[3:]]
+x = mx.array([[0.3, -1.2, 2.5]])
+slope = mx.grad(lambda x: mlx_linear.quantize_activations(x)[0].sum())(x)
+said = mlx_lm.generate(model, tokenizer, prompt="the film is", max_tokens=3)
+np.savez(sys.argv[2], *logits, slope=np.array(slope), said=np.array(said))
+"""
+
+
+@pytest.mark.parametrize("bits", [8, None])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_what_metal_compiles(
+    mlx_artifact: Artifact, tmp_path: Path, family: str, bits: int | None
+) -> None:
+    """On Metal some functions are compiled once for every shape; elsewhere they are not."""
+    path = mlx_artifact(family, "paper", bits)[1]
+    model, tokenizer = load(path)
+    names = [tmp_path / f"{length}.npy" for length in (12, 1)]
+    for name in names:
+        np.save(name, sequences(2, int(name.stem)))
+    found = tmp_path / "found.npz"
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(path), str(found), *map(str, names)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = np.load(found)
+    for index, name in enumerate(names):
+        plain = np.array(model(mx.array(np.load(name))))
+        assert sequence_errors(results[f"arr_{index}"], plain).max() < CLOSE
+    assert np.allclose(results["slope"], 127.0 / (2.5 + 1e-5))
+    assert str(results["said"]) == mlx_lm.generate(
+        model, tokenizer, prompt="the film is", max_tokens=3
+    )
+
+
 def test_without_bitdistill_the_architecture_is_refused(mlx_artifact: Artifact) -> None:
     """A loader that would drop the norms of SubLN must fail, and say what it does not know."""
     program = PLAIN.replace(", trust_remote_code=True", "")

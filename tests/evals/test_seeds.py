@@ -1,0 +1,83 @@
+"""Means over training seeds, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from bitdistill.evals import Result, render, rich_tables
+from bitdistill.evals.seeds import seed_rows
+
+
+def scored(value: float, seed: int | None, method: str = "bitdistill", **other: Any) -> Result:
+    fields: dict[str, Any] = {
+        "metric": "accuracy", "unit": "%", "model": "tiny", "backend": "torch", "task": "sst2",
+        "split": "validation", "n": 200, "stderr": 1.0, "artifact": method,
+        "artifact_hash": f"{method}{seed}", "student": None if method == "fp16-sft" else f"s{seed}",
+        "precision": "1.58-bit", "details": {"confusion": [[70, 50], [30, 50]]},
+    }  # fmt: skip
+    return Result(value=value, seed=seed, method=method, **(fields | other))
+
+
+def paired(value: float, seed: int, low: float, high: float, of: str = "accuracy") -> Result:
+    against = {"artifact_hash": f"fp16-sft{seed}"}
+    return scored(
+        value,
+        seed,
+        metric="difference",
+        interval=(low, high),
+        details={"of": of, "against": against},
+    )
+
+
+RESULTS = [
+    scored(90.0, 1, "fp16-sft"),
+    scored(88.0, 1),
+    paired(-2.0, 1, -4.0, 0.0),
+    paired(-9.0, 1, -9.0, -9.0, of="ece"),
+    scored(99.0, 1, metric="agreement", precision="1.58-bit in fp64"),
+    scored(50.0, 1, precision="1.58-bit in fp64"),
+    scored(92.0, 0, "fp16-sft"),
+    scored(70.0, 0),  # an earlier run of the seed
+    scored(93.0, 0),
+    paired(1.0, 0, -1.0, 3.0),
+    scored(80.0, 0, "bitnet-sft"),
+]
+
+
+def test_means_differences_and_intervals() -> None:
+    teacher, student, direct = seed_rows(RESULTS)
+    assert [row.method for row in (teacher, student, direct)] == [
+        "fp16-sft", "bitdistill", "bitnet-sft",
+    ]  # fmt: skip
+    assert (teacher.mean, teacher.difference, teacher.interval) == (91.0, None, None)
+    assert (student.mean, student.difference, student.interval) == (90.5, -0.5, (-2.5, 1.5))
+    assert (student.majority, student.changed) == (60.0, {1: 2})
+    assert (direct.difference, direct.interval) == (-12.0, None)  # seen beside no teacher
+
+
+def test_the_table_in_each_format() -> None:
+    cells = "| sst2, validation, n=200, majority 60.00 | Accuracy | bitdistill "
+    assert cells + "| 90.50 | 0: 93.00, 1: 88.00 | -0.50 | -2.5, +1.5 | 2 |" in render(
+        RESULTS, "markdown", seeds=True
+    )
+    records = json.loads(render(RESULTS, "json", seeds=True))
+    assert (records[1]["seed 0"], records[1]["seed 1 fp64 flips"]) == (93.0, 2)
+    assert (records[1]["difference low"], records[1]["difference high"]) == (-2.5, 1.5)
+    assert r"& Seeds & $\Delta$ FP16 &" in render(RESULTS, "latex", seeds=True)
+    assert render(RESULTS, "csv", seeds=True).splitlines()[2].startswith("sst2,validation,accuracy")
+    (table,) = rich_tables(RESULTS, seeds=True)
+    assert table.row_count == 3
+
+
+def test_models_that_were_not_trained_here_have_no_seed() -> None:
+    (row,) = seed_rows([scored(75.0, None, "gguf")])
+    assert (list(row.by_seed), row.difference) == ([None], None)
+    assert "| 75.00 | 75.00 |" in render([scored(75.0, None)], "markdown", seeds=True)
+
+
+def test_nothing_to_show() -> None:
+    with pytest.raises(ValueError, match="no scores"):
+        seed_rows([scored(1.0, 0, metric="size_on_disk", unit="MiB")])
