@@ -7,6 +7,8 @@ and 128 scattered rows would cost 75 MB.
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +24,32 @@ DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dt
 class EmbeddingFile:
     """Rows of a table (V, K), stored without a header as `dtype` "float16" or "float32".
 
-    Raises FormatError where the file is not of that size.
+    May be read by several threads at once. Raises FormatError where the file is not of that size,
+    when it is opened or later.
     """
 
     def __init__(self, path: Path, rows: int, columns: int, dtype: str) -> None:
-        self.dtype, self.columns = DTYPES[dtype], columns
+        self.path, self.dtype, self.columns = path, DTYPES[dtype], columns
         self.row_bytes = columns * self.dtype.itemsize
         self._stream = path.open("rb", buffering=0)
+        self._lock = threading.Lock()
         if path.stat().st_size != rows * self.row_bytes:
             raise FormatError(f"{path} is not a table of {rows} x {columns} {dtype}; copy it again")
 
     def rows(self, tokens: NDArray[np.integer]) -> NDArray[np.float32]:
         """Token ids (...) -> float32 (..., K)."""
         rows = np.empty((tokens.size, self.columns), np.float32)
-        stored = np.empty(self.columns, self.dtype)
         for row, token in zip(rows, tokens.ravel().tolist(), strict=True):
-            self._stream.seek(token * self.row_bytes)
-            self._stream.readinto(stored.data)
-            row[:] = stored
+            stored = self._read(token * self.row_bytes)
+            if len(stored) != self.row_bytes:
+                raise FormatError(f"{self.path} became shorter while in use; copy it again")
+            row[:] = np.frombuffer(stored, self.dtype)
         return rows.reshape(*tokens.shape, self.columns)
+
+    def _read(self, offset: int) -> bytes:
+        """A row's bytes, by one call that no other thread's comes between."""
+        if hasattr(os, "pread"):
+            return os.pread(self._stream.fileno(), self.row_bytes, offset)
+        with self._lock:  # Windows has no pread, and a position that all threads share
+            self._stream.seek(offset)
+            return self._stream.read(self.row_bytes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +111,34 @@ def test_other_refusals(student: Path, classifier: Path, tmp_path: Path) -> None
         embedding_file.EmbeddingFile(classifier / "embedding.bin", 2, 2, "float16")
 
 
-def test_rows_are_read_from_the_file(tmp_path: Path) -> None:
-    table = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float16)
+@pytest.fixture(params=["pread", "lock"])
+def table(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[np.ndarray[Any, Any], embedding_file.EmbeddingFile]:
+    """A table (500, 8) and its file, read either way."""
+    if request.param == "lock":
+        monkeypatch.delattr("os.pread", raising=False)
+    table = np.random.default_rng(0).standard_normal((500, 8)).astype(np.float16)
     (tmp_path / "table").write_bytes(table.tobytes())
-    rows = embedding_file.EmbeddingFile(tmp_path / "table", 50, 8, "float16").rows
-    tokens = np.array([[3, 49, 3], [0, 3, 7]])
-    np.testing.assert_array_equal(rows(tokens), table.astype(np.float32)[tokens])
+    return table, embedding_file.EmbeddingFile(tmp_path / "table", 500, 8, "float16")
+
+
+def test_rows_are_read_from_the_file(table: Any) -> None:
+    tokens = np.array([[3, 499, 3], [0, 3, 7]])
+    np.testing.assert_array_equal(table[1].rows(tokens), table[0].astype(np.float32)[tokens])
+
+
+def test_threads_read_their_own_rows(table: Any) -> None:
+    values, file = table
+    orders = [np.random.default_rng(seed).integers(0, 500, 20_000) for seed in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(file.rows, orders))
+    for rows, tokens in zip(found, orders, strict=True):
+        np.testing.assert_array_equal(rows, values.astype(np.float32)[tokens])
+
+
+def test_a_file_that_became_shorter(table: Any) -> None:
+    os.truncate(table[1].path, 499 * 16 + 2)
+    table[1].rows(np.array([498]))
+    with pytest.raises(manifest.FormatError, match="became shorter while in use; copy it again"):
+        table[1].rows(np.array([499]))
