@@ -11,9 +11,9 @@
 `time` loads all rows beside each other and times them in turn (evals/alternate.py): a prompt, then
 tokens one by one. GGUF files run in the llama-bench given with them, which decodes from an empty
 context; the other rows decode after the prompt, where a step costs more. One JSON line a row;
-several calls append to one file. `show` takes medians over all rounds, and ratios within a round.
-`isa` is the instruction set of our kernels; that peers use no other is the caller's to see to (for
-ONNX Runtime: avx2_only.py).
+several calls append to one file. `show` takes medians over all rounds, and ratios within a round
+of one call. `isa` is the instruction set of our kernels; that peers use no other is the caller's to
+see to (for ONNX Runtime: avx2_only.py).
 
 The share of the roofline is a token's bytes of body and head over the bandwidth that one read of
 memory reached in the same call (`ceiling-read` of the kernels' benchmark).
@@ -35,6 +35,7 @@ CONTEXT = 4096  # tokens; the stock graphs hold tables of that many positions
 BASELINES = ("fp32", "int2")
 HEAD_BITS = (8, 4)
 WEIGHT_BITS = {"": 2.0, "-base3": 1.6}
+OF_A_CALL = ("isa", "threads", "prompt", "decode", "read_gbytes_per_s")
 BUDGET = 600.0  # seconds a row may take in all; the number of rounds is what bounds it
 CEILING_SECONDS = 0.5
 Line = dict[str, Any]
@@ -130,13 +131,16 @@ def _say(stage: str, done: int, total: int) -> None:
     print(f"{stage} {done}/{total}", file=sys.stderr)
 
 
-def _grouped(lines: Sequence[Line]) -> dict[tuple[str, int, int], dict[str, list[Line]]]:
-    """Lines by (isa, threads, prompt) and row, in the order of their calls."""
-    groups: dict[tuple[str, int, int], dict[str, list[Line]]] = {}
+def _calls(lines: Sequence[Line]) -> list[dict[str, Line]]:
+    """The rows of each call: lines that follow each other, of one setting and different names."""
+    calls: list[dict[str, Line]] = []
+    settings: list[Any] = []
     for line in lines:
-        rows = groups.setdefault((line["isa"], line["threads"], line["prompt"]), {})
-        rows.setdefault(line["row"], []).append(line)
-    return groups
+        last, settings = settings, [line[name] for name in OF_A_CALL]
+        if last != settings or line["row"] in calls[-1]:
+            calls.append({})
+        calls[-1][line["row"]] = line
+    return calls
 
 
 def _rates(lines: Sequence[Line]) -> list[tuple[float, float]]:
@@ -158,25 +162,36 @@ def show(lines: Sequence[Line]) -> str:
     """Markdown: a table for each instruction set, number of threads and length of the prompt.
 
     Tokens/s are medians; `x NAME` columns say how many times faster the rows named `ours...` are
-    than this one, prefill / decode, as medians of ratios within a round.
+    than this one, prefill / decode, as medians of ratios within a round of one call.
     """
-    text = []
-    for (isa, threads, prompt), rows in _grouped(lines).items():
-        ours = {name: _rates(found) for name, found in rows.items() if name.startswith("ours")}
-        head = ["row", f"prefill {prompt}", "decode", "roofline", "MiB", *(f"x {n}" for n in ours)]
-        text += [f"{isa}, {threads} threads", "", _line(head), _line(["---"] * len(head))]
-        for name, found in rows.items():
-            rates = _rates(found)
-            medians = [f"{statistics.median(r[i] for r in rates):,.1f}" for i in (0, 1)]
-            memory = f"{max(line['memory_mib'] for line in found):,.0f}"
-            ratios = [_ratio(own, rates) for own in ours.values()]
-            text.append(_line([name, *medians, _roofline(found), memory, *ratios]))
-        text.append("")
-    return "\n".join(text)
+    tables: dict[tuple[str, int, int], list[dict[str, Line]]] = {}
+    for call in _calls(lines):
+        line = next(iter(call.values()))
+        tables.setdefault((line["isa"], line["threads"], line["prompt"]), []).append(call)
+    return "\n".join(_table(*settings, calls) for settings, calls in tables.items())
 
 
-def _ratio(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]]) -> str:
-    pairs = list(zip(ours, theirs, strict=False))
+def _table(isa: str, threads: int, prompt: int, calls: Sequence[dict[str, Line]]) -> str:
+    names = list(dict.fromkeys(name for call in calls for name in call))
+    ours = [name for name in names if name.startswith("ours")]
+    head = ["row", f"prefill {prompt}", "decode", "roofline", "MiB", *(f"x {n}" for n in ours)]
+    text = [f"{isa}, {threads} threads", "", _line(head), _line(["---"] * len(head))]
+    for name in names:
+        found = [call[name] for call in calls if name in call]
+        rates = _rates(found)
+        medians = [f"{statistics.median(r[i] for r in rates):,.1f}" for i in (0, 1)]
+        memory = f"{max(line['memory_mib'] for line in found):,.0f}"
+        ratios = [_ratio(own, name, calls) for own in ours]
+        text.append(_line([name, *medians, _roofline(found), memory, *ratios]))
+    return "\n".join([*text, ""])
+
+
+def _ratio(ours: str, theirs: str, calls: Sequence[dict[str, Line]]) -> str:
+    both = [(call[ours], call[theirs]) for call in calls if {ours, theirs} <= call.keys()]
+    # a row whose time is spent has fewer rounds, the first ones
+    pairs = [p for a, b in both for p in zip(a["rounds"], b["rounds"], strict=False)]
+    if not pairs:
+        return "–"
     return " / ".join(f"{statistics.median(a[i] / b[i] for a, b in pairs):.2f}" for i in (0, 1))
 
 

@@ -183,14 +183,35 @@ def test_a_library_sees_avx2_and_nothing_newer(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
+def peer_line(row: str, *rounds: list[float], **other: Any) -> dict[str, Any]:
+    return {
+        "row": row, "isa": "avx2", "threads": 2, "prompt": 128, "decode": 64,
+        "rounds": list(rounds), "memory_mib": 300.0, "streamed_bytes": None,
+        "read_gbytes_per_s": 10.0,
+    } | other  # fmt: skip
+
+
 def test_peers_are_grouped_by_instruction_set() -> None:
     show = runpy.run_path(str(SCRIPTS / "cpu_peers.py"))["show"]
-    line = {
-        "row": "ours", "isa": "avx2", "threads": 2, "prompt": 128, "rounds": [[200.0, 50.0]],
-        "memory_mib": 300.0, "streamed_bytes": 10**8, "read_gbytes_per_s": 10.0,
-    }  # fmt: skip
-    peer = line | {"row": "peer", "rounds": [[100.0, 40.0]], "streamed_bytes": None}
+    line = peer_line("ours", [200.0, 50.0], streamed_bytes=10**8)
+    peer = peer_line("peer", [100.0, 40.0])
     text = show([line, peer, line | {"isa": "avx512-vnni"}])
     assert "| peer | 100.0 | 40.0 | – | 300 | 2.00 / 1.25 |" in text
     assert "| ours | 200.0 | 50.0 | 50 % | 300 | 1.00 / 1.00 |" in text
     assert text.count("| row |") == 2
+
+
+@pytest.mark.parametrize("second", [{}, {"read_gbytes_per_s": 20.0}])
+def test_peers_are_compared_within_a_call(second: dict[str, float]) -> None:
+    """The machine is half as fast in the second call, where one row is absent and one is new."""
+    lines = [
+        peer_line("ours", [200.0, 50.0], [180.0, 60.0]),
+        peer_line("absent", [100.0, 25.0], [90.0, 30.0]),
+        peer_line("ours", [100.0, 25.0], **second),
+        peer_line("new", [25.0, 5.0], **second),
+        peer_line("ours-new", [75.0, 20.0], **second),
+    ]
+    text = runpy.run_path(str(SCRIPTS / "cpu_peers.py"))["show"](lines)
+    assert "| absent | 95.0 | 27.5 | – | 300 | 2.00 / 2.00 | – |" in text
+    assert "| new | 25.0 | 5.0 | – | 300 | 4.00 / 5.00 | 3.00 / 4.00 |" in text
+    assert "| ours | 180.0 | 50.0 | – | 300 | 1.00 / 1.00 | 0.75 / 0.80 |" in text
