@@ -137,12 +137,25 @@ def test_cards_say_who_loads_the_artifact(student_dir: StudentDir, tmp_path: Pat
     stock = export(student_dir("llama", "none", None), "mlx", tmp_path / "stock", embed_bits=8)
     card = (stock / "README.md").read_text()
     assert "library_name: mlx\npipeline_tag: text-generation\n" in card
-    assert "every application built on it**, without a flag" in card
+    assert "**mlx-lm, without a flag or a further package**: this is a stock `llama` model" in card
+    assert "mlx-lm alone was tested. LM Studio and mlx-swift read" in card
     assert "| total bits per weight |" in card
     ours = export(student_dir("llama"), "mlx", tmp_path / "ours")
     card = (ours / "README.md").read_text()
     assert "bitdistill mlx generate --model DIRECTORY" in card
+    assert "so do applications that bring their own mlx-lm or mlx-swift" in card
     assert "trust-remote-code" not in card
+
+
+@pytest.mark.parametrize("options", [{}, {"model_file": True}, {"activation_bits": None}])
+def test_every_card_says_what_ruins_the_text(
+    student_dir: StudentDir, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    path = export(student_dir("llama", "none"), "mlx", tmp_path / "artifact", **options)
+    card = (path / "README.md").read_text()
+    assert "mlx 0.32.4 or newer where activations have 16 bits" in card
+    assert "Do not `mlx_lm.fuse` adapters into this model or quantise it again" in card
+    assert ("stock `llama` model" in card) == ("activation_bits" in options)
 
 
 def test_the_model_file_imports_nothing_but_mlx(student_dir: StudentDir, tmp_path: Path) -> None:
