@@ -148,6 +148,7 @@ def export(student: Path, target: str, out: Path, parity: bool, **options: Any) 
     from bitdistill import exporters
     from bitdistill.progress import step_bar
 
+    progress = step_bar()
     check: Callable[[Path], dict[str, Any]] | None = None
     if parity:
         from bitdistill.evals import report, task_prompts, verdict
@@ -155,11 +156,11 @@ def export(student: Path, target: str, out: Path, parity: bool, **options: Any) 
         prompts = task_prompts(student)
 
         def check(artifact: Path) -> dict[str, Any]:
-            parity = report(student, artifact, prompts)
+            parity = report(student, artifact, prompts, progress=progress)
             click.echo(f"parity with PyTorch: {verdict(parity)}", err=True)
             return parity
 
-    options = values(options) | {"progress": step_bar(), "check": check}
+    options = values(options) | {"progress": progress, "check": check}
     written = exporters.export(student, target, out, **options)
     click.echo(f"bits per weight: {exporters.bits_per_weight(written)}", err=True)
     click.echo(written)

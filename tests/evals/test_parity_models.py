@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import numpy as np
 import pytest
 
 from bitdistill import backends, manifest
+from bitdistill.cli import main
 from bitdistill.decoder import DecoderSpec
 from bitdistill.evals import parity, parity_layers
 from bitdistill.exporters.base import export
@@ -37,6 +43,32 @@ def test_an_exported_artifact_passes(
     assert report["sequences"] == parity.SEQUENCES + len(PROMPTS)
     assert report["artifact"]["positions"] == report["cached"]["positions"] > 200
     assert steps == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
+def test_a_bar_shows_parity_on_a_terminal(
+    student_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = os.openpty()
+    arguments = ["export", student_dir("qwen2", "paper"), "--target", "onnx"]
+    with ThreadPoolExecutor(1) as pool, os.fdopen(ours, "rb", buffering=0) as terminal:
+        reading = pool.submit(read_all, terminal)
+        with os.fdopen(theirs, "w") as stream, monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", stream)
+            main([*map(str, arguments), "--out", str(tmp_path / "out")], standalone_mode=False)
+        said = reading.result(timeout=60)
+    places = [said.find(f"{done}/3 parity".encode()) for done in range(4)]
+    assert places == sorted(places)
+    assert 0 < said.find(b"verify model.layers") < places[0]
+    assert places[-1] < said.find(b"parity with PyTorch")
+
+
+def read_all(terminal: io.RawIOBase) -> bytes:
+    said = b""
+    with contextlib.suppress(OSError):  # Linux's end of a terminal that nobody else has open
+        while part := terminal.read(1 << 16):
+            said += part
+    return said
 
 
 @pytest.mark.parametrize(
