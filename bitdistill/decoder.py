@@ -42,8 +42,8 @@ class Family:
     """How one Hugging Face architecture spells the parts of a block.
 
     `input_norm`, `mlp_norm`, `post_attention_norm` and `post_mlp_norm` are module names below a
-    layer. `module` is the transformers module; `prefix` its class prefix. `half` is the 16-bit type
-    that MLX computes in and stores.
+    layer. `module` is the transformers module; `prefix` its class prefix. `qkv_bias`: q, k and v
+    have biases, which configs do not say. `half` is the 16-bit type that MLX computes in and stores.
     """
 
     module: str
@@ -53,6 +53,7 @@ class Family:
     post_attention_norm: str | None = None
     post_mlp_norm: str | None = None
     qk_norm: bool = False
+    qkv_bias: bool = False
     norm_offset: float = 0.0
     scaled_embedding: bool = False
     config: str = "Config"
@@ -61,7 +62,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", "Llama"),
-    "qwen2": Family("qwen2", "Qwen2"),
+    "qwen2": Family("qwen2", "Qwen2", qkv_bias=True),
     "qwen3": Family("qwen3", "Qwen3", qk_norm=True),
     "gemma3_text": Family(
         "gemma3",
@@ -261,7 +262,7 @@ def decoder_spec(config: Any) -> DecoderSpec:
         attention_scale=scale**-0.5,
         embedding_scale=config.hidden_size**0.5 if family.scaled_embedding else 1.0,
         tied=bool(config.tie_word_embeddings),
-        qkv_bias=bias or config.model_type.endswith("qwen2"),
+        qkv_bias=bias or family.qkv_bias,
         output_bias=bias,
         mlp_bias=bool(values.get("mlp_bias", False)),
         qk_norm=family.qk_norm,
