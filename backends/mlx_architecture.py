@@ -22,6 +22,7 @@ from bitdistill.backends.mlx_linear import (
     Norm,
     TernaryLinear,
     apply_shared,
+    check_ternary,
     check_version,
     fuse,
 )
@@ -207,9 +208,11 @@ class Model(nn.Module):
     def load_weights(self, file_or_weights: Any, strict: bool = True) -> Model:
         """Load, then take the type to compute in: `dtype`, else the file's own on Metal, or fp32.
 
-        Raises ValueError for half precision on an mlx whose kernels get it wrong.
+        Raises ValueError for half precision on an mlx whose kernels get it wrong, and for weights
+        that are not ternary: for int8 activations one number is taken as the scale of a matrix.
         """
         super().load_weights(file_or_weights, strict)
+        check_ternary({p: m for p, m in self.named_modules() if isinstance(m, TernaryLinear)})
         table = self.model.embed_tokens
         stored = table.get("scales", table.weight).dtype
         self.dtype = self.dtype or (stored if mx.metal.is_available() else mx.float32)

@@ -26,6 +26,7 @@ from mlx import nn
 BITS = 2
 ACTIVATION_EPS = 1e-5
 HALF_COLUMNS = 1 << 15  # |q / 128| <= 1: wider sums could leave fp16's range
+ODD_BITS = 0x55555555
 HALF_NEEDS = (0, 32, 4)  # earlier kernels sum the affine term in half precision
 # Off Metal, MLX compiles by calling a C++ compiler, which a user need not have.
 fuse = partial(mx.compile, shapeless=True) if mx.metal.is_available() else lambda function: function
@@ -74,6 +75,21 @@ def check_version(dtype: mx.Dtype) -> None:
         )
 
 
+def check_ternary(linears: dict[str, TernaryLinear]) -> None:
+    """ValueError naming the first of some layers whose weights are not one ternary matrix's.
+
+    MLX computes all answers at once, from the words as they were loaded.
+    """
+    answers = {path: linear.is_ternary() for path, linear in linears.items()}
+    mx.eval(answers)
+    for path, answer in answers.items():
+        if not answer.item():
+            raise ValueError(
+                f"{path}: the packed weights are not one ternary matrix with one scale, so they "
+                "were altered or quantised again (mlx_lm.fuse does that); export the student again"
+            )
+
+
 class Norm(nn.Module):
     """x / rms(x) * (offset + weight), computed in fp32; `wide` ones stay fp32 in any model."""
 
@@ -116,6 +132,15 @@ class TernaryLinear(nn.QuantizedLinear):
     def to_quantized(self, **stored: Any) -> TernaryLinear:
         """Nothing to do: `mlx.nn.quantize` asks this of the layers that config.json names."""
         return self
+
+    def is_ternary(self) -> mx.array:
+        """Whether codes are 0, 1 and 2, all scales one D and all biases -D; not yet computed."""
+        if self.weight.dtype != mx.uint32:
+            return mx.array(False)
+        scale = self.scales[0, 0]
+        good_codes = mx.all((self.weight & (self.weight >> 1) & ODD_BITS) == 0)
+        constant = mx.all(self.scales == scale) & mx.all(self.biases == -scale)
+        return good_codes & constant & mx.isfinite(scale) & (scale >= 0)
 
     def prepare(self, dtype: mx.Dtype) -> None:
         """Take D out of the loaded scales, or cast those to `dtype` where they take part."""

@@ -31,7 +31,6 @@ from bitdistill.names import suggest
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 PRODUCTS = ("mlx", "cpu")
-_ODD_BITS = 0x55555555
 HOST_TOKENS = 128  # that many at a time, whose activations stay in a CPU's caches
 
 
@@ -89,17 +88,6 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
         except (RuntimeError, ValueError) as error:
             raise FormatError(f"{file} cannot be read ({error}); export it again") from None
     return tensors
-
-
-def check_ternary(words: mx.array, scales: mx.array, biases: mx.array) -> None:
-    """ValueError unless packed tensors are those of one ternary matrix with one scale."""
-    if words.dtype != mx.uint32:
-        raise ValueError(f"packed weights are {words.dtype}, expected uint32")
-    scale = scales[0, 0].astype(mx.float32)
-    bad_codes = mx.any(words & (words >> 1) & _ODD_BITS)
-    constant = mx.all(scales == scales[0, 0]) & mx.all(biases == -scales)
-    if bad_codes.item() or not (constant & mx.isfinite(scale) & (scale >= 0)).item():
-        raise ValueError("the packed weights are not one ternary matrix with one scale")
 
 
 class MlxRuntime(Runtime):
@@ -202,12 +190,6 @@ def load_weights(model: Model, tensors: dict[str, mx.array]) -> None:
     """Load strictly, a quantised embedding as such; ValueError names a module that is malformed."""
     nn.quantize(model, class_predicate=lambda path, module: storage_of(tensors, path, module))
     model.load_weights(list(tensors.items()), strict=True)
-    for path, module in model.named_modules():
-        if isinstance(module, TernaryLinear):
-            try:
-                check_ternary(module.weight, module.scales, module.biases)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}; export the student again") from None
 
 
 def storage_of(tensors: dict[str, mx.array], path: str, module: nn.Module) -> dict[str, Any] | bool:

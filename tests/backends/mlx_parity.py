@@ -1,7 +1,9 @@
-"""How close an MLX artifact must come to its PyTorch student."""
+"""How close an MLX artifact must come to its PyTorch student, and artifacts that are damaged."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +46,15 @@ def check_noise_floor(pair: tuple[Path, Path], tokens: np.ndarray, logits: np.nd
     assert flipped.sum() <= noise.sum() + len(tokens) // 6
     agreement = (logits.argmax(-1) == reference.argmax(-1))[~flipped].mean()
     assert agreement == 1.0
+
+
+def with_altered(path: Path, out: Path, tensor: str) -> Path:
+    """A copy of an artifact, the last byte of one tensor changed."""
+    shutil.copytree(path, out)
+    file = out / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    _, end = json.loads(data[8 : 8 + size])[tensor]["data_offsets"]
+    data[8 + size + end - 1] |= 0xC3  # a code 3, or another high byte of a scale or a bias
+    file.write_bytes(data)
+    return out

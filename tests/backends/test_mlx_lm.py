@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +14,18 @@ import mlx_lm
 import numpy as np
 import pytest
 import torch
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import cache as caches
-from mlx_parity import CLOSE, check_noise_floor, sequence_errors, sequences, torch_logits
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_parity import (
+    CLOSE,
+    check_noise_floor,
+    sequence_errors,
+    sequences,
+    torch_logits,
+    with_altered,
+)
 
 from bitdistill import mlx_commands
 from bitdistill.backends import mlx_architecture
@@ -28,6 +39,7 @@ SCALED = {
     "yarn": ROPE | {"rope_type": "yarn", "factor": 4.0},
 }
 PROMPT = [5, 6, 7, 8]
+OURS = {"model_file": None}  # with bitdistill imported, its architecture and not the directory's
 
 
 def load(path: Path) -> tuple[Any, Any]:
@@ -115,8 +127,39 @@ def test_the_model_file_serves_an_mlx_lm_without_bitdistill(
     assert done.returncode == 0, done.stderr[-2000:]
     with pytest.raises(ValueError, match=r"custom module \('bitdistill_model.py'\)"):
         load(path)
-    model, _ = mlx_lm.load(str(path), model_config={"model_file": None})
+    model, _ = mlx_lm.load(str(path), model_config=OURS)
     assert np.array_equal(np.load(found), np.array(model(mx.array(sequences(2, 12)))))
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("part", ["weight", "scales", "biases"])
+def test_weights_that_are_not_ternary_are_refused(
+    mlx_artifact: Artifact, tmp_path: Path, part: str, trusted: bool
+) -> None:
+    """A code 3, a group of another scale, a bias that is not -D; by the model file as by us."""
+    _, whole = mlx_artifact("qwen3", "paper", 8, options={"model_file": True})
+    path = with_altered(whole, tmp_path / "altered", f"model.layers.1.mlp.up_proj.{part}")
+    how: dict[str, Any] = {"trust_remote_code": True} if trusted else {"model_config": OURS}
+    assert mlx_lm.load(str(whole), **how)
+    with pytest.raises(ValueError, match=r"1\.mlp\.up_proj: .*not one ternary .* export"):
+        mlx_lm.load(str(path), **how)
+
+
+def test_fused_adapters_are_refused(mlx_artifact: Artifact, tmp_path: Path) -> None:
+    """What `mlx_lm.fuse` saves: sums of trits and adapters on a grid of four levels."""
+    path = mlx_artifact("qwen3", "none", 8)[1]
+    model, _ = load(path)
+    linear_to_lora_layers(model, 1, {"rank": 2, "scale": 1.0, "dropout": 0.0})
+    adapters = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+    for _, adapter in adapters:
+        adapter.lora_b = mx.ones_like(adapter.lora_b)
+    model.update_modules(tree_unflatten([(name, m.fuse()) for name, m in adapters]))
+    fused = shutil.copytree(path, tmp_path / "fused")
+    mx.save_safetensors(
+        str(fused / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"}
+    )
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: .*not one ternary matrix.*mlx_lm\.fuse"):
+        load(fused)
 
 
 COMPILED = """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from mlx_parity import CLOSE, check_noise_floor, sequence_errors, sequences, torch_logits
+from mlx_parity import (
+    CLOSE,
+    check_noise_floor,
+    sequence_errors,
+    sequences,
+    torch_logits,
+    with_altered,
+)
 
 from bitdistill import backends, manifest
 from bitdistill.backends import mlx_linear, mlx_runtime
@@ -208,15 +215,8 @@ def test_metal_computes_in_the_files_type_on_packed_weights(
     assert backends.load(path, dtype="float32").model.dtype == mx.float32
 
 
-def copy(path: Path, out: Path) -> Path:
-    out.mkdir()
-    for file in path.iterdir():
-        (out / file.name).write_bytes(file.read_bytes())
-    return out
-
-
 def test_altered_and_truncated_files_are_refused(mlx_artifact: Artifact, tmp_path: Path) -> None:
-    path = copy(mlx_artifact("llama", "paper", 8)[1], tmp_path / "copy")
+    path = shutil.copytree(mlx_artifact("llama", "paper", 8)[1], tmp_path / "copy")
     file = path / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -240,14 +240,8 @@ def test_weights_that_are_not_ternary_are_refused(
     mlx_artifact: Artifact, tmp_path: Path, part: str
 ) -> None:
     """A code 3, a group of another scale, a bias that is not -D."""
-    path = copy(mlx_artifact("llama", "paper", 8)[1], tmp_path / "copy")
-    file = path / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    size = int.from_bytes(data[:8], "little")
-    name = f"model.layers.1.mlp.up_proj.{part}"
-    _, end = json.loads(data[8 : 8 + size])[name]["data_offsets"]
-    data[8 + size + end - 1] |= 0xC3
-    file.write_bytes(data)
+    whole = mlx_artifact("llama", "paper", 8)[1]
+    path = with_altered(whole, tmp_path / "copy", f"model.layers.1.mlp.up_proj.{part}")
     with pytest.raises(manifest.FormatError, match=r"up_proj: .*not one ternary matrix.*export"):
         backends.load(path, verify=False)
 
