@@ -158,7 +158,9 @@ def test_fused_adapters_are_refused(mlx_artifact: Artifact, tmp_path: Path) -> N
     mx.save_safetensors(
         str(fused / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"}
     )
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: .*not one ternary matrix.*mlx_lm\.fuse"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.down_proj: .*not one ternary matrix.*mlx_lm\.fuse"
+    ):
         load(fused)
 
 
