@@ -72,7 +72,8 @@ class Alignment:
         self.teacher = teacher
         self.streams = Streams(student), Streams(teacher)
         mine, theirs = len(layers_of(student)), len(layers_of(teacher))
-        self.pairs = [(i, round((i + 1) * theirs / mine) - 1) for i in range(mine)]
+        # a teacher less than half as deep has none before its first
+        self.pairs = [(i, max(round((i + 1) * theirs / mine) - 1, 0)) for i in range(mine)]
         self.distance = alignment_sum
 
     def clear(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -80,35 +80,53 @@ def _address(model: Model) -> tuple[str, dict[str, Any]]:
     return str(folder) if folder.exists() else model.source, options
 
 
-def _vocabulary(model: Model, seed: int) -> tuple[Tokenizer, int]:
-    """A model's tokenizer and the rows of its head, without its weights."""
+class _Shape(NamedTuple):
+    """What of a model is compared before it is loaded: tokenizer, rows of the head, width."""
+
+    tokenizer: Tokenizer
+    rows: int
+    width: int
+
+
+def _shape(model: Model, seed: int) -> _Shape:
+    """A model's shape, without its weights."""
     if model.source == "tiny":
         loaded, tokenizer = load_model(model, seed)
-        return tokenizer, loaded.config.vocab_size
+        return _Shape(tokenizer, loaded.config.vocab_size, loaded.config.hidden_size)
     source, options = _address(model)
-    config = _attempt(AutoConfig, model, source, options)
-    return _attempt(AutoTokenizer, model, source, options), config.get_text_config().vocab_size
+    text = _attempt(AutoConfig, model, source, options).get_text_config()
+    tokenizer = _attempt(AutoTokenizer, model, source, options)
+    return _Shape(tokenizer, text.vocab_size, text.hidden_size)
 
 
 def check_teacher(config: Config) -> None:
-    """ModelError unless `teacher_model`, where there is one, reads and writes the same tokens.
+    """ModelError unless `teacher_model`, where there is one, can teach what the stages compare.
 
     Logits are compared token by token, so a token id must mean the same to both. The teacher's
-    head may have more rows (padding) than the student's, not fewer.
+    head may have more rows (padding) than the student's, not fewer. Alignment compares residual
+    streams, which must be of one width.
     """
     if config.teacher_model is None:
         return
-    mine, rows = _vocabulary(config.model, config.seed)
-    theirs, their_rows = _vocabulary(config.teacher_model, config.seed)
-    same_words = mine.get_vocab() == theirs.get_vocab()
-    if same_words and mine(PROBE).input_ids == theirs(PROBE).input_ids and their_rows >= rows:
-        return
+    mine = _shape(config.model, config.seed)
+    theirs = _shape(config.teacher_model, config.seed)
     names = config.teacher_model.source, config.model.source
-    sizes = f"{len(theirs):,} tokens in {their_rows:,} rows, {len(mine):,} in {rows:,}"
-    raise ModelError(
-        f"teacher_model {names[0]} has another vocabulary than model {names[1]} ({sizes}): their "
-        "logits cannot be compared; choose a teacher with the same tokenizer"
-    )
+    same_words = mine.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
+    same_ids = mine.tokenizer(PROBE).input_ids == theirs.tokenizer(PROBE).input_ids
+    if not (same_words and same_ids and theirs.rows >= mine.rows):
+        sizes = ", ".join(f"{len(m.tokenizer):,} tokens in {m.rows:,} rows" for m in (theirs, mine))
+        raise ModelError(
+            f"teacher_model {names[0]} has another vocabulary than model {names[1]} ({sizes}): "
+            "their logits cannot be compared; choose a teacher with the same tokenizer"
+        )
+    stages = {"pretrain": config.pretrain, "distill": config.distill}
+    aligned = [name for name, s in stages.items() if s.enabled and s.alignment.weight > 0]
+    if aligned and theirs.width != mine.width:
+        settings = " and ".join(f"{name}.alignment.weight" for name in aligned)
+        raise ModelError(
+            f"alignment compares residual streams of one width; teacher_model {names[0]} has "
+            f"{theirs.width}, model {names[1]} {mine.width}: set {settings} to 0"
+        )
 
 
 def _attempt(auto: Any, model: Model, source: str, options: dict[str, Any]) -> Any:

@@ -85,16 +85,23 @@ def test_layers_correspond_by_relative_depth(make_teacher: Callable[..., Any]) -
     ids = torch.randint(3, 200, (2, 6), generator=torch.Generator().manual_seed(0))
     labels = torch.where(torch.arange(6) > 3, ids, IGNORED)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    with torch.no_grad():  # what other layers project cannot matter
-        for model, kept in ((student, 1), (teacher, 2)):
-            for layer in list(layers_of(model))[kept + 1 :]:
-                layer.self_attn.q_proj.weight.zero_()
     prepared = prepare(batch, count_window([batch], options))
-    _, terms = objective(prepared)
-    with torch.no_grad():
-        layers_of(teacher)[2].self_attn.q_proj.weight.mul_(2.0)
-    _, other = objective(prepared)
-    assert other["relations"].item() != terms["relations"].item() > 0
+
+    def relations() -> float:
+        return objective(prepared)[1]["relations"].item()
+
+    before = relations()
+    assert before > 0
+    with torch.no_grad():  # what other layers project cannot matter
+        for model, related in ((student, 1), (teacher, 2)):
+            for layer in list(layers_of(model))[related + 1 :]:
+                layer.self_attn.q_proj.weight.zero_()
+    assert relations() == before
+    for model, related in ((student, 1), (teacher, 2)):
+        with torch.no_grad():
+            layers_of(model)[related].self_attn.q_proj.weight.mul_(2.0)
+        assert relations() != before
+        before = relations()
 
 
 def test_rows_that_pad_the_teachers_head_are_left_out(make_teacher: Callable[..., Any]) -> None:
@@ -127,6 +134,32 @@ def test_another_vocabulary_is_refused_before_anything_is_trained(
         with pytest.raises(ModelError, match=message):
             attempt()
     assert not list((tmp_path / "run").glob("*/bitdistill.json"))
+
+
+@pytest.mark.parametrize("stages", [["distill"], ["pretrain", "distill"]])
+def test_alignment_with_a_wider_teacher_is_refused_before_anything_is_trained(
+    recipe: Callable[..., Config], big: Callable[..., str], tmp_path: Path, stages: list[str]
+) -> None:
+    weights = [f"{stage}.alignment.weight=1" for stage in stages]
+    config = recipe(big(), *STAGES, *weights)
+    remedy = " and ".join(f"{stage}.alignment.weight" for stage in stages)
+    message = (
+        "alignment compares residual streams of one width; teacher_model .*big-llama has 96, "
+        f"model .*model 64: set {remedy} to 0$"
+    )
+    for attempt in (lambda: train(config, tmp_path / "run", quiet=True), lambda: dry_run(config)):
+        with pytest.raises(ModelError, match=message):
+            attempt()
+    assert not list((tmp_path / "run").glob("*/bitdistill.json"))
+
+
+def test_alignment_with_a_deeper_teacher_of_the_same_width(
+    recipe: Callable[..., Config], big: Callable[..., str], tmp_path: Path
+) -> None:
+    setting = big(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    train(recipe(setting, *STAGES, "distill.alignment.weight=1"), tmp_path / "run", quiet=True)
+    (step, *_) = [r for r in log_of(tmp_path / "run") if r["stage"] == "student"]
+    assert step["alignment"] > 0
 
 
 def test_a_head_with_too_few_rows_is_refused(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bitdistill.alignment import EPS, Alignment, alignment_sum
+from bitdistill.alignment import EPS, Alignment, Streams, alignment_sum
 from bitdistill.data import IGNORED, UNLABELLED, Batch, TaskBatches, collate
 from bitdistill.encoding import Encoded
 from bitdistill.feeds import candidates
@@ -133,6 +133,32 @@ def test_alignment_of_equal_models_is_zero_and_falls_in_training(
     assert 0 < seen[-1] < 0.7 * seen[0]
     equal = make_objective(make_teacher("llama"), teacher, options)
     assert float(equal(ready)[1]["alignment"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "pairs"),
+    [
+        (2, 5, [(0, 1), (1, 4)]),
+        (3, 2, [(0, 0), (1, 0), (2, 1)]),
+        (5, 2, [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)]),
+    ],
+)
+def test_alignment_pairs_layers_at_the_same_share_of_the_depth(
+    make_teacher: Callable[..., Any], mine: int, theirs: int, pairs: list[tuple[int, int]]
+) -> None:
+    student = make_teacher("llama", num_hidden_layers=mine)
+    teacher = make_teacher("llama", num_hidden_layers=theirs, seed=1)
+    alignment = Alignment(student, teacher)
+    assert alignment.pairs == pairs
+    streams = Streams(student), Streams(teacher)
+    mask = torch.ones(1, 4)
+    with torch.no_grad():
+        for model in (student, teacher):
+            model(input_ids=torch.tensor([[5, 6, 7, 8]]))
+        found = alignment.sum(mask)
+        s, t = (stream.take() for stream in streams)
+        each = [alignment_sum(s[i], t[j], alignment.gain(j), mask) for i, j in pairs]
+    torch.testing.assert_close(found, sum(each) / mine)
 
 
 def test_alignment_needs_one_width(make_teacher: Callable[..., Any]) -> None:
