@@ -43,7 +43,7 @@ class Family:
 
     `input_norm`, `mlp_norm`, `post_attention_norm` and `post_mlp_norm` are module names below a
     layer. `module` is the transformers module; `prefix` its class prefix. `qkv_bias`: q, k and v
-    have biases, which configs do not say. `half` is the 16-bit type that MLX computes in and stores.
+    have biases, which no config says. `half` is the 16-bit type that MLX computes in and stores.
     """
 
     module: str
