@@ -121,8 +121,9 @@ def chunk_tokens(rows: int, vocabulary: int, fused: bool) -> int:
 class _HeadLoss(torch.autograd.Function):
     """The LM head and its loss, whose gradient is taken chunk by chunk in the forward pass.
 
-    No (P, V) tensor exists at any time and no logits are computed twice: a chunk's logits become
-    their own gradient at once, because the weights of the terms are known beforehand.
+    Of (P, V) tensors one chunk exists at a time (all P rows where CHUNK_ELEMENTS has room for
+    them), and no logits are computed twice: a chunk's logits become their own gradient at once,
+    because the weights of the terms are known beforehand.
     """
 
     @staticmethod
@@ -194,7 +195,7 @@ def head_terms(
 
     `ce_weight`, `kl_weight`: 0-d tensors, the terms' weights over their counts. `terms` is
     `chunk_terms` or its compiled form. The teacher is given by hidden states and a head, or by what
-    is known of its logits. Memory is one chunk's (CHUNK_ELEMENTS), whatever P is.
+    is known of its logits. Memory is that of CHUNK_ELEMENTS logits at most, whatever P is.
     """
     return HeadTerms(
         *_HeadLoss.apply(

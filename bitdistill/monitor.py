@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitdistill.decoder import head_width
+from bitdistill.distributed import ALONE, World
 from bitdistill.hardware import Hardware
 from bitdistill.objective import Objective
 from bitdistill.quantize import WEIGHT_EPS, BitLinear, ternarize, ternary_scale
@@ -39,14 +40,24 @@ def forward_operations(model: PreTrainedModel, length: int) -> float:
 
 
 class Monitor:
-    """Reads a run's state every now and then, on the device that trains."""
+    """Reads a run's state every now and then, on the devices that train.
 
-    def __init__(self, objective: Objective, hardware: Hardware, *, sharded: bool) -> None:
-        self.objective, self.hardware = objective, hardware
-        # the trits of a part of a matrix cannot be known without the rest of it
-        named = {} if sharded else _bit_linears_by_name(objective.student)
-        self._layers = list(named.values())
+    `parts` are this device's rows of the student's parameters, by name (`own_parts`); every device
+    has to ask at the same steps, and is given the numbers of all.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        hardware: Hardware,
+        parts: dict[str, Tensor],
+        world: World = ALONE,
+    ) -> None:
+        self.objective, self.hardware, self.world = objective, hardware, world
+        named = _bit_linears_by_name(objective.student)
         self._kinds = [name.rsplit(".", 1)[-1] for name in named]
+        self._weights = [parts[f"{name}.weight"] for name in named]
+        self._sizes = [layer.weight.numel() for layer in named.values()]  # of whole matrices
         self._trits: list[Tensor] = []
         self.linears: dict[str, ByKind] = {}  # of the last call of `trits`
         name = torch.cuda.get_device_name(hardware.device) if hardware.cuda else ""
@@ -55,22 +66,33 @@ class Monitor:
     @torch.no_grad()
     def trits(self) -> dict[str, float]:
         """Share of zeros, and of trits that changed since the last call; nothing of a teacher."""
-        if not self._layers:
+        if not self._weights:
             return {}
-        trits = [ternarize(layer.weight)[0] for layer in self._layers]
-        counts = {"zero_fraction": torch.stack([(t == 0).sum() for t in trits]).tolist()}
+        pairs = zip(self._weights, self._scales(), strict=True)
+        trits = [ternarize(weight, scale)[0] for weight, scale in pairs]
+        found = [(t == 0).sum() for t in trits]
         if self._trits:
-            pairs = zip(trits, self._trits, strict=True)
-            changed = torch.stack([(now != before).sum() for now, before in pairs])
-            counts["flip_rate"] = changed.tolist()
+            found += [(a != b).sum() for a, b in zip(trits, self._trits, strict=True)]
         self._trits = trits
-        sizes = [t.numel() for t in trits]
-        self.linears = {name: self._by_kind(count, sizes) for name, count in counts.items()}
-        return {name: sum(count) / sum(sizes) for name, count in counts.items()}
+        counts, matrices = self.world.sum(torch.stack(found).tolist()), len(trits)
+        shares = {"zero_fraction": counts[:matrices]}
+        if len(counts) > matrices:
+            shares["flip_rate"] = counts[matrices:]
+        self.linears = {name: self._by_kind(count) for name, count in shares.items()}
+        return {name: sum(count) / sum(self._sizes) for name, count in shares.items()}
 
-    def _by_kind(self, counts: list[int], sizes: list[int]) -> ByKind:
+    def _scales(self) -> list[Tensor]:
+        """D of every matrix, of which the devices add up their parts' magnitudes."""
+        if self.world.size == 1:
+            return [ternary_scale(weight) for weight in self._weights]
+        sums = torch.stack([weight.float().abs().sum() for weight in self._weights])
+        totals = zip(self.world.sum(sums.tolist()), self._sizes, strict=True)
+        means = torch.tensor([total / size for total, size in totals], device=sums.device)
+        return list(means.bfloat16().float())
+
+    def _by_kind(self, counts: list[float]) -> ByKind:
         shares: ByKind = {}
-        for kind, count, size in zip(self._kinds, counts, sizes, strict=True):
+        for kind, count, size in zip(self._kinds, counts, self._sizes, strict=True):
             shares.setdefault(kind, []).append(round(count / size, 6))
         return shares
 
@@ -78,22 +100,27 @@ class Monitor:
     def histogram(self) -> dict[str, list[int]]:
         """Master weights in units of their scale, by kind of linear: counts in BINS bins from
         -REACH to REACH, of which the outer ones hold what lies beyond. Empty for a teacher."""
+        if not self._weights:
+            return {}
         counts: dict[str, Tensor] = {}
-        for kind, layer in zip(self._kinds, self._layers, strict=True):
-            unit = layer.weight.float() / (ternary_scale(layer.weight) + WEIGHT_EPS)
+        for kind, weight, scale in zip(self._kinds, self._weights, self._scales(), strict=True):
+            unit = weight.float() / (scale + WEIGHT_EPS)
             found = torch.histc(unit.clamp(-REACH, REACH), BINS, -REACH, REACH)
             counts[kind] = counts[kind] + found if kind in counts else found
-        return {kind: [int(n) for n in found.tolist()] for kind, found in counts.items()}
+        sums = iter(self.world.sum(torch.cat(list(counts.values())).tolist()))
+        return {kind: [int(next(sums)) for _ in range(BINS)] for kind in counts}
 
     def machine(self, tokens: int, length: int, seconds: float) -> dict[str, float]:
-        """Peak memory (GiB), and the share of the device's bf16 rate that the models' own
-        arithmetic takes: forward and backward of the student, forward of the teacher."""
+        """Peak memory (GiB) of the device that had most, and the share of the devices' bf16 rate
+        that the models' own arithmetic takes: forward and backward of the student, forward of the
+        teacher. `tokens` are those of all devices."""
         if not self.hardware.cuda:
             return {}
-        read = {"peak_gib": torch.cuda.max_memory_allocated(self.hardware.device) / 2**30}
+        peak = torch.cuda.max_memory_allocated(self.hardware.device) / 2**30
+        read = {"peak_gib": max(self.world.gather(peak))}
         if self._peak is not None:
             operations = 3 * forward_operations(self.objective.student, length)
             if self.objective.teacher is not None:
                 operations += forward_operations(self.objective.teacher, length)
-            read["utilisation"] = operations * tokens / seconds / self._peak
+            read["utilisation"] = operations * tokens / seconds / self._peak / self.world.size
         return read

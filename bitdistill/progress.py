@@ -37,10 +37,7 @@ class Reporter:
         self.log = log
         self.began = time.perf_counter()
         self._board: Any = None
-        if log is not None and importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(log.parent / "tensorboard")
+        self._draws = log is not None and importlib.util.find_spec("tensorboard") is not None
 
     def say(self, text: str) -> None:
         """One line for the person."""
@@ -56,10 +53,19 @@ class Reporter:
         if self.log is not None:
             with self.log.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(values) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, float) and name != "time":
-                    self._board.add_scalar(f"{values['stage']}/{name}", value, values["step"])
+        if self._draws:
+            self._draw(values)
+
+    def _draw(self, values: dict[str, Any]) -> None:
+        """For tensorboard, which takes seconds to import: a GPU is busy by the first record."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            assert self.log is not None
+            self._board = SummaryWriter(self.log.parent / "tensorboard")
+        for name, value in values.items():
+            if isinstance(value, float) and name != "time":
+                self._board.add_scalar(f"{values['stage']}/{name}", value, values["step"])
 
     def record_weights(self, values: dict[str, Any]) -> None:
         """One JSON line of what is known of every linear, in weights.jsonl beside the log."""
@@ -110,7 +116,7 @@ class Meter:
         terms: dict[str, float],
         measured: Callable[[float], dict[str, float]],
     ) -> None:
-        """`step` steps are done; `tokens` were processed since the last update.
+        """`step` steps are done; all devices processed `tokens` since the last update.
 
         `measured` gives what else goes into the record, from the seconds that they took.
         """

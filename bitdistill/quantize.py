@@ -25,6 +25,7 @@ from torch.nn import functional as F
 WEIGHT_EPS = 1e-6
 ACTIVATION_EPS = 1e-5
 MAX_COLUMNS = 1 << 17  # 127 * K must stay below 2^24
+INTEGER_ROWS = 32  # CUDA's int8 product refuses 16 and fewer
 
 
 def wide(x: Tensor) -> Tensor:
@@ -37,12 +38,14 @@ def ternary_scale(weight: Tensor) -> Tensor:
     return weight.detach().float().abs().mean().bfloat16().float()
 
 
-def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def ternarize(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Master weights (N, K) -> trits int8 (N, K) and their scale, a 0-d fp32 tensor.
 
-    Raises ValueError for weights that are not finite.
+    `scale` is given for some rows of a matrix, whose D they cannot know. Raises ValueError for
+    weights that are not finite.
     """
-    scale = ternary_scale(weight)
+    if scale is None:
+        scale = ternary_scale(weight)
     if not torch.isfinite(scale):
         raise ValueError("a weight matrix holds NaN or infinity; the training diverged")
     trits = torch.round(weight.detach().float() / (scale + WEIGHT_EPS)).clamp(-1, 1)
@@ -97,6 +100,9 @@ class _IntegerProduct(torch.autograd.Function):
         mixed = torch.is_autocast_enabled(device)
         ctx.dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
         ctx.save_for_backward(q, t)
+        few = q.shape[0]
+        if few < INTEGER_ROWS:  # rows of zeros, which are dropped again
+            return torch._int_mm(F.pad(q, (0, 0, 0, INTEGER_ROWS - few)), t.T)[:few].float()
         return torch._int_mm(q, t.T).float()
 
     @staticmethod

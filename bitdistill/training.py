@@ -68,11 +68,11 @@ class Fit:
         self._integer = False
         if machine.recompute:
             recompute_activations(self.model, True)
-        self.monitor = Monitor(objective, self.hardware, sharded=world.size > 1)
         graphs = self.hardware.cuda and self.hardware.wants(machine.graphs) and world.size == 1
         if world.size > 1:
             distributed.shard(objective, self.model, self.hardware.device)
         self.parts = distributed.own_parts(self.model)
+        self.monitor = Monitor(objective, self.hardware, self.parts, world)
         moved = self.parts.values()
         self.optimizer = make_optimizer(moved, settings, self.hardware, graphs=graphs)
         rest = settings.clip_norm, self.hardware, world
@@ -134,7 +134,8 @@ class Fit:
                 self.step += 1
                 if self.step % LOG_EVERY == 0 or self.step == self.total:
                     last = self.read_terms(self.step - read)
-                    self.tokens += int(self.world.sum([tokens])[0])
+                    tokens = int(self.world.sum([tokens])[0])
+                    self.tokens += tokens
                     length = window[0]["input_ids"].shape[1]
                     meter.update(self.step, tokens, last, partial(self._measured, tokens, length))
                     tokens, read = 0, self.step
@@ -162,7 +163,7 @@ class Fit:
         return due_sum > 0, stops > 0
 
     def _measured(self, tokens: int, length: int, seconds: float) -> dict[str, float]:
-        """What a record says besides the terms."""
+        """What a record says besides the terms; all devices ask, with the tokens of all."""
         rate = float(self.optimizer.param_groups[0]["lr"])
         measured = {"learning_rate": rate, "tokens": self.tokens}
         measured |= self.monitor.machine(tokens, length, seconds)

@@ -58,6 +58,17 @@ def test_integer_products_against_bfloat16_ones() -> None:
         assert float((mine - reference).norm() / reference.norm()) < 2**-7
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+def test_integer_products_of_few_rows(tokens: int, compiled: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = BitLinear(256, 128).cuda(), torch.randn(1, tokens, 256, device="cuda")
+    expected = layer(x)
+    layer.integer = True
+    run = torch.compile(layer) if compiled else layer
+    torch.testing.assert_close(run(x), expected, rtol=3e-7, atol=0.0)
+
+
 def test_compiled_bfloat16_training_learns(tmp_path: Path) -> None:
     """Layers and losses compiled, steps replayed: what `auto` means on CUDA."""
     options = [f"{stage}.steps=40" for stage in ("base", "teacher", "distill")]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitdistill import losses
 from bitdistill.data import IGNORED
@@ -99,6 +101,37 @@ def test_head_loss_equals_autograd_for_every_chunk(
     torch.testing.assert_close(terms.ce + terms.kl, terms.loss.detach())
     for a, b in zip(mine, plain, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-9)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor had which an operation gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = func(*args, **(kwargs or {}))
+        for tensor in given if isinstance(given, tuple | list) else (given,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return given
+
+
+@pytest.mark.parametrize(("elements", "largest"), [(5 * 500, 4 * 500), (1 << 20, 16 * 500)])
+def test_no_tensor_is_larger_than_a_chunk(
+    monkeypatch: pytest.MonkeyPatch, elements: int, largest: int
+) -> None:
+    """Of 16 rows: a quarter of their logits at a time, or all where there is room."""
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "plain", elements)
+    hidden, head = (torch.randn(rows, 2, requires_grad=True) for rows in (16, 500))
+    teacher = torch.randn(16, 3), torch.randn(500, 3)
+    with Largest() as seen:
+        options = LogitsLoss(weight=1.0)
+        head_terms(hidden, head, torch.arange(16), options, ONE, ONE, *teacher).loss.backward()
+    assert seen.elements == largest
 
 
 @pytest.mark.parametrize(

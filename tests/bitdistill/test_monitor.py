@@ -13,6 +13,7 @@ import pytest
 import torch
 from short_runs import settings
 
+from bitdistill.distributed import own_parts
 from bitdistill.hardware import Hardware
 from bitdistill.monitor import Monitor, forward_operations
 from bitdistill.objective import make_objective
@@ -31,7 +32,7 @@ def test_flips_and_zeros_are_counted(make_teacher: Callable[..., Any]) -> None:
         for layer in layers:
             layer.weight.fill_(1.0)
             layer.weight[0] = 0.01
-    monitor = Monitor(make_objective(student, None, settings()), CPU, sharded=False)
+    monitor = Monitor(make_objective(student, None, settings()), CPU, own_parts(student))
     weights = sum(layer.weight.numel() for layer in layers)
     zeros = sum(layer.in_features for layer in layers)
     first = monitor.trits()
@@ -56,7 +57,7 @@ def test_histograms_are_in_units_of_the_scale(make_teacher: Callable[..., Any]) 
             layer.weight.fill_(1.0)
             layer.weight[0, 0], layer.weight[0, 1], layer.weight[0, 2] = 40.0, -0.51, -0.49
     objective = make_objective(student, None, settings())
-    found = Monitor(objective, CPU, sharded=False).histogram()
+    found = Monitor(objective, CPU, own_parts(student)).histogram()
     assert set(found) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"} | {
         "down_proj"
     }
@@ -65,7 +66,6 @@ def test_histograms_are_in_units_of_the_scale(make_teacher: Callable[..., Any]) 
     assert counts[-1] == len(down)  # beyond the reach
     below, above = counts[49], counts[50]  # of -0.5, an edge
     assert (below, above) == (len(down), len(down))
-    assert Monitor(objective, CPU, sharded=True).histogram() == {}
 
 
 def test_operations_by_hand(make_teacher: Callable[..., Any]) -> None:
@@ -85,7 +85,9 @@ def test_operations_by_hand(make_teacher: Callable[..., Any]) -> None:
 
 
 def test_records_hold_what_moved(start: Callable[..., Fit], tmp_path: Path) -> None:
-    start(settings(steps=60, learning_rate=3e-2)).run()
+    fit = start(settings(steps=60, learning_rate=3e-2))
+    assert not (tmp_path / "tensorboard").exists()  # imported with the first record
+    fit.run()
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "zero_fraction" in r] == [50, 60]
     assert 0 < records[-1]["flip_rate"] < 1

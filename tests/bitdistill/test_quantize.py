@@ -173,3 +173,22 @@ def test_integer_product_is_the_fake_quantised_one() -> None:
     odd = BitLinear(60, 24)
     set_integer(odd, True)
     assert not odd.integer  # int8 tensor cores take multiples of 8
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 40])
+def test_integer_products_of_few_rows(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA takes them, which refuses 16 rows and fewer."""
+    product = torch._int_mm
+
+    def as_on_cuda(q: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        assert len(q) > 16
+        return product(q, t)
+
+    torch.manual_seed(0)
+    layer, x = BitLinear(64, 24), torch.randn(tokens, 64)
+    fake = trained_once(layer, x)
+    monkeypatch.setattr(torch, "_int_mm", as_on_cuda)
+    set_integer(layer, True)
+    integer = trained_once(layer, x)
+    assert torch.equal(integer[0], fake[0])
+    torch.testing.assert_close(integer[1:], fake[1:])

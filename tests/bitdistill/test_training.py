@@ -13,9 +13,10 @@ import pytest
 import torch
 from short_runs import TEXTS, advance, anneal_of, packed_batches, settings, task_batches, weights
 
+from bitdistill import quantize
 from bitdistill.data import Batch, TaskBatches
 from bitdistill.hardware import Hardware, TrainingError, start_compilers
-from bitdistill.quantize import BitLinear
+from bitdistill.quantize import BitLinear, bit_linears, ternary_scale
 from bitdistill.schema import Machine, Training
 from bitdistill.training import Fit, schedule, total_steps
 
@@ -140,6 +141,22 @@ def test_accumulation_is_the_same_training(start: Callable[..., Fit]) -> None:
                 module.activation_bits = None
     for one, two in zip(advance(whole, 4), advance(parts, 4), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_weights_are_rounded_once_a_step(
+    start: Callable[..., Fit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by each of its micro-batches."""
+    rounded: list[torch.Tensor] = []
+
+    def counting(weight: torch.Tensor) -> torch.Tensor:
+        rounded.append(weight)
+        return ternary_scale(weight)
+
+    fit = start(settings(accumulate=3), task_batches(2, 3))
+    monkeypatch.setattr(quantize, "ternary_scale", counting)
+    advance(fit, 2)
+    assert len(rounded) == 2 * len(bit_linears(fit.model))
 
 
 def test_the_teacher_does_not_move(start: Callable[..., Fit]) -> None:
