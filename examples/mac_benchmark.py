@@ -3,14 +3,15 @@
 NOT RUN BY THE MAINTAINERS on Apple hardware: none was at hand. Whatever it prints there is news,
 and welcome. On Linux it runs too, slowly, which is how it is tested.
 
-    pip install bitdistill
+    pip install .          # in a clone of the repository
     python examples/mac_benchmark.py runs/mine/mlx --base Qwen/Qwen3-0.6B
 
 `--base` is the model that the student was made from, a directory or a name on the hub. mlx-lm
 converts it to bfloat16 and to 4 bits in a temporary directory, and all three are timed alike, each
 in a fresh process: random tokens in (prefill), then tokens one by one (decode), by mlx-lm's own
-generation loop. Memory is MLX's own peak. Parity compares the artifact as MLX runs it here with the
-same file multiplied by bitdistill's exact integer kernels on the CPU in fp32.
+generation loop. Memory is MLX's own peak. Parity compares the artifact as MLX runs it here with
+the same file multiplied by bitdistill's exact integer kernels on the CPU in fp32, on passages of
+text.
 """
 
 from __future__ import annotations
@@ -30,7 +31,17 @@ from typing import Any
 import numpy as np
 
 WARMUP = 16
-SEQUENCES, LENGTH = 8, 64
+LENGTH = 64  # tokens of a sequence that parity is measured on
+PASSAGES = (
+    "The harbour freezes late in the year. Until then the ferries leave twice a day, and the post "
+    "arrives with the first of them, unless the wind is from the north.",
+    "Question: A train leaves at nine and travels for two hours and forty minutes. When does it "
+    "arrive?\nAnswer: At twenty to twelve.",
+    "The film takes its time, and every minute is well spent: the acting is quiet, the pictures "
+    "are bright, and the ending is neither happy nor sad.\nVerdict: positive",
+    "def mean(values):\n    if not values:\n        raise ValueError('no values')\n"
+    "    return sum(values) / len(values)\n",
+)
 
 
 def measure(path: str, prompt_tokens: int, decode_tokens: int, repeats: int) -> dict[str, Any]:
@@ -41,7 +52,8 @@ def measure(path: str, prompt_tokens: int, decode_tokens: int, repeats: int) -> 
 
     import bitdistill  # noqa: F401  (registers the student's architecture)
 
-    model, tokenizer = mlx_lm.load(path)
+    # the architecture is installed, so a `model_file` of the directory is not run
+    model, tokenizer = mlx_lm.load(path, model_config={"model_file": None})
     random = np.random.default_rng(0)
     prompt = mx.array(random.integers(0, tokenizer.vocab_size, prompt_tokens))
     prefill, decode = [], []
@@ -71,8 +83,7 @@ def parity(path: str) -> dict[str, float]:
     ours = backends.load(path, products="mlx")
     exact = backends.load(path, products="cpu", dtype="float32")
     length = min(LENGTH, exact.context)
-    random = np.random.default_rng(0)
-    tokens = random.integers(0, exact.vocabulary, (SEQUENCES, length)).tolist()
+    tokens = [exact.tokenizer.encode(text)[:length] for text in PASSAGES]
     found, expected = (np.concatenate(model.logits(tokens)) for model in (ours, exact))
     errors = np.sqrt(np.square(found - expected).mean(-1)) / expected.std(-1)
     same = found.argmax(-1) == expected.argmax(-1)
@@ -95,7 +106,10 @@ def in_fresh_process(arguments: argparse.Namespace, path: str) -> dict[str, Any]
     """`measure` in a process of its own, so that its peak memory is its own."""
     numbers = [f"--{name}={getattr(arguments, name)}" for name in ("prompt", "decode", "repeats")]
     command = [sys.executable, __file__, path, "--only", *numbers]
-    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:  # its own words went to the standard error
+        sys.exit(f"{path} could not be measured; the error is above")
+    return json.loads(done.stdout)
 
 
 def size_of(path: str) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from bitdistill import exporters
+from bitdistill.backends.mlx_runtime import MlxRuntime
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "mac_benchmark.py"
 
@@ -50,6 +51,37 @@ def test_the_table(script: ModuleType) -> None:
     assert lines[-1] == "a machine"
 
 
+def test_what_stopped_a_measurement_is_shown(
+    script: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="could not be measured; the error is above"):
+        script.in_fresh_process(script.parse([str(tmp_path)]), str(tmp_path))
+    assert str(tmp_path / "config.json") in capfd.readouterr().err
+
+
+def test_parity_is_measured_on_text(
+    script: ModuleType, student_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """MLX's own product against our kernels: the same integers, so the same logits."""
+    artifact = exporters.export(student_dir("qwen3"), "mlx", tmp_path / "artifact")
+    seen = []
+    logits = MlxRuntime.logits
+
+    def noted(self: MlxRuntime, tokens: Any) -> Any:
+        seen.append([self.tokenizer.decode(sequence) for sequence in tokens])
+        return logits(self, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MlxRuntime, "logits", noted)
+        check = script.parity(str(artifact))
+    assert len(seen) == 2
+    for text, passage in zip(seen[0], script.PASSAGES, strict=True):
+        assert len(text) > 20
+        assert passage.startswith(text)
+    assert check["agreement"] > 95
+    assert check["error"] < 1e-2
+
+
 @pytest.mark.slow
 def test_a_whole_run(
     student_dir: Callable[..., Path],
@@ -57,7 +89,8 @@ def test_a_whole_run(
     tokenizer: Any,
     tmp_path: Path,
 ) -> None:
-    artifact = exporters.export(student_dir("qwen3"), "mlx", tmp_path / "artifact")
+    options = {"model_file": True}
+    artifact = exporters.export(student_dir("qwen3"), "mlx", tmp_path / "artifact", **options)
     make_teacher("qwen3").save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     command = [sys.executable, SCRIPT, artifact, "--base", tmp_path / "base", "--prompt", "16"]
