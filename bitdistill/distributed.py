@@ -176,6 +176,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered from the devices if it is sharded; each of them has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def own_parts(model: nn.Module) -> dict[str, Tensor]:
     """What this device trains, by name: parameters, or its parts of them in the same memory."""
     return {
@@ -198,5 +203,4 @@ def collect(sharded: nn.Module, into: nn.Module) -> None:
     """Copy every parameter of a sharded model into a whole one of the same names, on the CPU."""
     targets = dict(into.named_parameters())
     for name, parameter in sharded.named_parameters():
-        full = parameter.detach()
-        targets[name].copy_(full.full_tensor() if isinstance(full, DTensor) else full)
+        targets[name].copy_(whole(parameter.detach()))

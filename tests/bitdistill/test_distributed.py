@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import two_fits
+from safetensors.torch import load_file
+from short_runs import log_of
 from two_devices import check_two_devices, shared_recipe
+from two_fits import keep_weights, make_fit
 
-from bitdistill import distributed
+from bitdistill import distributed, training
 from bitdistill.distributed import World, own_parts
 from bitdistill.schema import Config
 from bitdistill.student import layers_of, make_student
@@ -19,6 +26,57 @@ from bitdistill.student import layers_of, make_student
 @pytest.mark.slow
 def test_two_devices_train_as_one(recipe: Callable[..., Config], tmp_path: Path) -> None:
     check_two_devices(shared_recipe(recipe), tmp_path)
+
+
+@torch.no_grad()
+def apart(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """The largest relative distance of two students' tensors."""
+    assert weights.keys() == others.keys()
+    return max(float((w - others[n]).norm() / w.norm()) for n, w in weights.items())
+
+
+def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records, weights, and states that either world continues: two's own to the bit."""
+    for name, value in two_fits.OFTEN.items():
+        monkeypatch.setattr(training, name, value)
+    one = make_fit(tmp_path / "one")
+    one.run()
+    keep_weights(one, tmp_path / "one.safetensors")
+    command = [sys.executable, two_fits.__file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    alone, shared = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert [record["step"] for record in shared] == [2, 4, 6, 8]
+    clocks = {"seconds", "time", "tokens_per_second", "data_wait"}
+    for one_record, two_record in zip(alone, shared, strict=True):
+        assert two_record.pop("stage") == one_record.pop("stage")
+        assert two_record.keys() == one_record.keys()
+        for key in two_record.keys() - clocks:
+            trits = 5e-4 if key in ("zero_fraction", "flip_rate") else 0  # few of 16,000
+            assert two_record[key] == pytest.approx(one_record[key], rel=2e-3, abs=trits), key
+    assert 0 < shared[-1]["flip_rate"] < 1
+    before, last = shared[-2:]  # tokens of both, in the seconds between two records
+    speed = (last["tokens"] - before["tokens"]) / (last["seconds"] - before["seconds"])
+    assert last["tokens_per_second"] == pytest.approx(speed, rel=0.1)
+    *trits, machine = json.loads((tmp_path / "seen.json").read_text())
+    assert machine["peak_gib"] == 2
+    one_machine = two_fits.machine_of(one)
+    assert machine["utilisation"] == pytest.approx(one_machine["utilisation"] / 2)
+
+    names = ("one", "two", "again", "taken", "continued")
+    ends = {name: load_file(tmp_path / f"{name}.safetensors") for name in names}
+    assert apart(ends["one"], ends["two"]) < 2e-3
+    assert apart(ends["two"], ends["again"]) == 0
+    assert apart(ends["one"], ends["continued"]) < 2e-3
+    rest = make_fit(tmp_path / "one")
+    rest.restore()
+    assert apart(dict(rest.model.named_parameters()), ends["taken"]) == 0
+    assert trits == two_fits.trits_of(rest)
+    rest.state_dir = tmp_path / "two" / "student.training"
+    rest.restore()
+    rest.run()
+    assert apart(ends["one"], dict(rest.model.named_parameters())) < 2e-3
 
 
 def test_parts_must_be_equal() -> None:
