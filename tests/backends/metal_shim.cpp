@@ -226,10 +226,12 @@ int run(const char *kernel, const Call &c) {
       qmv_wide_impl<T, group, 2, 4, 8>(c.w, s, b, x, y, c.K, c.N, c.M, tid, uint(t / 32),
                                        uint(t % 32));
     });
-  } else if (name == "qmv_quad" && c.K == 128) {
+  } else if (name == "qmv_quad" && (c.K == 64 || c.K == 128)) {
     int k = c.K;
+    const auto kernel_of =
+        k == 64 ? qmv_quad_impl<T, group, 2, 64> : qmv_quad_impl<T, group, 2, 128>;
     launch(32, c.M, parts(c.N, 64), [&](uint3 tid, int t) {
-      qmv_quad_impl<T, group, 2, 128>(c.w, s, b, x, y, k, c.N, tid, uint(t / 4), uint(t % 4));
+      kernel_of(c.w, s, b, x, y, k, c.N, tid, uint(t / 4), uint(t % 4));
     });
   } else if (name == "qmm_t") {
     std::vector<T> xs(32 * (32 + 16 / sizeof(T))), ws(xs.size());
@@ -237,6 +239,18 @@ int run(const char *kernel, const Call &c) {
       qmm_t_impl<T, group, 2, false>(c.w, s, b, x, y, xs.data(), ws.data(), c.K, c.N, c.M, c.K, tid,
                                      uint(t), uint(t / 32), uint(t % 32));
     });
+  } else if (name == "qmm_t_splitk") {
+    // the kernel writes a sum for each part of K; MLX adds them in float and rounds once
+    const int part = c.K % (2 * group) == 0 ? 2 * group : group, size = c.M * c.N;
+    std::vector<float> sums(size_t(c.K / part * size)), whole(size_t(size), 0.0f);
+    for (uint z = 0; z < uint(c.K / part); ++z)
+      launch(128, parts(c.N, 32), parts(c.M, 32), [&](uint3 tid, int t) {
+        affine_qmm_t_splitk<T, group, 2, false>(c.w, s, b, x, sums.data(), c.K, c.N, c.M, part,
+                                                size, uint3{tid.x, tid.y, z}, uint(t), uint(t / 32),
+                                                uint(t % 32));
+      });
+    for (size_t i = 0; i < sums.size(); ++i) whole[i % whole.size()] += sums[i];
+    std::copy(whole.begin(), whole.end(), y);
   } else {
     return 1;
   }
