@@ -19,7 +19,7 @@ constexpr int kTokens4 = 2;
 constexpr int kHalfRows = 2;
 constexpr int kHalfTokens = 3;
 
-float half_at(const uint16_t *p) { return _cvtsh_ss(*p); }
+float half_at(const uint16_t *p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(*p))); }
 
 __m256 eight_halves(const uint16_t *p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));

@@ -1,6 +1,7 @@
 // HeadLinear: Y = X . fp32(W)^T with a float16 table, so that a tied embedding is stored once.
 //
 // Inputs  X float (..., K); W float16 (N, K)
+#include <algorithm>
 #include <new>
 
 #include "ort_support.h"
@@ -51,10 +52,11 @@ ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   BD_TRY(make_output(k.api, context, x, x.rank - 1, table.dims[0], &y));
   if (tokens == 0) return nullptr;
   const BdHalfTable w = {static_cast<const uint16_t *>(table.data), table.dims[0], table.dims[1]};
-  // A quarter of the true time: a task then lasts four times as long, which is what it takes to
-  // read several streams of rows at the full rate.
+  // A quarter of the true time: a task then lasts four times as long at least, which is what it
+  // takes to read several streams of rows at the full rate.
   const double row = static_cast<double>(w.columns) * (0.02 + 0.01 * static_cast<double>(tokens));
-  return parallel(k.api, context, w.rows, chunk_of(row), [&](int64_t a, int64_t b) {
+  const int64_t chunk = std::max(chunk_of(row), share_of(w.rows, 4));
+  return parallel(k.api, context, w.rows, chunk, [&](int64_t a, int64_t b) {
     k.kernels->head->half(&w, x.floats(), tokens, y, a, b);
   });
 }

@@ -5,6 +5,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <thread>
+
 namespace bitdistill {
 namespace {
 
@@ -226,6 +228,16 @@ Scratch::~Scratch() {
 int64_t chunk_of(double nanoseconds_per_unit) {
   const double units = kTaskNanoseconds / nanoseconds_per_unit;
   return units < 1 ? 1 : static_cast<int64_t>(units);
+}
+
+int64_t processors() {
+  static const unsigned count = std::thread::hardware_concurrency();
+  return count > 0 ? static_cast<int64_t>(count) : 1;
+}
+
+int64_t share_of(int64_t units, int64_t parts) {
+  const int64_t tasks = parts * processors();
+  return (units + tasks - 1) / tasks;
 }
 
 void fill_common(Op *op, const ort::Api *api) {

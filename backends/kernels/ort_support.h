@@ -111,6 +111,13 @@ ort::Status *parallel(const ort::Api *api, const ort::KernelContext *context, in
 // Units for one task, so that a task lasts long enough to be worth handing to a thread.
 int64_t chunk_of(double nanoseconds_per_unit);
 
+// The runtime does not tell how many threads it has: as many as there are processors, or fewer.
+int64_t processors();
+
+// Units for one of `parts` tasks a processor. Weights that come from memory are read in several
+// streams, each of which should be long.
+int64_t share_of(int64_t units, int64_t parts);
+
 // An operator's table for the runtime, and the interface it was made for (shape inference gets no
 // other way to it).
 struct Op : ort::CustomOp {

@@ -4,6 +4,7 @@
 //             W uint8: (N, K) at 8 bits, (ceil(N/16), ceil(K/32), 4, 16, 4) at 4;
 //             scale float (N); group_scale int8 (ceil(N/16), ceil(K/32), 16), at 4 bits alone
 // Attributes  N, K, bits (8 or 4)
+#include <algorithm>
 #include <new>
 
 #include "ort_support.h"
@@ -113,7 +114,8 @@ ort::Status *run_head(const Kernel &k, const ort::KernelContext *context, const 
   const double row = columns * (0.01 + 0.01 * static_cast<double>(tokens));
   const auto product = k.bits == 8 ? k.kernels->head->int8 : k.kernels->head->int4;
   const int64_t units = k.bits == 8 ? w.rows : bd_table_blocks(w.rows);
-  return parallel(k.api, context, units, chunk_of(k.bits == 8 ? row : row * BD_TABLE_ROWS),
+  const int64_t chunk = chunk_of(k.bits == 8 ? row : row * BD_TABLE_ROWS);
+  return parallel(k.api, context, units, std::max(chunk, share_of(units, 4)),
                   [&](int64_t a, int64_t b) { product(&w, &in, y, a, b); });
 }
 

@@ -105,7 +105,7 @@ ort::Status *check_constants(TernaryNode *k, const ort::KernelInfo *info) {
     if (!tensor.present) continue;
     BD_TRY(check_constant(*k, input, tensor));
     if (input == kW) BD_TRY(check_codes(*k, static_cast<const uint8_t *>(tensor.data)));
-    k->checked[input] = true;
+    k->constants[input] = tensor;  // the runtime keeps it where it is for as long as the kernel
   }
   return nullptr;
 }

@@ -12,7 +12,7 @@ enum TernaryInput : size_t {
   kScale,
   kNorm,
   kBias,
-  kTernaryConstants,  // before it: what may be checked once
+  kTernaryConstants,  // before it: what may be read and checked once
   kUp = kTernaryConstants,
   kResidual,
   kTernaryInputs
@@ -26,10 +26,10 @@ struct TernaryNode {
   int64_t scale_rows;
   bool base3;
   int bits;
-  int activation;  // BD_SILU, BD_GELU_TANH or 0
-  float epsilon;   // NaN: not given
-  bool checked[kTernaryConstants];
-  char name[kNameSize];  // "TernaryLinear 'node name'"
+  int activation;                       // BD_SILU, BD_GELU_TANH or 0
+  float epsilon;                        // NaN: not given
+  Tensor constants[kTernaryConstants];  // checked; those that are not constant stay absent
+  char name[kNameSize];                 // "TernaryLinear 'node name'"
 };
 
 // Every check of W, scale, norm_weight or bias but that of the codes, which cost a pass over the

@@ -2,7 +2,6 @@
 // threads.
 #include <algorithm>
 #include <atomic>
-#include <thread>
 
 #include "ort_ternary.h"
 #include "split.h"
@@ -11,7 +10,7 @@
 namespace bitdistill {
 namespace {
 
-constexpr int64_t kFewTokens = 8;       // below, small tasks of rows; from here on, large ones
+constexpr int64_t kFewTokens = 8;       // below, tasks of rows alone; from here on, of tokens too
 constexpr int64_t kUnpackedTokens = 8;  // from here on, base 3 is worth unpacking
 
 size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -24,12 +23,6 @@ struct TernaryCall {
   const float *floats(size_t input) const { return in[input].floats(); }
 };
 
-// The runtime does not tell how many threads it has: as many as there are processors, or fewer.
-int64_t processors() {
-  static const unsigned count = std::thread::hardware_concurrency();
-  return count > 0 ? static_cast<int64_t>(count) : 1;
-}
-
 // An input of the calls themselves: the dimensions of X, the last one being `last`.
 ort::Status *check_beside(const TernaryNode &k, const TernaryCall &c, const char *name,
                           const Tensor &tensor, int64_t last) {
@@ -40,8 +33,13 @@ ort::Status *check_beside(const TernaryNode &k, const TernaryCall &c, const char
 }
 
 ort::Status *read_call(const TernaryNode &k, const ort::KernelContext *context, TernaryCall *c) {
-  for (size_t input = kX; input < kTernaryInputs; ++input)
-    BD_TRY(read_input(k.api, context, input, &c->in[input]));
+  for (size_t input = kX; input < kTernaryInputs; ++input) {
+    const bool kept = input < kTernaryConstants && k.constants[input].present;
+    if (kept)
+      c->in[input] = k.constants[input];
+    else
+      BD_TRY(read_input(k.api, context, input, &c->in[input]));
+  }
   const Tensor &up = c->in[kUp], &residual = c->in[kResidual];
   if (up.present && k.activation == 0)
     return refuse(k.api, "%s: up needs the attribute activation; export the model again", k.name);
@@ -49,7 +47,7 @@ ort::Status *read_call(const TernaryNode &k, const ort::KernelContext *context, 
   BD_TRY(check_activations(k.api, k.name, c->in[kX], both ? "2 K" : "K",
                            both ? 2 * k.columns : k.columns, &c->tokens));
   for (size_t input = kW; input < kTernaryConstants; ++input) {
-    if (k.checked[input] || (input >= kNorm && !c->in[input].present)) continue;
+    if (k.constants[input].present || (input >= kNorm && !c->in[input].present)) continue;
     BD_TRY(check_constant(k, input, c->in[input]));
   }
   if (c->in[kNorm].present && !(k.epsilon >= 0))
@@ -122,7 +120,7 @@ ort::Status *multiply(const TernaryNode &k, const ort::KernelContext *context, c
     // Of a block of 32 rows: 8 bytes a column from memory, 64 operations a column and token.
     const double columns = static_cast<double>(w.columns);
     const double block = columns * (0.7 + 0.25 * static_cast<double>(c.tokens));
-    return parallel(k.api, context, blocks, chunk_of(block),
+    return parallel(k.api, context, blocks, std::max(chunk_of(block), share_of(blocks, 1)),
                     [&](int64_t a, int64_t b) { part(&w, &tokens, c.y, a, b); });
   }
   const bool by_tokens = k.kernels->by_tokens != 0 && kernel == k.kernels->ternary;

@@ -152,7 +152,7 @@ struct Layer {
   float *y;
   bool floats;
   bitdistill::Split split;
-  std::atomic<int64_t> next;  // part of `split`
+  alignas(64) std::atomic<int64_t> next;  // part of `split`; in a line of its own: all write it
 };
 
 void prepare_part(void *context, int64_t first, int64_t last) {

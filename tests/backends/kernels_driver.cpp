@@ -167,6 +167,30 @@ bool same_table(const BdKernels *a, const BdKernels *b, std::mt19937 &random, in
   return same(run_table(a, table, x, bits), run_table(b, table, x, bits));
 }
 
+// One token and a few, rows enough for several streams of them, columns for more than one chunk of
+// sums; and the widest matrix there may be, of the largest values.
+bool same_streams(const BdKernels *kernels, const BdKernels *oracle, std::mt19937 &random,
+                  BdPool *pool) {
+  for (const int64_t columns : {263, 1030})
+    for (const int64_t rows : {161, 290})
+      for (const int64_t tokens : {1, 3}) {
+        const Layer layer = random_layer(random, rows, columns, false);
+        const std::vector<float> x = random_floats(random, tokens * columns);
+        if (!same(run(kernels, layer, x, 8, pool), run(oracle, layer, x, 8, nullptr))) return false;
+        std::vector<uint8_t> base3(static_cast<size_t>(bd_base3_bytes(rows, columns)));
+        for (uint8_t &byte : base3) byte = static_cast<uint8_t>(random());
+        if (!same(run_base3(kernels, layer, base3, x), run_base3(oracle, layer, base3, x)))
+          return false;
+      }
+  for (const int64_t tokens : {1, 12}) {
+    const Layer layer = random_layer(random, 33, BD_MAX_COLUMNS, false);
+    std::vector<float> x(static_cast<size_t>(tokens * BD_MAX_COLUMNS), -1.0f);
+    x[0] = 1.0f;
+    if (!same(run(kernels, layer, x, 8, pool), run(oracle, layer, x, 8, nullptr))) return false;
+  }
+  return true;
+}
+
 // Enough rows and tokens for the paths of prefill; two threads call with one pool at once.
 bool same_prefill(const BdKernels *kernels, const BdKernels *oracle, std::mt19937 &random,
                   BdPool *pool) {
@@ -204,7 +228,8 @@ bool compare(const BdKernels *kernels, unsigned seed, BdPool *pool) {
           if (!same_table(kernels, oracle, random, tokens, rows, columns, bits == 8 ? 8 : 4))
             return false;
         }
-  return same_prefill(kernels, oracle, random, pool) && same_attention(kernels, oracle, random);
+  return same_streams(kernels, oracle, random, pool) &&
+         same_prefill(kernels, oracle, random, pool) && same_attention(kernels, oracle, random);
 }
 
 }  // namespace

@@ -57,6 +57,14 @@ Values ternary(const BdKernels *kernels, Bytes bytes, const Shape &shape, int bi
   return any ? Values() : y;
 }
 
+Values unpacked(const BdKernels *kernels, Bytes bytes, const Shape &shape) {
+  const auto packed = bytes.array<uint8_t>(bd_base3_bytes(shape.rows, shape.columns));
+  std::vector<uint8_t> out(static_cast<size_t>(bd_packed_bytes(shape.rows, shape.columns)));
+  const BdTernary w = {packed.data(), nullptr, nullptr, shape.rows, shape.columns};
+  kernels->unpack_base3(&w, out.data(), 0, bd_blocks(shape.rows));
+  return Values(out.begin(), out.end());
+}
+
 Values quantised(const BdKernels *kernels, Bytes bytes, const Shape &shape, int bits) {
   const int64_t blocks = bd_table_blocks(shape.rows), groups = (shape.columns + 31) / 32;
   const auto codes =
@@ -114,6 +122,8 @@ Values run(const BdKernels *kernels, const Bytes &bytes, int entry, const Shape 
       return quantised(kernels, bytes, shape, 4);
     case 5:
       return gated(kernels, bytes, shape);
+    case 6:
+      return unpacked(kernels, bytes, shape);
     default:
       return half(kernels, bytes, shape);
   }
@@ -129,8 +139,11 @@ bool same(const Values &a, const Values &b) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   Bytes bytes(data, size);
-  const int entry = bytes.next() % 7;
-  const Shape shape = {1 + bytes.up_to(70), 1 + bytes.up_to(150), bytes.up_to(5)};
+  const int entry = bytes.next() % 8;
+  // Most often one token or a few; sometimes rows enough for several streams, or a prompt.
+  const bool many = bytes.next() % 4 == 0;
+  const Shape shape = {1 + bytes.up_to(many ? 200 : 70), 1 + bytes.up_to(many ? 300 : 150),
+                       bytes.up_to(many ? 20 : 5)};
   const Values expected = run(bd_kernels("scalar"), bytes, entry, shape);
   for (int i = 0; bd_isa_name(i) != nullptr; ++i) {
     const BdKernels *kernels = bd_kernels(bd_isa_name(i));

@@ -12,10 +12,11 @@ from bitdistill.packing import base3_shape, kernel_shape, pack_base3, pack_kerne
 
 ISAS = available_isas()
 SHAPES = [(1, 1), (20, 32), (21, 33), (39, 5), (100, 75), (129, 31), (260, 64), (1001, 40)]
+STREAMED = [(1001, 128), (250, 161), (481, 300)]  # rows enough for several streams, K for chunks
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *STREAMED])
 def test_the_product_equals_the_oracle(isa: str, shape: tuple[int, int]) -> None:
     k, n = shape
     rng = np.random.default_rng(k)

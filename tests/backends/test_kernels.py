@@ -34,6 +34,8 @@ SHAPES = [
     (129, 31),
     (257, 96),
     (1000, 40),
+    (160, 1000),
+    (300, 3200),
     (75, 300),
 ]
 TOKENS = [0, 1, 2, 3, 5, 17, 55, 64]
@@ -61,6 +63,29 @@ def test_ternary_linear_equals_the_oracle(isa: str, shape: tuple[int, int]) -> N
                 x, pack_kernel(trits), scale, norm_weight=w, epsilon=1e-6, bias=b
             )
             assert same(y, oracle(x, trits, scale, w, b)), (tokens, w is None)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [1, 4, 13])
+def test_every_remainder_of_columns(isa: str, tokens: int) -> None:
+    rng = np.random.default_rng(tokens)
+    for k in range(1, 68):
+        for n in (31, 130):
+            trits, scale = random_trits(rng, n, k), rng.random(n, F)
+            x = rng.standard_normal((tokens, k), F)
+            y = Kernels(isa).ternary_linear(x, pack_kernel(trits), scale)
+            assert same(y, oracle(x, trits, scale, None, None)), (k, n)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-39, 1e-20, 3e38])
+def test_extreme_scales(isa: str, value: float) -> None:
+    rng = np.random.default_rng(5)
+    trits, scale = random_trits(rng, 140, 65), np.full(140, value, F)
+    for tokens in (1, 13):
+        x = rng.standard_normal((tokens, 65), F) * F(100)
+        y = Kernels(isa).ternary_linear(x, pack_kernel(trits), scale)
+        assert same(y, oracle(x, trits, scale, None, None))
 
 
 @pytest.mark.parametrize("isa", ISAS)
