@@ -120,7 +120,10 @@ def report(
     html: Path | None,
     store: Path,
 ) -> None:
-    """Show results that `bitdistill eval --out` wrote: a table, pictures, one HTML file."""
+    """Show results that `bitdistill eval --out` wrote: a table, pictures, one HTML file.
+
+    With --seeds also the variants of an ablation, and --plot draws a dot for each seed.
+    """
     from bitdistill import evals
 
     _check_outputs(plot, html)
@@ -165,7 +168,7 @@ def _show(
     from bitdistill import evals
 
     if plot is not None:
-        for path in evals.plot(results, plot):
+        for path in evals.plot(results, plot, seeds=seeds):
             click.echo(path, err=True)
     if html is not None:
         evals.write_report(results, html, store)

@@ -1,36 +1,47 @@
 """Pictures of results: accuracy against memory and training tokens, speed against memory.
 
-Made from results alone. Colours are Okabe and Ito's, told apart with colour vision deficiencies;
-every row also has a marker and its name beside it, so the pictures hold in black and white print.
+Made from results alone; rows in fp64, which only say what rounding changes, are left out. Means
+over training seeds and variants of a recipe are in seed_plots.py. Colours are Okabe and Ito's, told
+apart with colour vision deficiencies; every row also has a marker and its name beside it, so the
+pictures hold in black and white print.
 """
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bitdistill.evals.results import Result
-from bitdistill.evals.tables import Column, Row, Table, build
+from bitdistill.evals.seeds import EXACT
+from bitdistill.evals.tables import TASK_METRICS, Column, Row, Table, build
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*"
 SIZE_INCHES = (5.2, 3.6)
 DOTS_PER_INCH = 300
 SPEEDS = ("decode_speed", "prefill_speed")
+CURVES = [metric for metric in TASK_METRICS if metric != "agreement"]
+TICK_SHARE = 0.12  # of an axis, which a number beside it needs
+ONE_LENGTH = 1.05  # counts of tokens within this factor are of one length of training
 STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
          "svg.fonttype": "path", "svg.hashsalt": "bitdistill", "axes.grid": True,
          "grid.color": "#dddddd", "axes.axisbelow": True}  # fmt: skip
 
 
-def plot(results: Sequence[Result], prefix: str | Path) -> list[Path]:
-    """Write PREFIX-accuracy-1.png and .svg, ... for each task column and PREFIX-speed-*; the paths.
+def plot(results: Sequence[Result], prefix: str | Path, *, seeds: bool = False) -> list[Path]:
+    """Write PREFIX-TASK-SPLIT-METRIC.png and .svg for each task column, PREFIX-decode_speed.*, ...,
+    or with `seeds` PREFIX-METRIC-seeds.* (seed_plots.py); the paths.
 
     ImportError with the pip command where matplotlib is missing; ValueError where no result can be
     drawn.
     """
-    return save_all(figures(results), prefix)
+    from bitdistill.evals.seed_plots import seed_figures
+
+    return save_all(seed_figures(results) if seeds else figures(results), prefix)
 
 
 def save_all(named: dict[str, Any], prefix: str | Path) -> list[Path]:
@@ -68,6 +79,7 @@ def figures(results: Sequence[Result]) -> dict[str, Any]:
     """Name -> matplotlib figure, for every figure that the results have data for."""
     matplotlib = require_matplotlib()
     found = {}
+    results = [one for one in results if not one.precision.endswith(EXACT)]
     with matplotlib.rc_context(STYLE):
         for table in build(results):
             memory = _memory_column(table)
@@ -90,43 +102,79 @@ def _token_figures(results: Sequence[Result]) -> dict[str, Any]:
     """Scores of PyTorch students against the tokens they were trained on, teachers as lines."""
     groups: dict[tuple[str, str, str], list[Result]] = {}
     for one in results:
-        if one.settings.get("training_tokens") is not None and one.interval is not None:
+        if one.settings.get("training_tokens") is not None and one.metric in CURVES:
             groups.setdefault((one.task, one.split, one.metric), []).append(one)
     return {
         "-".join((*key, "tokens")): _token_figure(group)
         for key, group in groups.items()
-        if len({r.settings["training_tokens"] for r in group if r.student is not None}) > 1
+        if any(len(_lengths(own)) > 1 for own in _by_method(group).values())
     }
 
 
+def _by_method(group: Sequence[Result]) -> dict[str, list[Result]]:
+    """Students of each method."""
+    found: dict[str, list[Result]] = {}
+    for one in group:
+        if one.student is not None:
+            found.setdefault(one.method, []).append(one)
+    return found
+
+
+def _lengths(own: Sequence[Result]) -> dict[float, list[float]]:
+    """Scores by length of training, the mean of counts that one length gives: seeds draw other
+    examples, so theirs differ by less than ONE_LENGTH."""
+    runs: list[list[Result]] = []
+    for one in sorted(own, key=_tokens):
+        if runs and _tokens(one) <= ONE_LENGTH * _tokens(runs[-1][0]):
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    return {fmean(map(_tokens, run)): [one.value for one in run] for run in runs}
+
+
+def _tokens(one: Result) -> int:
+    return int(one.settings["training_tokens"])
+
+
 def _token_figure(group: Sequence[Result]) -> Any:
-    """A line for each method, its points the mean of the seeds' runs of one length."""
+    """A line for each method through the means of its seeds at each length, a dot a seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     axes = figure.add_subplot()
-    _logarithmic(axes, "x")
-    for index, method in enumerate(dict.fromkeys(result.method for result in group)):
-        own = [r for r in group if r.method == method]
+    by_method = _by_method(group)
+    _mark_lengths(axes, sorted({n for own in by_method.values() for n in _lengths(own)}))
+    teachers = [one.value for one in group if one.student is None]
+    if teachers:
+        label = dict.fromkeys(one.method for one in group if one.student is None)
+        axes.axhline(fmean(teachers), color=OKABE_ITO[-1], linestyle="--", linewidth=1.2,
+                     label=", ".join(label))  # fmt: skip
+    for index, (method, own) in enumerate(by_method.items()):
         color, marker = OKABE_ITO[index % len(OKABE_ITO)], MARKERS[index % len(MARKERS)]
-        if own[0].student is None:
-            mean = sum(r.value for r in own) / len(own)
-            axes.axhline(mean, color=color, linestyle="--", linewidth=1.2, label=method)
-            continue
-        lengths: dict[int, list[float]] = {}
-        for r in own:
-            lengths.setdefault(r.settings["training_tokens"], []).append(r.value)
-        points = [(n, sum(v) / len(v)) for n, v in sorted(lengths.items())]
-        tokens, means = zip(*points, strict=True)
-        axes.plot(tokens, means, color=color, marker=marker, label=method)
-        every = [(r.settings["training_tokens"], r.value) for r in own]
-        tokens, values = zip(*every, strict=True)
+        lengths = _lengths(own)
+        axes.plot(list(lengths), [fmean(values) for values in lengths.values()],
+                  color=color, marker=marker, label=method)  # fmt: skip
+        dots = [(tokens, value) for tokens, values in lengths.items() for value in values]
+        tokens, values = zip(*dots, strict=True)
         axes.scatter(tokens, values, color=color, marker=marker, s=8)
     unit = f" ({group[0].unit})" if group[0].unit else ""
     axes.set_xlabel("training tokens, stages 2 and 3")
-    axes.set_ylabel(f"{group[0].task} {group[0].split}: {group[0].metric}{unit}")
+    axes.set_ylabel(f"{group[0].task} {group[0].split}: {TASK_METRICS[group[0].metric]}{unit}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     return figure
+
+
+def _mark_lengths(axes: Any, lengths: Sequence[float]) -> None:
+    """A logarithmic axis with numbers at the lengths, but where they would be too near."""
+    from matplotlib.ticker import NullLocator
+
+    kept = [lengths[0]]
+    for length in lengths:
+        if math.log(length / kept[-1]) >= TICK_SHARE * math.log(lengths[-1] / lengths[0]):
+            kept.append(length)
+    axes.set_xscale("log")
+    axes.set_xticks(kept, [compact(length) for length in kept])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _name(column: Column) -> str:
@@ -157,6 +205,14 @@ def _figure(table: Table, column: Column, memory: Column) -> Any:
     axes.margins(x=0.15, y=0.15)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     return figure
+
+
+def compact(value: float) -> str:
+    """A count as 96M or 1.5B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
 
 
 def _logarithmic(axes: Any, which: str) -> None:

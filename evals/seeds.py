@@ -32,10 +32,17 @@ class SeedRow:
     metric: str
     method: str
     backend: str
+    variant: str = ""
     by_seed: dict[Seed, Result] = field(default_factory=dict)
     teachers: dict[Seed, Result] = field(default_factory=dict)  # of the same task and metric
     differences: dict[Seed, Result] = field(default_factory=dict)  # to those, where paired
     changed: dict[Seed, int] = field(default_factory=dict)  # predictions, by fp64
+
+    @property
+    def label(self) -> str:
+        """Method, with its variant and its backend where they are not the usual."""
+        name = self.method if self.backend == "torch" else f"{self.method} ({self.backend})"
+        return f"{name}: {self.variant}" if self.variant else name
 
     @property
     def mean(self) -> float:
@@ -79,16 +86,17 @@ def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
     found = list(results)
     for r in found:
         if r.metric in METRICS and not r.precision.endswith(EXACT):
-            key = (r.task, r.split, r.metric, r.method, r.backend)
+            key = (r.task, r.split, r.metric, r.method, r.backend, variant_of(r))
             rows.setdefault(key, SeedRow(*key)).by_seed[r.seed] = r
     if not rows:
         raise ValueError("there are no scores to show by seed; run `bitdistill eval` first")
     for row in rows.values():
         row.by_seed = dict(sorted(row.by_seed.items(), key=lambda item: (item[0] is None, item[0])))
-        theirs = rows.get((row.task, row.split, row.metric, TEACHER, "torch"))
+        teacher = (row.task, row.split, row.metric, TEACHER, "torch")
+        theirs = rows.get((*teacher, row.variant)) or rows.get((*teacher, ""))
         row.teachers = theirs.by_seed if theirs else {}
         for r in found:
-            same = (r.task, r.split, r.method, r.backend) == key_of(row)
+            same = (r.task, r.split, r.method, r.backend, variant_of(r)) == key_of(row)
             mine = row.by_seed.get(r.seed)
             if not same or mine is None:
                 continue
@@ -102,9 +110,14 @@ def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
     )
 
 
-def key_of(row: SeedRow) -> tuple[str, str, str, str]:
+def key_of(row: SeedRow) -> tuple[str, str, str, str, str]:
     """What a row has in common with its results of every metric."""
-    return row.task, row.split, row.method, row.backend
+    return row.task, row.split, row.method, row.backend, row.variant
+
+
+def variant_of(result: Result) -> str:
+    """What an ablation changed in the method, in words; empty elsewhere."""
+    return str(result.settings.get("variant", ""))
 
 
 def _is_difference(found: Result, mine: Result, teacher: Result | None) -> bool:
@@ -135,7 +148,6 @@ def _cells(row: SeedRow, digits: int) -> list[str]:
     task = f"{row.task}, {row.split}, n={'/'.join(f'{n:,}' for n in counts)}"
     if row.majority is not None:
         task += f", majority {row.majority:.{digits}f}"
-    method = row.method if row.backend == "torch" else f"{row.method} ({row.backend})"
     seeds = [
         f"{r.value:.{digits}f}" if s is None else f"{s}: {r.value:.{digits}f}"
         for s, r in row.by_seed.items()
@@ -144,7 +156,7 @@ def _cells(row: SeedRow, digits: int) -> list[str]:
     return [
         task,
         TASK_METRICS[row.metric],
-        method,
+        row.label,
         f"{row.mean:.{digits}f}",
         ", ".join(seeds),
         MISSING if difference is None else f"{difference:+.{digits}f}",
@@ -165,6 +177,7 @@ def seed_records(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "metric": row.metric,
                 "method": row.method,
                 "backend": row.backend,
+                "variant": row.variant,
                 "mean": row.mean,
                 "n": max(r.n for r in row.by_seed.values()),
                 "majority": row.majority,

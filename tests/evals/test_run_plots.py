@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from test_report import result
 
 from bitdistill.evals import plot_runs
-from bitdistill.evals.plots import figures
+from bitdistill.evals.plots import compact, figures
 from bitdistill.evals.run_plots import near_threshold, read_records, run_figures
 from bitdistill.monitor import BINS, REACH
 
@@ -115,21 +116,61 @@ def test_broken_lines_are_named(tmp_path: Path) -> None:
         read_records(tmp_path / "log.jsonl")
 
 
+def scored(value: float, tokens: int, method: str = "bitdistill", **other: Any) -> Any:
+    fields: dict[str, Any] = {
+        "backend": "torch", "method": method, "student": None if method == "fp16-sft" else "s",
+        "interval": (value - 1, value + 1), "settings": {"training_tokens": tokens},
+    }  # fmt: skip
+    return result(other.pop("metric", "accuracy"), value, **(fields | other))
+
+
 def test_scores_against_training_tokens() -> None:
     """Points are means over seeds, teachers are lines; single lengths are no curve."""
     pytest.importorskip("matplotlib")
-
-    def scored(value: float, tokens: int, method: str = "bitdistill", **other: Any) -> Any:
-        student = None if method == "fp16-sft" else "s"
-        return result("accuracy", value, interval=(value - 1, value + 1), backend="torch",
-                      method=method, student=student, settings={"training_tokens": tokens},
-                      **other)  # fmt: skip
-
-    results = [scored(92.0, 50, "fp16-sft"), scored(80.0, 1000), scored(88.0, 4000, seed=0)]
-    results.append(scored(90.0, 4000, seed=1))
-    axes = figures(results)["sst2-validation-accuracy-tokens"].axes[0]
-    assert lines_of(axes)["bitdistill"] == [[1000, 80.0], [4000, 89.0]]
-    assert [y for _, y in lines_of(axes)["fp16-sft"]] == [92.0, 92.0]
+    results = [scored(92.0, 50, "fp16-sft"), scored(94.0, 51, "fp16-sft"), scored(80.0, 1000)]
+    results += [scored(88.0, 4000, seed=0), scored(90.0, 4010, seed=1)]  # other examples drawn
+    results.append(scored(70.0, 4100, "bitdistill-paper"))
+    results += [scored(10.0, n, precision="1.58-bit in fp64") for n in (1000, 4000)]
+    results += [scored(-5.0, n, metric="difference") for n in (1000, 4000)]
+    found = figures(results)
+    assert list(found) == ["sst2-validation-accuracy-tokens"]
+    axes = found["sst2-validation-accuracy-tokens"].axes[0]
+    assert lines_of(axes)["bitdistill"] == [[1000, 80.0], [4005, 89.0]]
+    assert lines_of(axes)["bitdistill-paper"] == [[4100, 70.0]]
+    assert [y for _, y in lines_of(axes)["fp16-sft"]] == [93.0, 93.0]
+    dots, _ = axes.collections
+    assert dots.get_offsets().tolist() == [[1000, 80.0], [4005, 88.0], [4005, 90.0]]
     assert axes.get_xscale() == "log"
+
+
+def test_seeds_of_one_length_are_no_curve() -> None:
+    """Nor is another method of another length."""
+    pytest.importorskip("matplotlib")
+    seeds = [scored(90.0, 95_998_315), scored(91.0, 96_005_078, seed=1)]
     with pytest.raises(ValueError, match="nothing to draw"):
-        figures(results[:2])
+        figures([*seeds, scored(80.0, 1_000_000, "bitnet-sft"), scored(92.0, 50, "fp16-sft")])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "labels"),
+    [
+        ((95_998_315, 101_000_000), ["96M", "101M"]),
+        ((2_000_000, 900_000_000, 960_000_000), ["2M", "900M"]),
+        ((1000, 1234, 1500, 1800, 2345, 2900), ["1k", "1.234k", "1.5k", "1.8k", "2.345k", "2.9k"]),
+    ],
+)
+def test_labels_of_tokens_do_not_overlap(tokens: tuple[int, ...], labels: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    figure = figures([scored(90.0, n) for n in tokens])["sst2-validation-accuracy-tokens"]
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    shown = [t.label1 for t in axes.xaxis.get_major_ticks() if low <= t.get_loc() <= high]
+    assert [label.get_text() for label in shown] == labels
+    boxes = [label.get_window_extent() for label in shown]
+    assert all(left.x1 + 4 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_counts_are_short() -> None:
+    counts = (950, 1500, 96_005_078, 1.5e9)
+    assert [compact(count) for count in counts] == ["950", "1.5k", "96.01M", "1.5B"]

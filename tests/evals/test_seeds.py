@@ -78,6 +78,18 @@ def test_models_that_were_not_trained_here_have_no_seed() -> None:
     assert "| 75.00 | 75.00 |" in render([scored(75.0, None)], "markdown", seeds=True)
 
 
+def test_variants_are_rows_of_their_own() -> None:
+    """Of an ablation; each is compared with the teacher of its variant, else with the plain one."""
+    own = {"settings": {"variant": "smaller teacher"}}
+    results = [scored(90.0, 0, "fp16-sft"), scored(86.0, 0, "fp16-sft", **own)]
+    results += [scored(85.0, 0, **own), scored(84.0, 0, settings={"variant": "no KL"})]
+    rows = {row.label: row.difference for row in seed_rows([*results, scored(88.0, 0)])}
+    assert rows == {
+        "fp16-sft": None, "fp16-sft: smaller teacher": None, "bitdistill: smaller teacher": -1.0,
+        "bitdistill: no KL": -6.0, "bitdistill": -2.0,
+    }  # fmt: skip
+
+
 def test_nothing_to_show() -> None:
     with pytest.raises(ValueError, match="no scores"):
         seed_rows([scored(1.0, 0, metric="size_on_disk", unit="MiB")])
