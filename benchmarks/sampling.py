@@ -2,8 +2,8 @@
 
     python benchmarks/sampling.py --vocabulary 151936 --out docs/results/onnx-sampling.jsonl
 
-Both draw from the same logits, in turn; medians of `--rounds`. Logits are normal with a spread of 2
-and 5, whose likeliest token has some 1 in 200 and 3 in 4 of the probability.
+Both draw from the same logits, in turn: the median of `--rounds`, and the fastest. Logits are normal
+with a spread of 2 and 5, whose likeliest token has 0.6 and 23 % of the probability (median).
 """
 
 from __future__ import annotations
@@ -74,10 +74,12 @@ def lines(vocabulary: int, rounds: int) -> Iterator[dict[str, Any]]:
                     start = time.perf_counter()
                     draw(logits_V)
                     found[name].append(time.perf_counter() - start)
-            ms = {name: round(1e3 * statistics.median(times), 3) for name, times in found.items()}
-            yield {"setting": setting, "spread": spread, "vocabulary": vocabulary} | {
-                "ms": ms, "rounds": rounds, **where
-            }  # fmt: skip
+            figures = {
+                what: {name: round(1e3 * taken(times), 3) for name, times in found.items()}
+                for what, taken in (("ms", statistics.median), ("fastest_ms", min))
+            }
+            line = {"setting": setting, "spread": spread, "vocabulary": vocabulary}
+            yield line | figures | {"rounds": rounds} | where
 
 
 def main() -> None:
