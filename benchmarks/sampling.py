@@ -2,8 +2,8 @@
 
     python benchmarks/sampling.py --vocabulary 151936 --out docs/results/onnx-sampling.jsonl
 
-Both draw from the same logits, in turn: the median of `--rounds`, and the fastest. Logits are normal
-with a spread of 2 and 5, whose likeliest token has 0.6 and 23 % of the probability (median).
+Both draw from the same logits, in turn: the median of `--rounds`, and the fastest. Logits are
+normal with a spread of 2 and 5, whose likeliest token has 0.6 and 23 % of the probability (median).
 """
 
 from __future__ import annotations
