@@ -24,6 +24,7 @@ class Result:
     of the student's weights that it runs (None for a teacher), `seed` that of their training (None
     for what was not trained by `bitdistill train`; settings hold that of the bootstrap). `details`
     are the metric's own: a confusion matrix, the row that a ratio or difference is against.
+    `settings` may say in words, as `variant`, what an ablation changed in the method.
     """
 
     method: str

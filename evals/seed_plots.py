@@ -17,8 +17,8 @@ from bitdistill.evals.results import Result
 from bitdistill.evals.seeds import TEACHER, SeedRow, seed_rows
 from bitdistill.evals.tables import TASK_METRICS
 
-WIDTH_INCHES, ROW_INCHES, PANEL_INCHES = 6.4, 0.3, 0.45
-LETTERS_A_LINE = 40  # of a row's name
+WIDTH_INCHES, ROW_INCHES, PANEL_INCHES = 7.0, 0.34, 0.45
+LETTERS_A_LINE = 44  # of a row's name
 GREY = "#555555"
 
 

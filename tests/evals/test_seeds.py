@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bitdistill.evals import Result, render, rich_tables
+from bitdistill.evals import Result, read_jsonl, render, rich_tables
 from bitdistill.evals.seeds import seed_rows
+
+PUBLISHED = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
 def scored(value: float, seed: int | None, method: str = "bitdistill", **other: Any) -> Result:
@@ -88,6 +91,22 @@ def test_variants_are_rows_of_their_own() -> None:
         "fp16-sft": None, "fp16-sft: smaller teacher": None, "bitdistill: smaller teacher": -1.0,
         "bitdistill: no KL": -6.0, "bitdistill": -2.0,
     }  # fmt: skip
+
+
+def test_published_ablations_are_read() -> None:
+    """Every variant is compared with its own teacher, as it was recorded."""
+    found = {
+        name: {row.variant: row for row in seed_rows(read_jsonl(PUBLISHED / f"{name}.jsonl"))
+               if row.method == "bitdistill"}
+        for name in ("boolq-ablation", "sst2-movie-ablation")
+    }  # fmt: skip
+    for row in found["boolq-ablation"].values():
+        assert row.interval == row.differences[0].interval
+        assert row.difference == pytest.approx(row.differences[0].value, abs=0.011)  # rounded
+    two_seeds = found["sst2-movie-ablation"]["as showcase/sst2-movie was then"]
+    assert two_seeds.difference == pytest.approx((90.02 - 90.71 + 90.02 - 90.02) / 2)
+    assert two_seeds.changed == {0: 3, 1: 1}
+    assert (len(found["boolq-ablation"]), len(found["sst2-movie-ablation"])) == (4, 7)
 
 
 def test_nothing_to_show() -> None:
