@@ -21,7 +21,8 @@ rotation, norm or scale moves every position by a large part of the spread and f
 
 What storage itself costs is measured apart: `storage_cost` compares an artifact whose embedding is
 quantised, whose cache of keys and values has fewer than 32 bits, or which rounds activations in
-blocks, with the student as it was trained.
+blocks, with the student as it was trained. `alone` in it compares PyTorch that rounds one of these
+and nothing else with the same.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ KEPT = 32  # positions compared per sequence, its last ones: logits of 150,000 w
 TWICE = 2.0
 NEGLIGIBLE = 1e-5
 TINY = 1e-30
+HALVES = ("float16", "bfloat16")
 QUANTILES = {"median": 0.5, "quartile": 0.75, "percentile_95": 0.95}
 Logits = list[NDArray[np.float32]]
 Progress = Callable[[str, int, int], None]
@@ -108,25 +110,48 @@ def report(
     if count > LARGEST:
         return _large(student, artifact, content, seed, threads, say)
     labels = content.get("label_tokens")  # a classifier is compared where it has logits
-    say("parity", 0, 3)
+    alone = roundings(content["storage"])
+    total = 3 + (len(alone) + 1 if alone else 0)
+    say("parity", 0, total)
     runtime = load(artifact, threads=threads)
     sequences = make_sequences(runtime, prompts, seed)
     found, cached = _logits(runtime, sequences, labels), _decode(runtime, sequences, labels)
-    options = _as_stored(content, runtime.tables())
+    tables = runtime.tables()
+    options = _as_stored(content, tables)
     del runtime
     references = []
     for done, dtype in enumerate(("float32", "float64"), start=1):
-        say("parity", done, 3)
+        say("parity", done, total)
         reference = load(student, threads=threads, dtype=dtype, **options)
         references.append(_logits(reference, sequences, labels))
     figures = compare(found, cached, *references) | {"sequences": len(sequences), "seed": seed}
-    storage = content["storage"]
-    rounded = {"activations", "cache"} & storage.keys()
-    if rounded or not storage["embedding"].startswith(("float", "bfloat")):
+    if alone:
+        say("storage cost", 3, total)
         trained = _logits(load(student, threads=threads), sequences, labels)
-        figures["storage_cost"] = difference(found, trained)
-    say("parity", 3, 3)
+        cost = figures["storage_cost"] = difference(found, trained) | {"alone": {}}
+        for done, (part, storage) in enumerate(alone.items(), start=4):
+            say(f"storage cost of {part} alone", done, total)
+            own = {"tables": tables} if part == "embedding" and tables else {"storage": storage}
+            rounded = _logits(load(student, threads=threads, **own), sequences, labels)
+            cost["alone"][part] = difference(rounded, trained)
+    say("parity", total, total)
     return figures
+
+
+def roundings(storage: dict[str, str]) -> dict[str, dict[str, str]]:
+    """What costs accuracy by itself, and the storage of a student that rounds nothing else.
+
+    Empty where an artifact rounds no further than an embedding at 16 bits.
+    """
+    parts = {"embedding": ("embedding", "head_activations"), "cache": ("cache",)}
+    parts |= {"activations": ("activations",)}
+    found = {
+        part: {name: storage[name] for name in names if name in storage}
+        for part, names in parts.items()
+        if storage.get(part, "float32") != "float32"
+    }
+    only_16_bits = found.keys() == {"embedding"} and storage["embedding"] in HALVES
+    return {} if only_16_bits else found
 
 
 def _as_stored(content: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def test_an_exported_artifact_passes(
     assert report["passed"] is True
     assert report["sequences"] == parity.SEQUENCES + len(PROMPTS)
     assert report["artifact"]["positions"] == report["cached"]["positions"] > 200
-    assert steps == [0, 1, 2, 3]
+    rounded = target == "onnx"  # its cache, to 16 bits
+    assert steps == list(range(7 if rounded else 4))
+    assert ("storage_cost" in report) == rounded
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
@@ -57,7 +59,8 @@ def test_a_bar_shows_parity_on_a_terminal(
             patch.setattr(sys, "stderr", stream)
             main([*map(str, arguments), "--out", str(tmp_path / "out")], standalone_mode=False)
         said = reading.result(timeout=60)
-    places = [said.find(f"{done}/3 parity".encode()) for done in range(4)]
+    names = ["parity"] * 3 + ["storage cost"] * 3 + ["parity"]
+    places = [said.find(f"{done}/6 {name}".encode()) for done, name in enumerate(names)]
     assert places == sorted(places)
     assert 0 < said.find(b"verify model.layers") < places[0]
     assert places[-1] < said.find(b"parity with PyTorch")
@@ -99,6 +102,49 @@ def test_cached_logits_are_those_of_the_same_positions(student_dir: Callable[...
     assert [len(rows) for rows in whole] == [min(parity.KEPT, len(s)) for s in sequences]
     agree = [np.abs(a - b).max() < 1e-4 for a, b in zip(whole, cached, strict=True)]
     assert np.mean(agree) > 0.8  # a flip of a rounding is legitimate even here
+
+
+@pytest.mark.parametrize(
+    ("options", "alone"),
+    [
+        (
+            {"embed_bits": 4, "kv_bits": 8},
+            {"embedding": {"embedding": "int4"}, "cache": {"cache": "int8"}},
+        ),
+        (
+            {"ops": "portable", "embed_bits": 8},
+            {
+                "embedding": {"embedding": "int8", "head_activations": "int8 blocks"},
+                "activations": {"activations": "int8 blocks"},
+            },
+        ),
+        ({"ops": "integer", "embed_bits": 16}, {}),
+    ],
+)
+def test_the_cost_of_each_rounding_alone(
+    student_dir: Callable[..., Path], tmp_path: Path, options: dict[str, Any], alone: Any
+) -> None:
+    student = student_dir("qwen3", "paper", 8)
+    out = export(student, "onnx", tmp_path / "out", **options)
+    report = parity.report(student, out)
+    costs = report.get("storage_cost", {"alone": {}})["alone"]
+    assert costs.keys() == alone.keys()
+    sequences = parity.make_sequences(backends.load(student), [], seed=0)
+    trained = parity._logits(backends.load(student), sequences)
+    for part, storage in alone.items():
+        rounded = parity._logits(backends.load(student, storage=storage), sequences)
+        assert costs[part] == parity.difference(rounded, trained)
+        assert 0 < costs[part]["median"] < 1.5 * report["storage_cost"]["median"]
+
+
+def test_the_cost_of_a_quantised_embedding_in_mlx(
+    student_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    student = student_dir("qwen3", "paper", 8)
+    report = parity.report(student, export(student, "mlx", tmp_path / "out", embed_bits=4))
+    cost = report["storage_cost"]
+    assert cost["alone"].keys() == {"embedding"}
+    assert cost["alone"]["embedding"]["median"] == pytest.approx(cost["median"], rel=0.2)
 
 
 def test_an_artifact_of_other_weights_is_refused(
