@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import cache as caches
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_parity import (
@@ -38,7 +37,6 @@ SCALED = {
     | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "yarn": ROPE | {"rope_type": "yarn", "factor": 4.0},
 }
-PROMPT = [5, 6, 7, 8]
 OURS = {"model_file": None}  # with bitdistill imported, its architecture and not the directory's
 
 
@@ -220,54 +218,6 @@ def test_without_bitdistill_the_architecture_is_refused(mlx_artifact: Artifact) 
         [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=120
     )
     assert "Model type bitdistill_qwen3 not supported" in done.stderr
-
-
-@pytest.mark.parametrize("style", ["paper", "none"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_cached_decoding_equals_the_full_forward(
-    mlx_artifact: Artifact, family: str, style: str
-) -> None:
-    """With mlx-lm's caches, in chunks and token by token, across the edge of the window."""
-    model, _ = load(mlx_artifact(family, style, None, options={"dtype": "float32"})[1])
-    tokens = mx.array(sequences(1, 30))
-    full = np.array(model(tokens))[0]
-    cache = caches.make_prompt_cache(model)
-    start = 0
-    for size in (5, 1, 1, 1, 1, 7, 1, 12, 1):
-        logits = np.array(model(tokens[:, start : start + size], cache=cache))[0]
-        assert np.abs(logits - full[start : start + size]).max() < 10 * CLOSE * np.ptp(full)
-        start += size
-
-
-def test_quantised_key_value_caches(mlx_artifact: Artifact) -> None:
-    model, _ = load(mlx_artifact("llama", "paper", None, hidden_size=256)[1])  # heads of 64
-    tokens = mx.array(sequences(1, 20))
-    full = np.array(model(tokens))
-    cache = [layer.to_quantized(group_size=64, bits=8) for layer in model.make_cache()]
-    model(tokens[:, :15], cache=cache)
-    assert np.abs(
-        np.array(model(tokens[:, 15:], cache=cache)) - full[:, 15:]
-    ).max() < 0.05 * np.ptp(full)
-
-
-def test_a_prompt_cache_is_saved_and_continued(mlx_artifact: Artifact, tmp_path: Path) -> None:
-    model, tokenizer = load(mlx_artifact("llama", "paper", None)[1])
-    whole = mlx_lm.generate(model, tokenizer, prompt=PROMPT, max_tokens=6)
-    cache = caches.make_prompt_cache(model)
-    model(mx.array([PROMPT[:3]]), cache=cache)
-    caches.save_prompt_cache(str(tmp_path / "prompt.safetensors"), cache)
-    cache = caches.load_prompt_cache(str(tmp_path / "prompt.safetensors"))
-    made = mlx_lm.generate(model, tokenizer, prompt=PROMPT[3:], max_tokens=6, prompt_cache=cache)
-    assert made == whole
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
-def test_batches_of_different_lengths(mlx_artifact: Artifact, family: str) -> None:
-    model, tokenizer = load(mlx_artifact(family, "paper", None)[1])
-    prompts = [sequences(1, length)[0].tolist() for length in (3, 14, 1, 9)]
-    made = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=8).texts
-    alone = [mlx_lm.generate(model, tokenizer, prompt=p, max_tokens=8) for p in prompts]
-    assert [text.strip() for text in made] == [text.strip() for text in alone]
 
 
 def test_a_stock_model_in_half_precision_is_warned_about(mlx_artifact: Artifact) -> None:

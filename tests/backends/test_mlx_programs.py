@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,30 +18,48 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx_parity import sequences
+import torch
+from mlx_lm.models import cache as caches
+from mlx_parity import CLOSE, sequence_errors, sequences, torch_logits
 
 Artifact = Callable[..., tuple[Path, Path]]
+PROMPT = "the film is"
 TEXT = "the film is not good but we liked it"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@pytest.fixture
+def talker(mlx_artifact: Artifact) -> Path:
+    """An artifact that says many tokens; with tied embeddings random models repeat one."""
+    options = {"model_file": True}
+    return mlx_artifact("qwen3", "paper", 8, options=options, tie_word_embeddings=False)[1]
+
+
+def expected(path: Path, prompt: str, tokens: int = 8, **how: Any) -> str:
+    """What mlx-lm answers in this process."""
+    model, tokenizer = mlx_lm.load(str(path), model_config={"model_file": None})
+    return mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=tokens, **how).strip()
 
 
 def command(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", "bitdistill", "mlx", name, *map(str, arguments)]
 
 
-def run(name: str, *arguments: object) -> str:
-    """`bitdistill mlx NAME ...`; its stdout."""
-    done = subprocess.run(command(name, *arguments), capture_output=True, text=True, timeout=180)
+def finish(program: list[str], typed: str = "") -> str:
+    """What a program that is typed to wrote to stdout."""
+    done = subprocess.run(program, input=typed, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
+def run(name: str, *arguments: object) -> str:
+    """`bitdistill mlx NAME ...`; its stdout."""
+    return finish(command(name, *arguments))
+
+
 def test_generate_runs_no_code_from_the_directory(mlx_artifact: Artifact, tmp_path: Path) -> None:
     _, path = mlx_artifact("qwen3", "paper", 8, options={"model_file": True})
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in path.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    copy = shutil.copytree(path, tmp_path / "copy")
     (copy / "bitdistill_model.py").write_text("raise SystemExit('code was run')\n")
     assert run("generate", "--model", copy, "--prompt", "the film", "--max-tokens", 3).strip()
     refused = subprocess.run(
@@ -48,6 +67,45 @@ def test_generate_runs_no_code_from_the_directory(mlx_artifact: Artifact, tmp_pa
     )
     assert refused.returncode == 1
     assert "bitdistill runs no code from a model's directory" in refused.stderr
+
+
+@pytest.mark.slow
+def test_plain_mlx_lm_generates_with_the_model_file(talker: Path) -> None:
+    plain = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(talker)]
+    said = finish([*plain, "--trust-remote-code", "--prompt", PROMPT, "--max-tokens", "8"])
+    assert said.split("==========")[1].strip() == expected(talker, PROMPT)
+
+
+@pytest.mark.slow
+def test_chat_answers_two_turns(talker: Path, tmp_path: Path) -> None:
+    """What was said before stays in the cache."""
+    path = shutil.copytree(talker, tmp_path / "copy")
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    turns = (PROMPT, "not good")
+    typed = "".join(f"{turn}\n" for turn in (*turns, "q"))
+    said = finish(command("chat", "--model", path, "--max-tokens", 8), typed)
+    model, _ = mlx_lm.load(str(path), model_config={"model_file": None})
+    cache = caches.make_prompt_cache(model)
+    answers = [expected(path, turn, prompt_cache=cache) for turn in turns]
+    assert answers[1] != expected(path, turns[1])
+    start = 0
+    for answer in answers:
+        start = said.index(answer, start) + len(answer)
+    assert said.count("8 tokens") == 2
+
+
+@pytest.mark.slow
+def test_a_stock_artifact_converted_to_float32_is_its_student(
+    mlx_artifact: Artifact, tmp_path: Path
+) -> None:
+    """What a machine without Metal needs before it runs a stock artifact."""
+    pair = mlx_artifact("qwen3", "none", None)
+    run("convert", "--model", pair[1], "--mlx-path", tmp_path / "out", "--dtype", "float32")
+    model, _ = mlx_lm.load(str(tmp_path / "out"))
+    assert type(model).__module__ == "mlx_lm.models.qwen3"
+    tokens = sequences(3, 24)
+    reference = torch_logits(pair, tokens, torch.float32)
+    assert sequence_errors(np.array(model(mx.array(tokens))), reference).max() < 10 * CLOSE
 
 
 @pytest.mark.slow
@@ -114,21 +172,49 @@ def server(path: Path) -> Iterator[str]:
         process.wait(30)
 
 
+def post(address: str, **body: Any) -> str:
+    """The answer to a request, as text."""
+    request = urllib.request.Request(
+        address, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return response.read().decode()
+
+
 @pytest.mark.slow
-def test_server_answers_a_chat_completion(mlx_artifact: Artifact) -> None:
-    _, path = mlx_artifact("qwen3", "paper", 8)
-    messages = [{"role": "user", "content": "the film is"}]
-    body = json.dumps({"messages": messages, "max_tokens": 5, "temperature": 0}).encode()
+def test_server_answers_whole_and_streamed(talker: Path) -> None:
+    how = {"max_tokens": 8, "temperature": 0}
+    with server(talker) as address:
+        messages = [{"role": "user", "content": PROMPT}]
+        answer = json.loads(post(f"{address}/v1/chat/completions", messages=messages, **how))
+        streamed = post(f"{address}/v1/completions", prompt=PROMPT, stream=True, **how)
+    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["choices"][0]["message"]["content"].strip() == expected(talker, PROMPT)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    lines = [line.removeprefix("data: ") for line in streamed.splitlines() if line[:5] == "data:"]
+    assert lines[-1] == "[DONE]"
+    pieces = [json.loads(line)["choices"][0]["text"] for line in lines[:-1]]
+    assert len(pieces) > 2
+    assert "".join(pieces).strip() == expected(talker, PROMPT)
+
+
+@pytest.mark.slow
+def test_server_stops_at_the_end_token(talker: Path, tmp_path: Path) -> None:
+    """An artifact whose end token is one that it says after some others."""
+    path = shutil.copytree(talker, tmp_path / "copy")
+    model, tokenizer = mlx_lm.load(str(path), model_config={"model_file": None})
+    said = [r.token for r in mlx_lm.stream_generate(model, tokenizer, PROMPT, max_tokens=8)]
+    length = next(i for i, token in enumerate(said) if i > 2 and token not in said[:i])
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((path / name).read_text())
+        (path / name).write_text(json.dumps(content | {"eos_token_id": said[length]}))
     with server(path) as address:
-        request = urllib.request.Request(
-            f"{address}/v1/chat/completions", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            answer: dict[str, Any] = json.load(response)
-    model, tokenizer = mlx_lm.load(str(path))
-    expected = mlx_lm.generate(model, tokenizer, prompt="the film is", max_tokens=5)
-    assert answer["usage"]["completion_tokens"] == 5
-    assert answer["choices"][0]["message"]["content"].strip() == expected.strip()
+        how = {"max_tokens": 8, "temperature": 0}
+        answer = json.loads(post(f"{address}/v1/completions", prompt=PROMPT, **how))
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == length + 1  # the end itself counts
+    text = answer["choices"][0]["text"].strip()  # half a character at its end is left out
+    assert text == expected(talker, PROMPT, length).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def test_export_takes_mlx_options(student_dir: Callable[..., Path], tmp_path: Path) -> None:
