@@ -4,6 +4,7 @@ The ONNX artifact runs once, with the output of every layer asked for. Then each
 student, alone in memory, is given what the artifact gave its own, in fp32 and in fp64, and the
 three outputs are compared. The yardstick is that of parity.py: fp64 is the reference, fp32 the
 floor. A layer reads at most two orders of rounding, so no error can hide behind those before it.
+Embedding and head are compared by parity_ends.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bitdistill.backends import kv_cache, onnx_runtime
 from bitdistill.backends.torch_runtime import cast
 from bitdistill.backends.torch_storage import round_storage
 from bitdistill.decoder import DecoderSpec, LayerSpec, config_class, family_of
+from bitdistill.evals import parity_ends
 from bitdistill.quantize import BitLinear
 from bitdistill.student import model_class
 
@@ -31,8 +33,12 @@ Progress = Callable[[str, int, int], None]
 Hidden = NDArray[np.float32]
 
 
-def layer_outputs(artifact: Path, tokens: list[int], threads: int | None) -> list[Hidden]:
-    """What enters the first layer of an ONNX artifact and leaves each, float32 (T, hidden)."""
+def layer_outputs(
+    artifact: Path, tokens: list[int], threads: int | None
+) -> tuple[list[Hidden], Hidden]:
+    """What enters the first layer of an ONNX artifact and leaves each, float32 (T, hidden), and the
+    logits (T, V).
+    """
     content = manifest.read_manifest(artifact, "artifact")
     spec = DecoderSpec.from_json(content["decoder"])
     proto = onnx.load(artifact / onnx_runtime.MODEL, load_external_data=False)
@@ -55,14 +61,15 @@ def _run(
     tokens: list[int],
     spec: DecoderSpec,
     kv_bits: int,
-) -> list[Hidden]:
+) -> tuple[list[Hidden], Hidden]:
     nothing = np.zeros(kv_cache.shape(spec, kv_bits, 1, 0), kv_cache.DTYPES[kv_bits])
     inputs = {value.name: nothing for value in session.get_inputs() if "past" in value.name}
     inputs["input_ids"] = np.array([tokens], np.int64)
     inputs["seqlens_k"] = np.array([len(tokens) - 1], np.int32)
     inputs["total_sequence_length"] = np.array(len(tokens), np.int32)
-    inputs["logit_rows"] = np.array([len(tokens) - 1], np.int64)
-    return [output[0] for output in session.run(names, inputs)]
+    inputs["logit_rows"] = np.arange(len(tokens))
+    *hidden, logits = session.run([*names, "logits"], inputs)
+    return [output[0] for output in hidden], logits
 
 
 def reference_outputs(
@@ -114,7 +121,8 @@ class _Layer:
 def report(
     student: Path, artifact: Path, tokens: list[int], threads: int | None, progress: Progress
 ) -> dict[str, Any]:
-    """`passed`, `failures` and the errors of every layer, relative to the spread of what it adds.
+    """`passed`, `failures`, errors of every layer, relative to the spread of what it adds, and what
+    parity_ends.py says.
 
     Positions of all layers are judged together, as parity.py judges those of a model. Besides, no
     layer's median may exceed twice the floor's 95th percentile: one early flip moves the positions
@@ -123,18 +131,21 @@ def report(
     from bitdistill.evals.parity import NEGLIGIBLE, TWICE, difference, judge
 
     content = manifest.read_manifest(artifact, "artifact")
-    hidden = layer_outputs(artifact, tokens[:TOKENS], threads)
+    tokens = tokens[:TOKENS]
+    hidden, logits = layer_outputs(artifact, tokens, threads)
     found, floor, exact = [], [], []
     references = reference_outputs(student, hidden[:-1], content["storage"])
     for index, (fp32, fp64) in enumerate(references):
-        progress("parity of layers", index, len(hidden) - 1)
+        progress("parity of layers", index, len(hidden))
         given = hidden[index]
         found.append(hidden[index + 1] - given)
         floor.append(fp32 - given)
         exact.append(fp64 - given)
-    progress("parity of layers", len(hidden) - 1, len(hidden) - 1)
+    progress("parity of embedding and head", len(hidden) - 1, len(hidden))
+    ends = parity_ends.report(student, tokens, hidden, logits, content["storage"])
+    progress("parity", len(hidden), len(hidden))
     figures, yardstick = difference(found, exact), difference(floor, exact)
-    failures = judge("layers", figures, yardstick)
+    failures = ends["failures"] + judge("layers", figures, yardstick)
     medians = [difference([a], [b])["median"] for a, b in zip(found, exact, strict=True)]
     allowed = max(TWICE * yardstick["percentile_95"], NEGLIGIBLE)
     failures += [
@@ -142,7 +153,7 @@ def report(
         for index, median in enumerate(medians)
         if median > allowed
     ]
-    return {
+    return ends | {
         "passed": not failures,
         "failures": failures,
         "by_layer": medians,
