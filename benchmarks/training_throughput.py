@@ -14,6 +14,8 @@ transformers' own Trainer, eager. Prints one JSON line. Tokens are those of all 
 Utilisation counts the model's own arithmetic (6 per matrix weight and token, attention, head;
 teachers 2), nothing that is computed again, over the GPUs' dense bf16 rate. `peak_gib` is what
 training had allocated at most, on the device that had most; `held_gib` before the first step.
+`starting` splits `ready_seconds`: imports of torch and of transformers, the device's first
+allocation, making the models, and the rest of what a stage sets up before its first step.
 """
 
 from __future__ import annotations
@@ -26,27 +28,61 @@ import argparse  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import statistics  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any  # noqa: E402
 
+STARTING: dict[str, float] = {}  # seconds, in order
+MARKS = [START]
+
+
+def started(part: str) -> None:
+    """What has passed since the part before belongs to this one."""
+    MARKS.append(time.perf_counter())
+    STARTING[part] = round(MARKS[-1] - MARKS[-2], 2)
+
+
 import torch  # noqa: E402
+
+from bitdistill.hardware import Hardware, start_compilers  # noqa: E402
+from bitdistill.schema import Distillation, Machine, Training  # noqa: E402
+
+if "--no-compile" not in sys.argv:
+    start_compilers(Machine())  # as `bitdistill train` does, before transformers is imported
+started("torch")
+
 from synthetic import SHAPES, Synthetic, make_model  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 from bitdistill.distributed import World  # noqa: E402
-from bitdistill.hardware import Hardware, start_compilers  # noqa: E402
 from bitdistill.int8 import weights_to_int8  # noqa: E402
 from bitdistill.monitor import PEAK_OPERATIONS, forward_operations  # noqa: E402
 from bitdistill.objective import make_objective  # noqa: E402
 from bitdistill.progress import Reporter  # noqa: E402
-from bitdistill.schema import Distillation, Machine, Training  # noqa: E402
 from bitdistill.student import make_student  # noqa: E402
 from bitdistill.training import Fit  # noqa: E402
+
+started("transformers")
 
 WORLD = World.from_environment()
 HARDWARE = Hardware.resolve(Machine())
 DEVICE = HARDWARE.device
+torch.zeros(1, device=DEVICE)
+started("device")
+
+
+def commit() -> str:
+    """Of the code that is measured; `-dirty` where something tracked was changed since."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):  # no checkout, or no git
+        return "unknown"
+    return done.stdout.strip()
 
 
 def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel | None]:
@@ -112,7 +148,9 @@ def fit_of(args: argparse.Namespace, data: Synthetic, folder: str) -> Fit:
         heads = 8 if "qwen" in args.shape else SHAPES[args.shape]["num_key_value_heads"]
         relations = {"weight": 1.0 if args.relations else 0.0, "split_heads": heads}
         settings = Distillation(**common, logits={"weight": 1.0}, relations=relations)
-    objective = make_objective(*make_models(args), settings)
+    models = make_models(args)
+    started("models")
+    objective = make_objective(*models, settings)
     state = Path(folder) / "state"
     fit = Fit("bench", objective, data, settings, machine, Reporter(quiet=True), state, world=WORLD)
     if fit.hardware.wants(machine.compile):
@@ -129,7 +167,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         key: getattr(args, key) for key in ("shape", "method", "teacher", "teacher_bits", "batch")
     }
     record |= {"accumulate": args.accumulate, "lengths": args.length, "devices": WORLD.size}
-    record |= {"integer": args.integer, "recompute": args.recompute}
+    record |= {key: getattr(args, key) for key in ("relations", "integer", "recompute")}
     single = WORLD.size == 1 and args.accumulate == 1
     record |= {"graphs": args.graphs == "auto" and single and args.method != "trainer"}
     if args.method == "trainer":
@@ -151,6 +189,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "peak_gib": round(max(WORLD.gather(memory)), 2) if HARDWARE.cuda else None,
         "device": device,
         "torch": torch.__version__,
+        "commit": commit(),
         "note": args.note,
     }
 
@@ -170,7 +209,9 @@ def timed_fit(args: argparse.Namespace, data: Synthetic) -> tuple[float, dict[st
     with TemporaryDirectory() as folder:
         fit = fit_of(args, data, folder)
         measured: dict[str, Any] = {"operations": operations_of(fit, max(args.length))}
-        measured["ready_seconds"] = round(time.perf_counter() - START, 1)
+        started("fit")
+        measured["starting"] = STARTING
+        measured["ready_seconds"] = round(MARKS[-1] - START, 1)
         if HARDWARE.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -232,7 +273,6 @@ def main() -> None:
     parser.add_argument("--note", default="")
     parser.add_argument("--profile", type=Path, help="write a table of the kernels' times")
     args = parser.parse_args()
-    start_compilers(Machine(compile=args.compile))
     with WORLD.joined(HARDWARE):
         record = measure(args)
     if WORLD.main:

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from bitdistill.evals.run_plots import read_records
+
 WORDS = "the film is not good bad but very dull bright and we liked it a plot".split()
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -46,6 +48,12 @@ def test_training_throughput(devices: int) -> None:
     assert float(str(record["tokens_per_second"])) > 0
     seconds = float(str(record["ready_seconds"])), float(str(record["first_step_seconds"]))
     assert 0 < seconds[0] <= seconds[1]
+    starting = record["starting"]
+    assert isinstance(starting, dict)
+    assert list(starting) == ["torch", "transformers", "device", "models", "fit"]
+    assert sum(starting.values()) == pytest.approx(seconds[0], abs=0.1)
+    assert record["relations"] is True
+    assert record["commit"]
 
 
 def test_compare_losses(tmp_path: Path) -> None:
@@ -107,6 +115,16 @@ def test_showcase(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Pa
         records = [json.loads(line) for line in of_artifacts.read_text().splitlines()]
         agreed = [(r["artifact"], r["n"]) for r in records if r["metric"] == "agreement"]
         assert agreed == [("onnx", 8), ("mlx", 8), ("student (cpu) (float64)", 8)]
+    kept = tmp_path / "docs/results/showcase-runs"
+    stages = {
+        run.name: [record["stage"] for record in read_records(run / "log.jsonl")]
+        for run in sorted(kept.iterdir())
+    }
+    own = ["pretrained", "student"]
+    assert {name: sorted(found) for name, found in stages.items()} == {
+        "sst2-movie-seed3": ["bitnet-sft", *own, "teacher"], "sst2-movie-seed3-paper": own,
+    }  # fmt: skip
+    assert (kept / "sst2-movie-seed3" / "weights.jsonl").is_file()
 
 
 class Unit:
