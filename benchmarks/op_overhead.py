@@ -71,12 +71,12 @@ def direct(packed: NDArray[np.uint8], columns: int, pool: Pool | None) -> Callab
     scratch = np.empty(lib.bd_scratch_bytes(1, columns, 8) // 8 + 1, np.uint64)
     x = np.random.default_rng(0).standard_normal((1, columns)).astype(np.float32)
     y, scale = np.empty(columns, np.float32), np.full(columns, 0.01, np.float32)
+    given = Input(x.ctypes.data, None, 0.0, 1, columns)
+    weights = Ternary(packed.ctypes.data, scale.ctypes.data, None, columns, columns)
+    copies = (Ternary * CALLS)(*[weights] * CALLS)
     handle = None if pool is None else pool.handle
 
-    def run() -> None:
-        given = Input(x.ctypes.data, None, 0.0, 1, columns)
-        weights = Ternary(packed.ctypes.data, scale.ctypes.data, None, columns, columns)
-        copies = (Ternary * CALLS)(*[weights] * CALLS)
+    def run(_pointed_at: tuple[NDArray[Any], ...] = (x, packed, scale)) -> None:
         pointers = (scratch.ctypes.data, handle, y.ctypes.data)
         lib.bd_time_ternary(table, copies, CALLS, ctypes.byref(given), *pointers)
 
