@@ -13,7 +13,8 @@ student beside its ONNX and MLX artifacts, which run on `--threads` of the CPU, 
 `--artifact-examples`, into a file of their own.
 
 Whatever is complete is skipped and what was interrupted goes on, so a table can be filled in
-several sittings: SIGTERM and Ctrl-C let the trainings save. What each command said is in OUT/logs.
+several sittings: SIGTERM and Ctrl-C let the trainings save. What each command said is in OUT/logs;
+what each run recorded is left, thinned, in a folder of LOGS for `bitdistill plot`.
 Recipes read models/smollm2 and data/ from where this runs; `--set` changes every recipe.
 """
 
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdistill.config import load_config
+from bitdistill.evals.run_plots import keep_records
 
 TASKS = ("sst2-movie", "qnli-privacy", "boolq", "summary-bbc", "summary-debian")
 TARGETS = ("onnx", "mlx")
@@ -115,6 +117,8 @@ class Unit:
         """Every method's student; a complete stage is skipped by the command itself."""
         for method in self.options.methods:
             self._train(shell, gpu, method, "student")
+            run = self.run_of(method)
+            keep_records(run, self.options.logs / run.name)
 
     def _train(self, shell: Shell, gpu: str | None, method: str, until: str, *more: str) -> None:
         run = self.run_of(method)
@@ -267,6 +271,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/results/showcase.jsonl"))
     artifact_results = Path("docs/results/showcase-artifacts.jsonl")
     parser.add_argument("--artifact-results", type=Path, default=artifact_results)
+    parser.add_argument("--logs", type=Path, default=Path("docs/results/showcase-runs"))
     parser.add_argument("--artifact-examples", type=int, metavar="N", help="the first N; else all")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of task folders")
     parser.add_argument("--file", default="validation.jsonl", help="what is scored, in each")

@@ -12,7 +12,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitdistill.evals.plots import MARKERS, OKABE_ITO, STYLE, require_matplotlib, save_all
+from bitdistill.evals.plots import (
+    MARKERS,
+    OKABE_ITO,
+    STYLE,
+    compact,
+    require_matplotlib,
+    save_all,
+)
 
 TERMS = ("ce", "logits", "prompt", "relations", "alignment")
 LABELS = {
@@ -25,6 +32,8 @@ LABELS = {
 SHARES = {"zero_fraction": "zero trits", "flip_rate": "trits changed between records"}
 REACH, THRESHOLD, NEAR = 3.0, 0.5, 0.1  # in units of the scale, as monitor.py counts
 CIVIDIS = "cividis"
+KEPT = {"log.jsonl": 60, "weights.jsonl": 10}  # records of a stage that keep_records keeps
+DIGITS = 4
 Record = dict[str, Any]
 
 
@@ -80,6 +89,42 @@ def read_records(file: Path) -> list[Record]:
     return list(found.values())
 
 
+def keep_records(run: str | Path, folder: str | Path) -> None:
+    """Write a run's records into `folder`, few enough to publish, for `plot_runs`.
+
+    KEPT of each file and stage at even distances, first and last included, and all histograms;
+    numbers with DIGITS digits, and no time of day. FileNotFoundError where there is no log.
+    """
+    folder = Path(folder)
+    for name, most in KEPT.items():
+        file = Path(run) / name
+        if name == "weights.jsonl" and not file.is_file():
+            continue  # runs of several devices have none
+        records = _thinned(read_records(file), most)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(_rounded(record)) + "\n" for record in records]
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+
+
+def _thinned(records: Sequence[Record], most: int) -> list[Record]:
+    found = []
+    for stage in _stages(records):
+        own = [record for record in records if record["stage"] == stage]
+        plain = [index for index, record in enumerate(own) if "histogram" not in record]
+        last, gaps = len(plain) - 1, min(most, len(plain)) - 1
+        kept = {plain[round(i * last / gaps)] for i in range(gaps + 1)} if gaps > 0 else {*plain}
+        found += [r for index, r in enumerate(own) if index in kept or "histogram" in r]
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items() if key != "time"}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
 def near_threshold(counts: Sequence[int]) -> float:
     """The share of a histogram within NEAR of a rounding threshold, on either side."""
     width = 2 * REACH / len(counts)
@@ -95,6 +140,7 @@ def _stages(records: Iterable[Record]) -> list[str]:
 def _losses(logs: dict[str, list[Record]], stage: str) -> Any:
     """A panel for each term; every run a line over its training tokens."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     own = {run: [r for r in log if r["stage"] == stage] for run, log in logs.items()}
     terms = [t for t in TERMS if any(t in r for log in own.values() for r in log)]
@@ -109,6 +155,7 @@ def _losses(logs: dict[str, list[Record]], stage: str) -> Any:
                           markevery=max(1, len(points) // 8), linewidth=1.2, label=run,
                           color=OKABE_ITO[number % len(OKABE_ITO)])  # fmt: skip
         axes.set_ylabel(LABELS[term])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, place: compact(tokens)))
     axes.set_xlabel(f"training tokens of stage {stage}")
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)

@@ -13,7 +13,7 @@ from test_report import result
 
 from bitdistill.evals import plot_runs
 from bitdistill.evals.plots import compact, figures
-from bitdistill.evals.run_plots import near_threshold, read_records, run_figures
+from bitdistill.evals.run_plots import keep_records, near_threshold, read_records, run_figures
 from bitdistill.monitor import BINS, REACH
 
 KINDS = ("q_proj", "down_proj")
@@ -73,6 +73,8 @@ def test_losses_of_all_runs_and_weights_of_each(runs: list[Path]) -> None:
     assert lines_of(ce)["b"] == [[1000, 0.2], [2000, 0.1], [3000, pytest.approx(2 / 30)]]
     assert (ce.get_ylabel(), logits.get_ylabel()) == ("cross-entropy", "logits KL, weighted")
     assert set(lines_of(logits)) == {"a", "b"}
+    found["loss-student"].draw_without_rendering()
+    assert "2.5k" in [label.get_text() for label in logits.get_xticklabels()]
     panels = found["a-weights-student"].axes
     assert [axes.get_title() for axes in panels] == [
         f"{kind}: near a threshold before 100.0%, after 0.0%" for kind in KINDS
@@ -114,6 +116,53 @@ def test_broken_lines_are_named(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"stage": "student", "step": 1}\n{"stage"\n')
     with pytest.raises(ValueError, match="line 2 is not JSON; remove the line"):
         read_records(tmp_path / "log.jsonl")
+
+
+def test_records_are_kept_thinned(tmp_path: Path) -> None:
+    """First, last and even ones of every stage, the last of a repeated step, all histograms."""
+    log = [
+        {"stage": stage, "step": s, "tokens": 10**9 + s, "ce": 1.23456789, "time": 1e9, "lr": None}
+        for stage in ("teacher", "student")
+        for s in range(10, 6010, 10)
+    ]
+    write(tmp_path / "run" / "log.jsonl", [*log, log[-1] | {"ce": 2.0}])
+    before = {"stage": "student", "step": 0, "histogram": {"q_proj": [12345, 678901]}}
+    shares = [
+        {"stage": "student", "step": s, "zero_fraction": {"q_proj": [0.333333, 0.5]}}
+        for s in range(10, 6010, 10)
+    ]
+    after = before | {"step": 6000}
+    write(tmp_path / "run" / "weights.jsonl", [before, *shares, after])
+    keep_records(tmp_path / "run", tmp_path / "new" / "kept")
+    kept = read_records(tmp_path / "new" / "kept" / "log.jsonl")
+    assert kept[0] == {
+        "stage": "teacher",
+        "step": 10,
+        "tokens": 10**9 + 10,
+        "ce": 1.235,
+        "lr": None,
+    }
+    assert kept[-1]["ce"] == 2.0
+    for stage in ("teacher", "student"):
+        steps = [record["step"] for record in kept if record["stage"] == stage]
+        assert (len(steps), steps[0], steps[-1]) == (60, 10, 6000)
+        assert {b - a for a, b in itertools.pairwise(steps)} == {100, 110}
+    weights = read_records(tmp_path / "new" / "kept" / "weights.jsonl")
+    assert (len(weights), weights[0], weights[-1]) == (12, before, after)
+    assert weights[1]["zero_fraction"] == {"q_proj": [0.3333, 0.5]}
+
+
+def test_short_runs_are_kept_whole(runs: list[Path], tmp_path: Path) -> None:
+    (runs[1] / "weights.jsonl").unlink()
+    for run in runs:
+        keep_records(run, tmp_path / "kept" / run.name)
+    for name in ("log.jsonl", "weights.jsonl"):
+        kept, whole = (read_records(folder / name) for folder in (tmp_path / "kept" / "a", runs[0]))
+        assert [(r["step"], r.keys()) for r in kept] == [(r["step"], r.keys()) for r in whole]
+    assert [path.name for path in (tmp_path / "kept" / "b").iterdir()] == ["log.jsonl"]
+    with pytest.raises(FileNotFoundError, match="has no log"):
+        keep_records(tmp_path / "none", tmp_path / "kept" / "none")
+    assert not (tmp_path / "kept" / "none").exists()
 
 
 def scored(value: float, tokens: int, method: str = "bitdistill", **other: Any) -> Any:
@@ -172,5 +221,5 @@ def test_labels_of_tokens_do_not_overlap(tokens: tuple[int, ...], labels: list[s
 
 
 def test_counts_are_short() -> None:
-    counts = (950, 1500, 96_005_078, 1.5e9)
-    assert [compact(count) for count in counts] == ["950", "1.5k", "96.01M", "1.5B"]
+    counts = (0, 950, 1500, 96_005_078, 1.5e9)
+    assert [compact(count) for count in counts] == ["0", "950", "1.5k", "96.01M", "1.5B"]
