@@ -141,8 +141,8 @@ class Fit:
                     tokens, read = 0, self.step
                 due, stopping = self._agreed(budget.due(self.step, read == self.step), stop)
                 if due and self.step < self.total:
-                    self.save()
-                    budget.saved(self.step)
+                    with budget.saving(self.step):
+                        self.save()
                 if stopping and self.step < self.total:
                     self.save()
                     raise TrainingError(

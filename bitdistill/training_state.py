@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,27 @@ from bitdistill.hardware import TrainingError
 PREFIX = "step-"
 WEIGHTS, OPTIMIZER = "model", "optimizer"  # stems of the files
 DAMAGED = ".damaged"
+SHARE = 0.05  # of the time, that saving on a schedule of minutes may take
 
 
 class Budget:
-    """What may be lost: so many minutes or so many steps, whichever comes first."""
+    """What may be lost: so many minutes or so many steps, whichever comes first.
 
-    def __init__(self, minutes: float, steps: int | None, start: int) -> None:
-        self.minutes, self.steps = minutes, steps
-        self.saved(start)
+    Training waits while a state is written, a large one for minutes. Minutes are therefore at least
+    those in which the last save was SHARE of the time; steps are taken at their word. `clock` gives
+    seconds.
+    """
+
+    def __init__(
+        self,
+        minutes: float,
+        steps: int | None,
+        start: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.seconds, self.steps = 60 * minutes, steps
+        self._clock, self._step, self._since = clock, start, clock()
+        self._took = 0.0
 
     def due(self, step: int, recorded: bool) -> bool:
         """Whether the state after `step` steps is to be saved.
@@ -47,11 +60,15 @@ class Budget:
         """
         if self.steps is not None and step - self._step >= self.steps:
             return True
-        return recorded and time.monotonic() - self._clock > 60 * self.minutes
+        return recorded and self._clock() - self._since > max(self.seconds, self._took / SHARE)
 
-    def saved(self, step: int) -> None:
-        """Count minutes and steps from here."""
-        self._step, self._clock = step, time.monotonic()
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Within it the state after `step` steps is saved; minutes and steps count from its end."""
+        began = self._clock()
+        yield
+        self._step, self._since = step, self._clock()
+        self._took = self._since - began
 
 
 class States:

@@ -36,4 +36,4 @@ if __name__ == "__main__":
     if len(sys.argv) > 3:
         interrupt_at(int(sys.argv[3]))
         distributed.GROUP_BYTES, distributed.WHOLE_BYTES = 1, 0
-    train(load_config(sys.argv[1], []), Path(sys.argv[2]), quiet=True)
+    train(load_config(sys.argv[1], []), Path(sys.argv[2]), quiet=True, resume=True)

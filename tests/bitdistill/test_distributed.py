@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,20 @@ import torch
 import two_fits
 from safetensors.torch import load_file
 from short_runs import log_of
-from two_devices import check_two_devices, shared_recipe
+from two_devices import (
+    check_two_devices,
+    ended,
+    on_two_devices,
+    shared_recipe,
+    started_on_two,
+)
 from two_fits import keep_weights, make_fit
 
 from bitdistill import distributed, training
 from bitdistill.distributed import World, own_parts
 from bitdistill.schema import Config
 from bitdistill.student import layers_of, make_student
+from bitdistill.training_state import saved_states
 
 
 @pytest.mark.slow
@@ -77,6 +85,31 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rest.restore()
     rest.run()
     assert apart(ends["one"], dict(rest.model.named_parameters())) < 2e-3
+
+
+@pytest.mark.slow
+def test_a_signal_stops_two_processes(recipe: Callable[..., Config], tmp_path: Path) -> None:
+    """SIGTERM to torchrun: both save the same step and end; the rest is to the bit the same."""
+    options = ("distill.steps=60", "machine.save_steps=20", "pretrain.enabled=false")
+    config = shared_recipe(recipe, *options)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert on_two_devices(config, whole).returncode == 0
+    run = started_on_two(config, cut)
+    while not saved_states(cut / "student.training"):
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.terminate()
+    stopped = ended(run)
+    assert stopped.returncode != 0
+    last = saved_states(cut / "student.training")[-1]
+    step = json.loads((last / "position.json").read_text())["step"]
+    assert 20 <= step < 60
+    said = f"stage student was stopped at step {step} of 60 and its state saved"
+    assert stopped.stderr.count(f"TrainingError: {said}") >= 2  # by both
+    assert on_two_devices(config, cut).returncode == 0
+    assert log_of(cut)[-1]["step"] == 60
+    ends = [load_file(run / "student/model.safetensors") for run in (whole, cut)]
+    assert apart(*ends) == 0
 
 
 def test_parts_must_be_equal() -> None:

@@ -14,11 +14,11 @@ import pytest
 import torch
 from short_runs import advance, anneal_of, settings, weights
 
-from bitdistill import manifest
+from bitdistill import manifest, training_state
 from bitdistill.hardware import TrainingError
 from bitdistill.schema import Machine
 from bitdistill.training import Fit
-from bitdistill.training_state import discard, saved_states
+from bitdistill.training_state import Budget, discard, saved_states
 
 
 def steps_saved(fit: Fit) -> list[int]:
@@ -94,6 +94,7 @@ def test_run_continues_where_it_was_saved(
     terms = whole.run()
     part = start(options, "packed")
     part.machine = Machine(device="cpu", save_minutes=1e-9, save_steps=save_steps)
+    monkeypatch.setattr(training_state, "SHARE", float("inf"))  # at each record
     optimize = Fit.optimize
 
     def interrupted(self: Fit, window: Any) -> None:
@@ -112,6 +113,34 @@ def test_run_continues_where_it_was_saved(
     assert rest.run().keys() == terms.keys()
     final = weights(whole)
     assert all(torch.equal(value, final[name]) for name, value in weights(rest).items())
+
+
+def test_saves_take_a_twentieth_of_the_time() -> None:
+    """By a clock of its own: ten minutes, or twenty times what the last save took."""
+    now = [1000.0]
+    budget = Budget(10, None, 0, lambda: now[0])
+
+    def first_due() -> float:
+        """Seconds from the end of the last save."""
+        start = now[0]
+        while not budget.due(1, True):
+            now[0] += 1
+        assert not budget.due(1, False)  # only after a record
+        return now[0] - start
+
+    for seconds, wait in ((5, 601), (100, 601), (31, 2001), (1, 621), (1, 601)):
+        assert first_due() == wait
+        with budget.saving(1):
+            now[0] += seconds
+
+
+def test_steps_between_saves_are_taken_at_their_word() -> None:
+    now = [0.0]
+    budget = Budget(10, 3, 4, lambda: now[0])
+    assert [budget.due(step, False) for step in (5, 6, 7)] == [False, False, True]
+    with budget.saving(7):
+        now[0] += 1000
+    assert [budget.due(step, True) for step in (8, 9, 10)] == [False, False, True]
 
 
 def test_a_state_of_the_last_step_is_complete(start: Callable[..., Fit]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from short_runs import log_of, stages_of
@@ -21,18 +22,36 @@ SCRIPT = Path(__file__).with_name("devices.py")
 SHARED = ("accumulate=4", "steps=6")
 
 
-def on_two_devices(config: Config, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def started_on_two(config: Config, out: Path, *more: str) -> subprocess.Popen[str]:
+    """A run, or the rest of one that was interrupted."""
     file = out.with_suffix(".yaml")
     file.write_text(dump_config(config), encoding="utf-8")
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", *command, str(SCRIPT), str(file), str(out), *more],
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=240,
-        check=False,
     )
+
+
+class Ended(NamedTuple):
+    returncode: int
+    stderr: str
+
+
+def ended(run: subprocess.Popen[str]) -> Ended:
+    """What it came to, in four minutes at most."""
+    try:
+        _, errors = run.communicate(timeout=240)
+    finally:
+        run.kill()
+    return Ended(run.returncode, errors)
+
+
+def on_two_devices(config: Config, out: Path, *more: str) -> Ended:
+    return ended(started_on_two(config, out, *more))
 
 
 def shared_recipe(recipe: Callable[..., Config], *more: str) -> Config:
