@@ -6,7 +6,7 @@ and copies nothing. Needs onnxruntime, numpy and tokenizers; neither torch nor t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,16 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from bitdistill.backends import kv_cache
-from bitdistill.backends.base import Floats, Integers, Runtime, pad
+from bitdistill.backends.base import Floats, Forward, Integers, Runtime, pad
 from bitdistill.backends.embedding_file import NAME, EmbeddingFile
-from bitdistill.backends.kernels import library_path
+from bitdistill.backends.onnx_session import open_session
 from bitdistill.decoder import DecoderSpec
 from bitdistill.manifest import FormatError
 
 MODEL = "model.onnx"
 CUSTOM = "custom"  # the manifest's `ops` of an artifact that needs our library
 WINDOW_NEEDS = (1, 24)  # earlier versions let a token see one key more than the window
-ERRORS_ONLY = 3
+FORWARD_TOKENS = 128  # of a batch at once, which bounds the activations in memory
 
 
 class OnnxCache:
@@ -44,12 +44,10 @@ class OnnxCache:
         self.lengths, self.capacity = np.zeros(rows, np.int64), capacity
         self.runtime, spec = runtime, runtime.spec
         self.binding = runtime.session.io_binding()
-        self.memory: list[ort.OrtValue] = []
         names = [f"{i}.{part}" for i in range(len(spec.layers)) for part in ("key", "value")]
-        held = runtime.empty(rows, capacity) if memory is None else memory
-        for name, array in zip(names, held, strict=True):
-            value = ort.OrtValue.ortvalue_from_numpy(array)
-            self.memory.append(value)
+        self.memory = runtime.empty(rows, capacity) if memory is None else memory
+        for name, array in zip(names, self.memory, strict=True):
+            value = ort.OrtValue.ortvalue_from_numpy(array)  # the same memory
             self.binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             self.binding.bind_ortvalue_output(f"present.{name}", value)
 
@@ -76,9 +74,14 @@ class OnnxCache:
         self.lengths = self.lengths + counts_R
         return self.runtime.all_words(logits)
 
+    def part(self, rows: slice) -> OnnxCache:
+        """Some rows of this one, which holds nothing yet, in the same memory."""
+        memory = [array[rows] for array in self.memory]
+        return OnnxCache(self.runtime, self.capacity, len(memory[0]), memory)
+
     def select(self, keep: Sequence[int]) -> OnnxCache:
         """A cache whose row i is row keep[i] of this one."""
-        memory = [np.ascontiguousarray(value.numpy()[list(keep)]) for value in self.memory]
+        memory = [array[list(keep)] for array in self.memory]
         chosen = OnnxCache(self.runtime, self.capacity, len(keep), memory)
         chosen.lengths = self.lengths[list(keep)]
         return chosen
@@ -169,11 +172,19 @@ class OnnxRuntime(Runtime):
         return self.step(prompt[last:], cache)
 
     def start_rows(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Floats, OnnxCache]:
-        """Feed all prompts in one padded forward: float32 (R, V), and their cache."""
+        """Feed prompts, some rows or a chunk of one at a time: float32 (R, V), and their cache."""
         lengths_R = np.array([len(prompt) for prompt in prompts], np.int64)
         capacity = min(int(lengths_R.max()) + room, self.context)
         cache = OnnxCache(self, capacity, len(prompts))
-        return cache.feed(pad(prompts), lengths_R), cache
+        logits = []
+        for rows in parts(lengths_R):
+            part = cache.part(rows)
+            if len(prompts[rows]) == 1:
+                logits.append(self.prefill(prompts[rows.start], part)[None])
+            else:
+                logits.append(part.feed(pad(prompts[rows]), lengths_R[rows]))
+        cache.lengths = lengths_R
+        return np.concatenate(logits), cache
 
     def step_rows(self, tokens: Sequence[int], rows: OnnxCache) -> Floats:
         """Feed one token to each row; float32 (R, V)."""
@@ -184,7 +195,18 @@ class OnnxRuntime(Runtime):
         return rows if list(keep) == list(range(len(rows.lengths))) else rows.select(keep)
 
     def logits_at(self, tokens_BT: Integers, lengths_B: Integers, rows: Integers) -> Floats:
-        """float32 (P, V) at rows (b, t), by one forward without a cache."""
+        """float32 (P, V) at rows (b, t), without a cache; some sequences at a time."""
+        logits = np.empty((len(rows), self.words), np.float32)
+        for part in parts(lengths_B):
+            asked = (part.start <= rows[:, 0]) & (rows[:, 0] < part.stop)
+            if asked.any():
+                tokens = tokens_BT[part, : lengths_B[part].max()]
+                places = rows[asked] - [part.start, 0]
+                logits[asked] = self._forward(tokens, lengths_B[part], places)
+        return self.all_words(logits)
+
+    def _forward(self, tokens_BT: Integers, lengths_B: Integers, rows: Integers) -> Floats:
+        """float32 (P, words of the head) at rows (b, t), of one forward."""
         flat = rows[:, 0] * tokens_BT.shape[1] + rows[:, 1]
         inputs = self.inputs(tokens_BT, lengths_B, flat)
         nothing = self.empty(len(tokens_BT), 0)[0]
@@ -192,7 +214,13 @@ class OnnxRuntime(Runtime):
             for part in ("key", "value"):
                 inputs[f"past_key_values.{index}.{part}"] = nothing
         logits: Floats = self.session.run(["logits"], inputs)[0]
-        return self.all_words(logits)
+        return logits
+
+    def _batches(self, keys: list[Forward], batch_size: int) -> Iterator[list[Forward]]:
+        """As Runtime's, of what one forward takes: logits of all words are held for each batch."""
+        for batch in super()._batches(keys, batch_size):
+            for part in parts([len(fed) for fed, _ in batch]):
+                yield batch[part]
 
     def inputs(
         self, tokens_BT: Integers, lengths_B: NDArray[np.integer], rows_P: NDArray[np.integer]
@@ -216,45 +244,12 @@ class OnnxRuntime(Runtime):
         return wide
 
 
-def open_session(model: Path, threads: int | None, custom: bool = True) -> ort.InferenceSession:
-    """A CPU session, with our operators if `custom`; FormatError or RuntimeError with a remedy."""
-    options = ort.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
-    # A pattern for each length of prompt would take 2 MB more, and be kept.
-    options.enable_mem_pattern = False
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads must be 1 or more, got {threads}")
-        options.intra_op_num_threads = threads
-    if custom:
-        _register(options)
-    try:
-        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise _explain(model, error) from error
-
-
-def _register(options: ort.SessionOptions) -> None:
-    library = library_path()
-    try:
-        options.register_custom_ops_library(str(library))
-    except Exception as error:  # onnxruntime raises its own classes, derived from Exception
-        raise RuntimeError(
-            f"the custom operators in {library} cannot be loaded ({_first_line(error)}); "
-            "reinstall bitdistill on this machine"
-        ) from error
-
-
-def _explain(model: Path, error: Exception) -> Exception:
-    """What a failed load means, in one sentence with the remedy."""
-    text = _first_line(error)
-    if "is not a registered function/op" in text:
-        return RuntimeError(
-            f"{model} uses an operator that this installation lacks ({text}); upgrade bitdistill "
-            "and onnxruntime, or export the student again"
-        )
-    return FormatError(f"{model} cannot be loaded: damaged or altered ({text}); export it again")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def parts(lengths: Integers | Sequence[int]) -> Iterator[slice]:
+    """Cut rows into parts of at most FORWARD_TOKENS tokens, padding included, or of one row."""
+    start, widest = 0, 0
+    for row, length in enumerate(lengths):
+        widest = max(widest, int(length))
+        if row > start and (row + 1 - start) * widest > FORWARD_TOKENS:
+            yield slice(start, row)
+            start, widest = row, int(length)
+    yield slice(start, len(lengths))

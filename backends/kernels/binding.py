@@ -37,6 +37,7 @@ class Ternary(c.Structure):
         ("bias", c.c_void_p),
         ("rows", c.c_int64),
         ("columns", c.c_int64),
+        ("base3", c.c_int),
     )
 
 

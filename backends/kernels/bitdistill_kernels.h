@@ -61,6 +61,7 @@ enum {
   BD_BLOCK_BYTES = 128,
   BD_BASE3_LAYOUT_VERSION = 2,
   BD_BASE3_COLUMNS = 20,    /* of a block of 128 bytes */
+  BD_UNPACKED_TOKENS = 8,   /* from here on base 3 is worth unpacking */
   BD_MAX_COLUMNS = 1 << 17, /* |q . t| <= 128 K must be exact in fp32 */
   BD_TABLE_ROWS = 16,       /* of a 4-bit table; bitdistill/tables.py */
   BD_TABLE_COLUMNS = 32,
@@ -80,6 +81,7 @@ typedef struct BdTernary {
   const float *bias;  /* (rows), or NULL */
   int64_t rows;
   int64_t columns;
+  int base3; /* which of the two: bd_ternary_linear and bd_ternary_layers ask, the kernels know */
 } BdTernary;
 
 /* Activations as they come: x is (tokens, columns). */
@@ -206,7 +208,8 @@ BD_API size_t bd_scratch_bytes(int64_t tokens, int64_t columns, int activation_b
 /* Divides scratch memory (aligned to 8 bytes) into the arrays of a BdTokens. */
 BD_API BdTokens bd_tokens(void *scratch, int64_t tokens, int64_t columns, int activation_bits);
 
-/* The whole layer on the calling thread: x (tokens, columns) -> y (tokens, rows). */
+/* The whole layer on the calling thread: x (tokens, columns) -> y (tokens, rows). Weights in base 3
+ * need 8 activation bits, here and below. */
 BD_API void bd_ternary_linear(const BdKernels *kernels, const BdTernary *w, const BdInput *in,
                               int activation_bits, void *scratch, float *y);
 

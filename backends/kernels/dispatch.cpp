@@ -237,19 +237,6 @@ BdTokens bd_tokens(void *scratch, int64_t tokens, int64_t columns, int activatio
   return out;
 }
 
-void bd_ternary_linear(const BdKernels *kernels, const BdTernary *w, const BdInput *in,
-                       int activation_bits, void *scratch, float *y) {
-  const BdTokens tokens = bd_tokens(scratch, in->tokens, in->columns, activation_bits);
-  const int64_t blocks = bd_blocks(w->rows);
-  if (activation_bits == 0) {
-    kernels->normalize(in, &tokens, 0, in->tokens);
-    kernels->ternary_float(w, &tokens, y, 0, blocks);
-  } else {
-    kernels->quantize(in, &tokens, 0, in->tokens);
-    kernels->ternary(w, &tokens, y, 0, blocks);
-  }
-}
-
 int64_t bd_base3_bytes(int64_t rows, int64_t columns) {
   return bd_blocks(rows) * base3_groups(columns) * BD_BLOCK_BYTES;
 }

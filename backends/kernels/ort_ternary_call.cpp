@@ -10,8 +10,7 @@
 namespace bitdistill {
 namespace {
 
-constexpr int64_t kFewTokens = 8;       // below, tasks of rows alone; from here on, of tokens too
-constexpr int64_t kUnpackedTokens = 8;  // from here on, base 3 is worth unpacking
+constexpr int64_t kFewTokens = 8;  // below, tasks of rows alone; from here on, of tokens too
 
 size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -105,9 +104,9 @@ void add_rows(const float *residual, const BdTernary &w, int64_t tokens, float *
 }
 
 ort::Status *multiply(const TernaryNode &k, const ort::KernelContext *context, const TernaryCall &c,
-                      const BdTernary &w, bool base3, const BdTokens &tokens) {
+                      const BdTernary &w, const BdTokens &tokens) {
   const auto kernel = k.bits == 0 ? k.kernels->ternary_float
-                      : base3     ? k.kernels->ternary_base3
+                      : w.base3   ? k.kernels->ternary_base3
                                   : k.kernels->ternary;
   const float *residual = c.floats(kResidual);
   const auto part = [&](const BdTernary *rows, const BdTokens *some, float *y, int64_t a,
@@ -136,6 +135,7 @@ ort::Status *unpack(const TernaryNode &k, const ort::KernelContext *context, BdT
   BD_TRY(parallel(k.api, context, bd_blocks(w->rows), chunk_of(static_cast<double>(w->columns)),
                   [&](int64_t a, int64_t b) { k.kernels->unpack_base3(w, out, a, b); }));
   w->packed = out;
+  w->base3 = 0;
   return nullptr;
 }
 
@@ -153,7 +153,7 @@ ort::Status *run_ternary(const TernaryNode &k, ort::KernelContext *context) {
   BD_TRY(read_call(k, context, &c));
   BD_TRY(make_output(k.api, context, c.in[kX], c.in[kX].rank - 1, k.rows, &c.y));
   if (c.tokens == 0) return nullptr;
-  const bool unpacked = k.base3 && c.tokens >= kUnpackedTokens;
+  const bool unpacked = k.base3 && c.tokens >= BD_UNPACKED_TOKENS;
   const size_t scale_bytes = whole_lines(static_cast<size_t>(k.rows) * sizeof(float));
   const size_t code_bytes =
       unpacked ? static_cast<size_t>(bd_packed_bytes(k.rows, k.columns)) : 0;  // whole lines
@@ -164,10 +164,14 @@ ort::Status *run_ternary(const TernaryNode &k, ort::KernelContext *context) {
   char *rest = static_cast<char *>(scratch.data()) + scale_bytes;
   const BdTokens tokens = bd_tokens(rest + code_bytes, c.tokens, k.columns, k.bits);
   BD_TRY(prepare(k, context, c, tokens));
-  BdTernary w = {static_cast<const uint8_t *>(c.in[kW].data), row_scales, c.floats(kBias), k.rows,
-                 k.columns};
+  BdTernary w = {static_cast<const uint8_t *>(c.in[kW].data),
+                 row_scales,
+                 c.floats(kBias),
+                 k.rows,
+                 k.columns,
+                 k.base3 ? 1 : 0};
   if (unpacked) BD_TRY(unpack(k, context, &w, reinterpret_cast<uint8_t *>(rest)));
-  return multiply(k, context, c, w, k.base3 && !unpacked, tokens);
+  return multiply(k, context, c, w, tokens);
 }
 
 }  // namespace bitdistill

@@ -151,6 +151,8 @@ struct Layer {
   const BdTokens *tokens;
   float *y;
   bool floats;
+  void (*product)(const BdTernary *, const BdTokens *, float *, int64_t, int64_t);
+  uint8_t *unpacked;
   bitdistill::Split split;
   alignas(64) std::atomic<int64_t> next;  // part of `split`; in a line of its own: all write it
 };
@@ -164,8 +166,32 @@ void prepare_part(void *context, int64_t first, int64_t last) {
 void multiply_parts(void *context, int64_t, int64_t) {
   Layer &l = *static_cast<Layer *>(context);
   for (int64_t part = l.next.fetch_add(1); part < l.split.parts(); part = l.next.fetch_add(1))
-    l.split.run(l.floats ? l.kernels->ternary_float : l.kernels->ternary, part, *l.w, *l.tokens,
-                l.y);
+    l.split.run(l.product, part, *l.w, *l.tokens, l.y);
+}
+
+void unpack_part(void *context, int64_t first, int64_t last) {
+  const Layer &l = *static_cast<const Layer *>(context);
+  l.kernels->unpack_base3(l.w, l.unpacked, first, last);
+}
+
+// The layer's weights in the layout that its product reads best. Without memory to unpack them they
+// stay as they are, and take longer.
+BdTernary chosen(Layer &l, const BdTernary &w, BdPool *pool, std::unique_ptr<uint8_t[]> *memory) {
+  BdTernary use = w;
+  l.product = l.floats ? l.kernels->ternary_float : l.kernels->ternary;
+  if (w.base3 == 0) return use;
+  if (l.in->tokens >= BD_UNPACKED_TOKENS)
+    memory->reset(new (std::nothrow)
+                      uint8_t[static_cast<size_t>(bd_packed_bytes(w.rows, w.columns))]);
+  if (*memory == nullptr) {
+    l.product = l.kernels->ternary_base3;
+    return use;
+  }
+  l.w = &w;
+  l.unpacked = memory->get();
+  run_parts(pool, bd_blocks(w.rows), unpack_part, &l);
+  use.packed = l.unpacked;
+  return use;
 }
 
 }  // namespace
@@ -201,17 +227,25 @@ void bd_ternary_layers(const BdKernels *kernels, const BdTernary *w, int count, 
   const BdTokens tokens = bd_tokens(scratch, in->tokens, in->columns, activation_bits);
   const int threads = pool != nullptr ? bd_pool_threads(pool) : 1;
   const bitdistill::Split none(1, 1, 1, 1, false);
-  Layer layer = {kernels, nullptr, in, &tokens, nullptr, activation_bits == 0, none, {0}};
+  Layer layer = {kernels, nullptr, in,   &tokens, nullptr, activation_bits == 0,
+                 nullptr, nullptr, none, {0}};
   const bool small = in->tokens * in->columns < kShareOfTokens;
   run_parts(small ? nullptr : pool, in->tokens, prepare_part, &layer);
   for (int i = 0; i < count; ++i) {
-    layer.w = w + i;
+    std::unique_ptr<uint8_t[]> memory;
+    const BdTernary use = chosen(layer, w[i], pool, &memory);
+    layer.w = &use;
     layer.y = y[i];
-    layer.split = bitdistill::Split(in->tokens, bd_blocks(layer.w->rows), threads, 1,
-                                    kernels->by_tokens != 0 && !layer.floats);
+    layer.split = bitdistill::Split(in->tokens, bd_blocks(use.rows), threads, 1,
+                                    kernels->by_tokens != 0 && layer.product == kernels->ternary);
     layer.next.store(0);
     run_parts(pool, threads, multiply_parts, &layer);
   }
+}
+
+void bd_ternary_linear(const BdKernels *kernels, const BdTernary *w, const BdInput *in,
+                       int activation_bits, void *scratch, float *y) {
+  bd_ternary_layers(kernels, w, 1, in, activation_bits, scratch, nullptr, &y);
 }
 
 }  // extern "C"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill.backends.kernels.binding import BODY, Floats, Input, Kernels, Ternary, library
-from bitdistill.packing import kernel_shape
+from bitdistill.packing import base3_shape, kernel_shape
 
 
 class Pool:
@@ -66,24 +66,27 @@ class Pool:
 
 @dataclass(frozen=True)
 class Layer:
-    """packed uint8 in the kernel layout, scale (N,), bias (N,) or None."""
+    """packed uint8 in a kernel layout (two bits, or base 3), scale (N,), bias (N,) or None."""
 
     packed: NDArray[np.uint8]
     scale: Floats
     bias: Floats | None = None
+    base3: bool = False
 
     def pointers(self, columns: int) -> Ternary:
         """Raises ValueError when the arrays are not those of an (N, columns) matrix."""
         rows = self.scale.shape[0]
-        if self.packed.dtype != np.uint8 or self.packed.shape != kernel_shape(rows, columns):
-            raise ValueError(f"packed must be uint8 {kernel_shape(rows, columns)}")
+        shape = (base3_shape if self.base3 else kernel_shape)(rows, columns)
+        if self.packed.dtype != np.uint8 or self.packed.shape != shape:
+            raise ValueError(f"packed must be uint8 {shape}")
         arrays: list[NDArray] = [self.packed, self.scale]
         if self.bias is not None:
             arrays.append(self.bias)
         if not all(array.flags.c_contiguous for array in arrays):
             raise ValueError("packed, scale and bias must be contiguous")
         bias = None if self.bias is None else self.bias.ctypes.data
-        return Ternary(self.packed.ctypes.data, self.scale.ctypes.data, bias, rows, columns)
+        pointers = (self.packed.ctypes.data, self.scale.ctypes.data, bias)
+        return Ternary(*pointers, rows, columns, self.base3)
 
 
 def ternary_layers(
@@ -96,7 +99,12 @@ def ternary_layers(
     epsilon: float = 0.0,
     activation_bits: int = 8,
 ) -> list[Floats]:
-    """x (M, K) through layers that share it: [y (M, N) of each]; x is quantised once."""
+    """x (M, K) through layers that share it: [y (M, N) of each]; x is quantised once.
+
+    Layers in base 3 need `activation_bits` of 8 (ValueError).
+    """
+    if activation_bits != 8 and any(layer.base3 for layer in layers):
+        raise ValueError(f"weights in base 3 need 8 activation bits, got {activation_bits}")
     tokens, columns = x.shape
     x = np.ascontiguousarray(x, np.float32)
     weights = (Ternary * len(layers))(*(layer.pointers(columns) for layer in layers))

@@ -22,7 +22,7 @@ struct Layer {
   std::vector<uint8_t> packed;
   std::vector<float> scale, bias, norm;
   int64_t rows, columns;
-  BdTernary weights() const { return {packed.data(), scale.data(), bias.data(), rows, columns}; }
+  BdTernary weights() const { return {packed.data(), scale.data(), bias.data(), rows, columns, 0}; }
 };
 
 std::vector<float> random_floats(std::mt19937 &random, int64_t count) {
@@ -59,18 +59,19 @@ std::vector<float> run(const BdKernels *kernels, const Layer &layer, const std::
   return y;
 }
 
-// Five trits a byte; of any bytes, which all count as some trits.
+// Five trits a byte; of any bytes, which all count as some trits. On a pool, or on this thread.
 std::vector<float> run_base3(const BdKernels *kernels, const Layer &layer,
-                             const std::vector<uint8_t> &packed, const std::vector<float> &x) {
+                             const std::vector<uint8_t> &packed, const std::vector<float> &x,
+                             BdPool *pool) {
   const int64_t tokens = static_cast<int64_t>(x.size()) / layer.columns;
   const std::unique_ptr<char[]> scratch(new char[bd_scratch_bytes(tokens, layer.columns, 8) + 1]);
   std::vector<float> y(static_cast<size_t>(tokens * layer.rows), -1.0f);
   const BdInput in = {x.data(), layer.norm.data(), 1e-6f, tokens, layer.columns};
   BdTernary w = layer.weights();
   w.packed = packed.data();
-  const BdTokens prepared = bd_tokens(scratch.get(), tokens, layer.columns, 8);
-  kernels->quantize(&in, &prepared, 0, tokens);
-  kernels->ternary_base3(&w, &prepared, y.data(), 0, bd_blocks(layer.rows));
+  w.base3 = 1;
+  float *const out = y.data();
+  bd_ternary_layers(kernels, &w, 1, &in, 8, scratch.get(), pool, &out);
   return y;
 }
 
@@ -179,7 +180,8 @@ bool same_streams(const BdKernels *kernels, const BdKernels *oracle, std::mt1993
         if (!same(run(kernels, layer, x, 8, pool), run(oracle, layer, x, 8, nullptr))) return false;
         std::vector<uint8_t> base3(static_cast<size_t>(bd_base3_bytes(rows, columns)));
         for (uint8_t &byte : base3) byte = static_cast<uint8_t>(random());
-        if (!same(run_base3(kernels, layer, base3, x), run_base3(oracle, layer, base3, x)))
+        if (!same(run_base3(kernels, layer, base3, x, pool),
+                  run_base3(oracle, layer, base3, x, nullptr)))
           return false;
       }
   for (const int64_t tokens : {1, 12}) {
@@ -220,7 +222,8 @@ bool compare(const BdKernels *kernels, unsigned seed, BdPool *pool) {
             return false;
           std::vector<uint8_t> base3(static_cast<size_t>(bd_base3_bytes(rows, columns)));
           for (uint8_t &byte : base3) byte = static_cast<uint8_t>(random());
-          if (!same(run_base3(kernels, layer, base3, x), run_base3(oracle, layer, base3, x)))
+          if (!same(run_base3(kernels, layer, base3, x, pool),
+                    run_base3(oracle, layer, base3, x, nullptr)))
             return false;
           if (run_unpack(kernels, layer, base3) != run_unpack(oracle, layer, base3)) return false;
           if (!same_gate(kernels, oracle, random, tokens, columns)) return false;

@@ -8,6 +8,7 @@ from kernel_oracle import F, oracle, random_trits, same
 from op_models import ATTRIBUTES, model, session
 
 from bitdistill.backends.kernels.binding import Kernels, Ternary, available_isas, library
+from bitdistill.backends.kernels.pool import Layer, Pool, ternary_layers
 from bitdistill.packing import base3_shape, kernel_shape, pack_base3, pack_kernel, unpack_kernel
 
 ISAS = available_isas()
@@ -112,3 +113,29 @@ def test_bytes_without_trits_are_refused_by_the_session() -> None:
     attributes = {"N": 75, "K": 100, **ATTRIBUTES, "layout": 2}
     with pytest.raises(Exception, match="'layer 7': W holds a byte without five trits"):
         session(model("TernaryLinear", ["t", 100], inputs, **attributes))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 8, 48])
+def test_layers_on_a_pool(isa: str, tokens: int) -> None:
+    """Through the C interface: few tokens as stored, many unpacked; beside a layer of two bits."""
+    rng = np.random.default_rng(tokens)
+    trits, other = random_trits(rng, 161, 250), random_trits(rng, 33, 250)
+    scale, bias, weight = rng.random(161, F), rng.standard_normal(161, F), rng.random(250, F)
+    layers = [
+        Layer(pack_base3(trits), scale, bias, base3=True),
+        Layer(pack_kernel(other), scale[:33]),
+    ]
+    x = rng.standard_normal((tokens, 250), F)
+    with Pool(2) as pool:
+        found = ternary_layers(Kernels(isa), x, layers, pool=pool, norm_weight=weight, epsilon=1e-6)
+    assert same(found[0], oracle(x, trits, scale, weight, bias))
+    assert same(found[1], oracle(x, other, scale[:33], weight, None))
+
+
+def test_layers_without_rounding_are_refused() -> None:
+    layer = Layer(pack_base3(np.ones((4, 20), np.int8)), np.ones(4, F), base3=True)
+    with pytest.raises(ValueError, match="need 8 activation bits"):
+        ternary_layers(Kernels(), np.ones((1, 20), F), [layer], activation_bits=0)
+    with pytest.raises(ValueError, match="packed must be"):
+        Layer(layer.packed, layer.scale).pointers(20)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx_contract import TIGHT, error, flat, reference, sequences, violations
 
 from bitdistill import backends, exporters, manifest
-from bitdistill.backends import onnx_runtime
+from bitdistill.backends import onnx_runtime, onnx_session
 
 WIDE = {"kv_bits": 32}  # nothing of the cache is rounded
 Pair = Callable[..., tuple[Path, Path]]
@@ -150,7 +150,7 @@ def test_the_cache_is_written_in_place(onnx_pair: Pair) -> None:
     runtime.step([8], cache)
     assert cache.length == 4
     for memory in cache.memory:
-        written = np.abs(memory.numpy()).sum(axis=(0, 1, 3)) > 0
+        written = np.abs(memory).sum(axis=(0, 1, 3)) > 0
         assert written.tolist() == [True] * 4 + [False] * 12
 
 
@@ -247,7 +247,7 @@ def test_a_library_that_cannot_be_loaded_is_explained(
 ) -> None:
     library = tmp_path / "libbitdistill_ops.so"
     library.write_bytes(b"not a library")
-    monkeypatch.setattr(onnx_runtime, "library_path", lambda: library)
+    monkeypatch.setattr(onnx_session, "library_path", lambda: library)
     with pytest.raises(RuntimeError, match=r"cannot be loaded .*reinstall bitdistill"):
         backends.load(damaged)
 

@@ -15,6 +15,7 @@ from onnx_contract import flat, sequences
 
 from bitdistill import backends, exporters
 from bitdistill.backends import onnx_runtime
+from bitdistill.backends.base import pad
 
 Pair = Callable[..., tuple[Path, Path]]
 
@@ -37,6 +38,63 @@ def test_rows_of_a_batch_are_decoded_as_each_alone(onnx_pair: Pair, bits: int) -
         logits = runtime.step_rows(tokens, rows)
         alone = [runtime.step([t], cache) for t, cache in zip(tokens, single, strict=True)]
         np.testing.assert_array_equal(logits, np.stack(alone))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([4, 4, 4, 4], [(0, 3), (3, 4)]),
+        ([13, 1, 2, 5], [(0, 1), (1, 3), (3, 4)]),
+        ([1, 1, 13, 12], [(0, 2), (2, 3), (3, 4)]),
+        ([12], [(0, 1)]),
+    ],
+)
+def test_parts_of_a_batch(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], expected: list[tuple[int, int]]
+) -> None:
+    monkeypatch.setattr(onnx_runtime, "FORWARD_TOKENS", 12)
+    parts = list(onnx_runtime.parts(lengths))
+    assert [(part.start, part.stop) for part in parts] == expected
+
+
+@pytest.mark.parametrize("ops", ["custom", "integer"])
+def test_a_batch_is_run_in_parts(
+    onnx_pair: Pair, monkeypatch: pytest.MonkeyPatch, ops: str
+) -> None:
+    """Forwards are bounded by tokens, and every operation gives what one forward gives."""
+    runtime = backends.load(onnx_pair("gemma3_text", "paper", 8, options={"ops": ops})[1])
+    fed = [sequences()[0][i : i + n] for i, n in enumerate((9, 11, 3, 2))]
+    tokens, lengths = pad(fed), np.array([9, 11, 3, 2])
+    rows = np.array([[3, 1], [0, 8], [3, 0], [1, 4], [0, 2]])  # none of the third
+    scored = [(prompt[:-1], prompt[-1:]) for prompt in fed]
+    shapes: list[tuple[int, int]] = []
+    inputs = runtime.inputs
+
+    def noted(tokens_BT: Any, *arguments: Any) -> Any:
+        shapes.append(tokens_BT.shape)
+        return inputs(tokens_BT, *arguments)
+
+    monkeypatch.setattr(runtime, "inputs", noted)
+    monkeypatch.setattr(runtime, "prefill_chunk", 5)
+
+    def results() -> Any:
+        shapes.clear()
+        first, cache = runtime.start_rows(fed, 2)
+        second = runtime.step_rows([5, 6, 7, 8], runtime.select_rows(cache, [3, 2, 1, 0]))
+        scores = np.array(runtime.score(scored))
+        return first, second, scores, runtime.logits_at(tokens, lengths, rows)
+
+    whole = results()
+    assert shapes == [(4, 11), (4, 1), (4, 10), (4, 11)]
+    monkeypatch.setattr(onnx_runtime, "FORWARD_TOKENS", 8)
+    parts = results()
+    started = [(1, 5), (1, 4), (1, 5), (1, 5), (1, 1), (2, 3)]
+    assert shapes == [*started, (4, 1), (2, 2), (1, 8), (1, 10), (1, 9), (1, 11), (2, 3)]
+    for one, other in zip(parts, whole, strict=True):
+        if ops == "custom":
+            np.testing.assert_array_equal(one, other)
+        else:
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * float(whole[0].std()))
 
 
 def test_a_warm_start_runs_a_prompt_and_a_step(

@@ -18,10 +18,12 @@ from bitdistill.backends.kernels.bench.figures import (
 )
 from bitdistill.backends.kernels.binding import Input, Kernels, KernelTable, Ternary, library
 from bitdistill.backends.kernels.pool import Pool
-from bitdistill.packing import kernel_shape
+from bitdistill.packing import base3_shape, kernel_shape
 
 # The bytes in which every 2-bit code is 0, 1 or 2.
 VALID_BYTES = np.array([b for b in range(256) if not b & b >> 1 & 0x55], np.uint8)
+# The bytes that hold five trits.
+BASE3_BYTES = np.array([-(-x * 256 // 243) for x in range(243)], np.uint8)
 
 
 @lru_cache(maxsize=1)
@@ -41,23 +43,25 @@ def bench_library() -> c.CDLL:
     return lib
 
 
-def packed_copies(N: int, K: int, copies: int) -> NDArray[np.uint8]:
-    """uint8 (copies, *kernel_shape): random trits, of which the copies repeat one megabyte."""
-    shape = (copies, *kernel_shape(N, K))
-    chosen = np.random.default_rng(0).integers(0, len(VALID_BYTES), 1 << 20, np.uint8)
+def packed_copies(N: int, K: int, copies: int, base3: bool = False) -> NDArray[np.uint8]:
+    """uint8 (copies, *shape of a layout): random trits, the copies repeating one megabyte."""
+    shape = (copies, *(base3_shape if base3 else kernel_shape)(N, K))
+    valid = BASE3_BYTES if base3 else VALID_BYTES
+    chosen = np.random.default_rng(0).integers(0, len(valid), 1 << 20, np.uint8)
     packed = small_pages(int(np.prod(shape)))
-    packed[:] = np.resize(VALID_BYTES[chosen], packed.shape)
+    packed[:] = np.resize(valid[chosen], packed.shape)
     return packed.reshape(shape)
 
 
 def ternary(case: Case, seconds: float) -> Figure:
-    """ternary-2bit: RMSNorm left out, quantising included."""
-    weight_bytes = int(np.prod(kernel_shape(case.N, case.K)))
-    packed = packed_copies(case.N, case.K, copies_of(case, weight_bytes))
+    """ternary-2bit and ternary-base3: RMSNorm left out, quantising and unpacking included."""
+    base3 = case.implementation == "ternary-base3"
+    weight_bytes = int(np.prod((base3_shape if base3 else kernel_shape)(case.N, case.K)))
+    packed = packed_copies(case.N, case.K, copies_of(case, weight_bytes), base3)
     scales = np.full((len(packed), case.N), 0.02, np.float32)
     copies = (Ternary * len(packed))(
         *(
-            Ternary(w.ctypes.data, scale.ctypes.data, None, case.N, case.K)
+            Ternary(w.ctypes.data, scale.ctypes.data, None, case.N, case.K, base3)
             for w, scale in zip(packed, scales, strict=True)
         )
     )

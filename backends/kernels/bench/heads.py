@@ -1,7 +1,7 @@
-"""The heads, and trits of five a byte, through the C interface on our own threads.
+"""The heads through the C interface on our own threads.
 
 Each thread takes its part of every copy in turn. The loop over copies is Python's: two or three
-microseconds a copy, beside a head's milliseconds; a small ternary layer shows them.
+microseconds a copy, beside a head's milliseconds.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from bitdistill.backends.kernels.bench.figures import (
     median_pass,
     small_pages,
 )
-from bitdistill.backends.kernels.binding import Input, Kernels, Ternary, library
+from bitdistill.backends.kernels.binding import Kernels, library
 from bitdistill.backends.kernels.binding_tables import HalfTable, quantized_table
 from bitdistill.backends.kernels.pool import Pool
-from bitdistill.packing import base3_shape
 
 HEADS = ((1024, 151_936), (576, 49_152))
 BITS = {"head-int8": 8, "head-int4": 4}
@@ -62,30 +61,6 @@ def _measure(
             return perf_counter() - start
 
         return figure_of(case, median_pass(run, seconds) / copies, weight_bytes)
-
-
-def base3(case: Case, seconds: float) -> Figure:
-    """ternary-base3: quantising included."""
-    kernels, shape = Kernels(case.isa).table, base3_shape(case.N, case.K)
-    weight_bytes = int(np.prod(shape))
-    valid = np.array([-(-x * 256 // 243) for x in range(243)], np.uint8)
-    chosen = valid[np.random.default_rng(0).integers(0, 243, 1 << 20)]
-    packed = _filled((copies_of(case, weight_bytes), *shape), chosen)
-    scale, y = np.full(case.N, 0.02, np.float32), np.empty((case.M, case.N), np.float32)
-    copies = [Ternary(w.ctypes.data, scale.ctypes.data, None, case.N, case.K) for w in packed]
-    x = np.random.default_rng(1).standard_normal((case.M, case.K), np.float32)
-    scratch = np.empty(library().bd_scratch_bytes(case.M, case.K, 8) // 8 + 1, np.uint64)
-    tokens = library().bd_tokens(scratch.ctypes.data, case.M, case.K, 8)
-    source = Input(x.ctypes.data, None, 0.0, case.M, case.K)
-
-    def part(first: int, last: int) -> None:
-        for w in copies:
-            kernels.ternary_base3(w, tokens, y.ctypes.data, first, last)
-
-    return _measure(
-        case, seconds, len(copies), weight_bytes, shape[0],
-        lambda: kernels.quantize(source, tokens, 0, case.M), part,
-    )  # fmt: skip
 
 
 def head(case: Case, seconds: float) -> Figure:

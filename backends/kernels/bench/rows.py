@@ -21,7 +21,7 @@ class Row:
 
 ROWS: dict[str, Row] = {
     "ternary-2bit": Row(direct.ternary, every_isa=True),
-    "ternary-base3": Row(heads.base3, every_isa=True),
+    "ternary-base3": Row(direct.ternary, every_isa=True),
     "head-int8": Row(heads.head, every_isa=True, shapes=heads.HEADS),
     "head-int4": Row(heads.head, every_isa=True, shapes=heads.HEADS),
     "head-16bit": Row(heads.half, every_isa=True, shapes=heads.HEADS),
