@@ -24,7 +24,8 @@ class Result:
     of the student's weights that it runs (None for a teacher), `seed` that of their training (None
     for what was not trained by `bitdistill train`; settings hold that of the bootstrap). `details`
     are the metric's own: a confusion matrix, the row that a ratio or difference is against.
-    `settings` may say in words, as `variant`, what an ablation changed in the method.
+    `settings` say how it was evaluated, and as `training` how it was trained; in an ablation, as
+    `variant`, what was changed in the method, in words.
     """
 
     method: str

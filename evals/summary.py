@@ -20,6 +20,7 @@ from bitdistill.evals.results import Result
 from bitdistill.tasks import Example, Task
 
 Outcome = dict[str, Any]
+TRAINING = ("recipe", "overrides", "fingerprint", "seconds", "device")
 DEFAULT_SUMMARY_METRICS = METRICS["summary"][:-1]  # perplexity costs another forward
 
 
@@ -49,8 +50,7 @@ def summarise(measured: Measured) -> list[Result]:
         for index, (directory, outcome) in enumerate(rows):
             head = _head(measured, directory, part.split, machine)
             head["versions"] = outcome["versions"]
-            head["settings"] = measured.settings | _own_settings(outcome, part)
-            head["settings"] |= _training_tokens(directory)
+            head["settings"] |= _own_settings(outcome, part)
             scores = [metric.score(resamples) for metric in table[index]]
             scores += _differences(rows, table, index, resamples)
             results += [Result(**head, **asdict(score)) for score in scores]
@@ -78,14 +78,19 @@ def _head(
         "artifact_hash": directory.hash,
         "student": directory.student,
         "machine": machine,
-        "settings": measured.settings,
+        "settings": measured.settings | _training(directory),
     }
 
 
-def _training_tokens(directory: Directory) -> dict[str, int]:
-    """How much a teacher or student was trained on, all of its stages together."""
-    tokens = directory.manifest.get("metrics", {}).get("tokens_in_all")
-    return {} if tokens is None else {"training_tokens": tokens}
+def _training(directory: Directory) -> dict[str, Any]:
+    """How a teacher or student was trained, as far as its manifest says: the recipe, what was set
+    otherwise, and the fingerprint of all that its last stage depended on; the time and device of
+    that stage; the tokens of all stages together. Nothing of an artifact, whose `student` was."""
+    content = directory.manifest
+    found = {key: content[key] for key in TRAINING if key in content}
+    settings: dict[str, Any] = {"training": found} if found else {}
+    tokens = content.get("metrics", {}).get("tokens_in_all")
+    return settings if tokens is None else settings | {"training_tokens": tokens}
 
 
 def _own_settings(outcome: Outcome, part: ExampleSet) -> dict[str, Any]:

@@ -56,6 +56,20 @@ def test_results_of_a_whole_run(make: Make, data: Path) -> None:
     assert seen == [(f"{name}: predict", 4, 4) for name in ("teacher", "student", "onnx")]
 
 
+def test_results_say_how_a_row_was_trained(make: Make, data: Path) -> None:
+    """In every row of it, of sizes as well; nothing is said of what was not trained here."""
+    made = {"recipe": "mood+paper", "fingerprint": "f00d", "overrides": ["distill.steps=9"]}
+    student = make("student", **made, metrics={"tokens_in_all": 123, "steps": 9})
+    results = run([student, make("teacher", "teacher")], data=data, speed=False, execute=execute)
+    own = [r.settings for r in results if r.artifact == "student"]
+    assert [settings["training"] for settings in own] == [made] * len(own)
+    assert {settings["training_tokens"] for settings in own} == {123}
+    assert {settings["threads"] for settings in own} == {None}
+    others = [r.settings for r in results if r.artifact == "teacher"]
+    assert others
+    assert not any({"training", "training_tokens"} & settings.keys() for settings in others)
+
+
 def test_a_student_in_fp64_shows_what_rounding_changes(make: Make, data: Path) -> None:
     """Beside the student it is another row, compared with it as artifacts are; teachers are not."""
     student, teacher = make("student"), make("teacher", "teacher", method="fp16-sft")
