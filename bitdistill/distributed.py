@@ -10,14 +10,17 @@ written.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -29,6 +32,7 @@ from bitdistill.student import layers_of
 BACKEND = "cpu:gloo,cuda:nccl"
 GROUP_BYTES = 2**28  # of weights gathered at a time, while those before compute
 WHOLE_BYTES = 2**32  # of a student whose weights are gathered once a step and then kept
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class PeerError(RuntimeError):
@@ -98,6 +102,20 @@ class World:
         if failed:
             raise PeerError("another process of this run failed; its message says why")
 
+    @contextmanager
+    def locked(self, file: Path) -> Iterator[None]:
+        """Within it this run holds a lock that others wait for."""
+        lock = FileLock(file)
+        with self.phase():
+            if self.main:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+        try:
+            yield
+        finally:
+            if self.main:
+                lock.release()
+
     def share(self, total: int, what: str) -> int:
         """This process' part of `total`; ValueError unless all parts are equal."""
         if total % self.size:
@@ -153,7 +171,11 @@ def kept_whole(student: nn.Module) -> bool:
 
 
 def shard(objective: nn.Module, student: nn.Module, device: torch.device) -> None:
-    """Shard the student's parameters over all devices; the objective is the root group."""
+    """Shard the student's parameters over all devices; the objective is the root group.
+
+    What is not on the device yet is moved there a group at a time, by FSDP2: the whole student
+    never lies on one.
+    """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     freed = not kept_whole(student)
     for group in layer_groups(student):
@@ -198,9 +220,26 @@ def hand_gradients(parameters: Iterable[Tensor], parts: Iterable[Tensor]) -> Non
         parameter.grad = None
 
 
+def skeleton(model: Module) -> Module:
+    """A copy whose parameters are shapes without memory, for `collect` to fill."""
+    shapes: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, shapes)
+
+
 @torch.no_grad()
-def collect(sharded: nn.Module, into: nn.Module) -> None:
-    """Copy every parameter of a sharded model into a whole one of the same names, on the CPU."""
-    targets = dict(into.named_parameters())
-    for name, parameter in sharded.named_parameters():
-        targets[name].copy_(whole(parameter.detach()))
+def collect(sharded: nn.Module, into: nn.Module, world: World) -> None:
+    """Give the first process' skeleton of a sharded model its parameters, on the CPU.
+
+    All processes have to help; the others' skeletons stay empty.
+    """
+    shapes, filled = dict(into.named_parameters()), {}
+    for name, parameter in sharded.named_parameters():  # one at a time
+        full = whole(parameter.detach())
+        if world.main:
+            filled[id(shapes[name])] = nn.Parameter(full.cpu(), parameter.requires_grad)
+    for module in into.modules() if world.main else ():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, filled[id(parameter)])  # tied ones stay tied

@@ -14,14 +14,13 @@ never overwritten.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -29,7 +28,7 @@ from bitdistill import checkpoint, manifest, training_state
 from bitdistill.cards import model_card
 from bitdistill.config import dump_config
 from bitdistill.data import Batch, Batches, check_sources
-from bitdistill.distributed import World, collect
+from bitdistill.distributed import World, collect, skeleton
 from bitdistill.feeds import calibration, candidates, corpus_batches, seed_of, task_batches
 from bitdistill.hardware import Hardware, TrainingError, start_compilers
 from bitdistill.initialise import initialise
@@ -53,6 +52,7 @@ from bitdistill.training import Fit
 from bitdistill.written import summaries
 
 LoadedModel = tuple[PreTrainedModel, Tokenizer]
+Made = tuple[LoadedModel, dict[str, Any]]  # and what the manifest should say of it
 
 
 class Recipe:
@@ -88,51 +88,34 @@ class Recipe:
                 torch.set_num_threads(self.config.machine.threads)
             start_compilers(self.config.machine)
             for name, stage in self.stages.items():
-                with self._alone(stage):
+                shared = stage.root != self.out  # by several runs, of which one makes it
+                with self.world.locked(stage.root / f"{name}.lock") if shared else nullcontext():
                     self._stage(stage, WORK[name])
                 if name == self.until:
                     break
         return self.stages[self.until].path
 
-    @contextmanager
-    def _alone(self, stage: Stage) -> Iterator[None]:
-        """Of several runs that share a stage one makes it, and the others wait."""
-        if stage.root == self.out:
-            yield
-            return
-        lock = FileLock(stage.root / f"{stage.name}.lock")
-        with self.world.phase():
-            if self.world.main:
-                stage.root.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
-        try:
-            yield
-        finally:
-            if self.world.main:
-                lock.release()
-
     # --- the stages -----------------------------------------------------------------------------
 
-    def _train_base(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
+    def _train_base(self, stage: Stage) -> Made:
         model, tokenizer = load_model(self.config.model, self.config.seed)
         batches = corpus_batches(self.config, self.config.base, tokenizer, self.world)
-        settings = self.config.base
-        return (model, tokenizer), self._fit(stage, tokenizer, model, None, batches, settings)
+        return self._fit(stage, tokenizer, model, None, batches, self.config.base)
 
-    def _train_teacher(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
+    def _train_teacher(self, stage: Stage) -> Made:
         model, tokenizer = self._teacher_base()
         settings = self.config.teacher
         batches = task_batches(self.config, settings, tokenizer, self.world)
-        return (model, tokenizer), self._fit(stage, tokenizer, model, None, batches, settings)
+        return self._fit(stage, tokenizer, model, None, batches, settings)
 
-    def _train_bitnet_sft(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
+    def _train_bitnet_sft(self, stage: Stage) -> Made:
         model, tokenizer = self._base()
         settings = self.config.bitnet_sft
         student = make_student(model, "none", self.config.student.activation_bits)
         batches = task_batches(self.config, settings, tokenizer, self.world)
-        return (student, tokenizer), self._fit(stage, tokenizer, student, None, batches, settings)
+        return self._fit(stage, tokenizer, student, None, batches, settings)
 
-    def _refine(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
+    def _refine(self, stage: Stage) -> Made:
         options = self.config.student
         teacher = self.stages["teacher"]
         model, tokenizer = self._load(teacher) if stage.parent is teacher else self._base()
@@ -150,26 +133,33 @@ class Recipe:
         errors = initialise(student, options.initialise, moved)
         return (student, tokenizer), {"gains": gains, "initialisation": errors}
 
-    def _pretrain(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
+    def _pretrain(self, stage: Stage) -> Made:
         student, tokenizer = self._load(self.stages["refined"])
         settings = self.config.pretrain
         teacher = self._teacher_base()[0] if settings.needs_teacher else None
         batches = corpus_batches(self.config, settings, tokenizer, self.world)
-        made = self._fit(stage, tokenizer, student, teacher, batches, settings)
-        return (student, tokenizer), made
+        return self._fit(stage, tokenizer, student, teacher, batches, settings)
 
-    def _distill(self, stage: Stage) -> tuple[LoadedModel, dict[str, Any]]:
+    def _distill(self, stage: Stage) -> Made:
         assert stage.parent is not None
-        student, tokenizer = self._load(stage.parent)
-        settings = self.config.distill
-        teacher = self._load(self.stages["teacher"])[0] if settings.needs_teacher else None
-        written = None
-        if teacher is not None and settings.mixtures:
-            mark = fingerprint(self.stages["teacher"], self.config, self.inputs)
-            written = summaries(self.config, teacher, mark, tokenizer, self.out, self.world)
-        batches = task_batches(self.config, settings, tokenizer, self.world, written)
-        made = self._fit(stage, tokenizer, student, teacher, batches, settings)
-        return (student, tokenizer), made
+        settings, tokenizer = self.config.distill, checkpoint.load_tokenizer(stage.parent.path)
+        asked = self.config, settings, tokenizer, self.world
+        kind = self.config.task.resolve().kind
+        writes = settings.needs_teacher and settings.mixtures > 0 and kind == "summary"
+        # tokenised while models load: examples are drawn by generators of their own
+        with ThreadPoolExecutor(1) as beside:
+            ready = None if writes else beside.submit(task_batches, *asked)
+            student = checkpoint.load(stage.parent.path)
+            teacher = None
+            if settings.needs_teacher:
+                teacher = checkpoint.load(self.stages["teacher"].path)
+        if ready is not None:
+            return self._fit(stage, tokenizer, student, teacher, ready.result(), settings)
+        assert teacher is not None
+        mark = fingerprint(self.stages["teacher"], self.config, self.inputs)
+        written = summaries(self.config, teacher, mark, tokenizer, self.out, self.world)
+        batches = task_batches(*asked, written)
+        return self._fit(stage, tokenizer, student, teacher, batches, settings)
 
     # --- what the stages share ------------------------------------------------------------------
 
@@ -194,8 +184,8 @@ class Recipe:
         teacher: PreTrainedModel | None,
         batches: Batches,
         settings: Training,
-    ) -> dict[str, Any]:
-        """Train, and return what the manifest should say of it."""
+    ) -> Made:
+        """Train; the trained model is whole on the first process alone."""
         context = model.config.max_position_embeddings
         if settings.max_length > context:
             raise TrainingError(
@@ -215,10 +205,10 @@ class Recipe:
             batches, layer = remember(root, made_from, models, batches, *asked)
             teacher = None
         # sharding changes a model for good: what is saved in the end is another one
-        trained = copy.deepcopy(model) if self.world.size > 1 else model
+        kept = skeleton(model) if self.world.size > 1 else model
         fit = Fit(
             stage.name,
-            make_objective(trained, teacher, settings, among, layer),
+            make_objective(model, teacher, settings, among, layer),
             prefetched(batches, self.config.machine),
             settings,
             self.config.machine,
@@ -237,16 +227,15 @@ class Recipe:
             self.reporter.say(f"{stage.name}: continuing at step {fit.step}")
         with closing(fit.batches):
             terms = fit.run()
-        model.cpu()
-        if trained is not model:
-            collect(trained, model)
+        if kept is model:
+            model.cpu()
+        else:
+            collect(model, kept, self.world)
         weight = fit.objective.relation_weight
         made = {"steps": fit.total, "tokens": fit.tokens, "terms": terms}
-        return made | {"relation_weight": weight}
+        return (kept, tokenizer), made | {"relation_weight": weight}
 
-    def _stage(
-        self, stage: Stage, work: Callable[[Recipe, Stage], tuple[LoadedModel, dict[str, Any]]]
-    ) -> None:
+    def _stage(self, stage: Stage, work: Callable[[Recipe, Stage], Made]) -> None:
         """Skip a complete stage, refuse one made otherwise, else do it and write its directory."""
         path = stage.path
         mark = fingerprint(stage, self.config, self.inputs)
@@ -264,26 +253,26 @@ class Recipe:
         self.reporter.begin(stage.name)
         if self.world.main:
             (self.out / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
-        (model, tokenizer), metrics = work(self, stage)
+        made = work(self, stage)
+        with self.world.phase():
+            if self.world.main:
+                self._write(stage, mark, made)
+        self.reporter.say(f"{stage.name}: written to {path}")
+
+    def _write(self, stage: Stage, mark: str, made: Made) -> None:
+        (model, tokenizer), metrics = made
         if stage.kind == "student":
             metrics |= quantization_statistics(model)
             if all(other.parent is not stage for other in self.stages.values()):
                 round_tables(model)
-        made = {
-            "fingerprint": mark,
-            "inputs": self.inputs.of(stage.depends),
-            "metrics": metrics,
-        }
-        content = describe(stage, self.config, model, made)
-        card = model_card(content)
-        with self.world.phase():
-            if self.world.main:
-                checkpoint.save(path, model, tokenizer, stage.kind, content, card)
-                training_state.discard(stage.state)
-        self.reporter.say(f"{stage.name}: written to {path}")
+        inputs = self.inputs.of(stage.depends)
+        found = {"fingerprint": mark, "inputs": inputs, "metrics": metrics}
+        content = describe(stage, self.config, model, found)
+        checkpoint.save(stage.path, model, tokenizer, stage.kind, content, model_card(content))
+        training_state.discard(stage.state)
 
 
-WORK: dict[str, Callable[[Recipe, Stage], tuple[LoadedModel, dict[str, Any]]]] = {
+WORK: dict[str, Callable[[Recipe, Stage], Made]] = {
     "base": Recipe._train_base,
     "teacher": Recipe._train_teacher,
     "bitnet-sft": Recipe._train_bitnet_sft,

@@ -59,18 +59,19 @@ class Fit:
         self.hardware = Hardware.resolve(machine)
         self.total = total_steps(settings, batches)
         self.step, self.tokens = 0, 0
-        objective.to(self.hardware.device)
         self.model.train()
         if objective.teacher is not None:
             teacher = objective.teacher.to(self.hardware.device, self.hardware.dtype)
             teacher.eval().requires_grad_(False)
-        self.anneal = share_anneal(self.model)
         self._integer = False
         if machine.recompute:
             recompute_activations(self.model, True)
         graphs = self.hardware.cuda and self.hardware.wants(machine.graphs) and world.size == 1
         if world.size > 1:
             distributed.shard(objective, self.model, self.hardware.device)
+        else:
+            objective.to(self.hardware.device)
+        self.anneal = share_anneal(self.model)
         self.parts = distributed.own_parts(self.model)
         self.monitor = Monitor(objective, self.hardware, self.parts, world)
         moved = self.parts.values()

@@ -153,6 +153,21 @@ def test_clipping_is_pytorchs(make_teacher: Callable[..., Any]) -> None:
     assert clipped == pytest.approx(2.0, rel=1e-5)
 
 
+def test_a_skeleton_is_filled(make_teacher: Callable[..., Any]) -> None:
+    """It has no weights of its own until the trained model's are collected, on the main process."""
+    student = make_student(make_teacher("qwen3"))
+    empty, other = distributed.skeleton(student), distributed.skeleton(student)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert not any(buffer.is_meta for buffer in empty.buffers())
+    distributed.collect(student, empty, World())
+    assert empty.lm_head.weight is empty.model.embed_tokens.weight
+    assert apart(dict(student.named_parameters()), dict(empty.named_parameters())) == 0
+    ids = torch.arange(5).view(1, 5)
+    assert torch.equal(empty(ids).logits, student(ids).logits)
+    distributed.collect(student, other, World(1, 2))
+    assert all(parameter.is_meta for parameter in other.parameters())
+
+
 def test_alone_everything_is_local() -> None:
     world = World()
     assert world.sum([1.5, 2]) == [1.5, 2]
