@@ -16,6 +16,8 @@ memory   of a fresh process that runs 128 token ids and decodes 4, less a proces
          onnxruntime and run a small session; without the cache (`cache_mb`) and the tokenizer,
          which is not loaded. MB are 1e6 bytes. `file_mb`: model and weights, what it may touch;
          of a classifier not the embedding, of which it reads the rows of its tokens
+score    with --score N ...: as `memory`, of a process that scores N prompts of 128 tokens with the
+         task's two answers, as `bitdistill eval` does, 16 at a time; `seconds` of the last of three
 growth   with --generate N: resident memory of one process by the likeliest tokens it has generated,
          1,000 after each prompt of 128; the cache is resident from the start, and counted
 """
@@ -46,8 +48,8 @@ def tokens(count: int, vocabulary: int) -> list[int]:
     return [index * MULTIPLIER % vocabulary for index in range(1, count + 1)]
 
 
-def memory(artifact: Path, threads: int, small: Path) -> dict[str, float]:
-    """What a process of its own needs, in MB; called in it."""
+def memory(artifact: Path, threads: int, small: Path, prompts: int) -> dict[str, float]:
+    """What a process of its own needs, in MB, to generate or to score prompts; called in it."""
     import numpy as np
     import onnxruntime
 
@@ -61,21 +63,35 @@ def memory(artifact: Path, threads: int, small: Path) -> dict[str, float]:
 
     runtime: Any = backends.load(artifact, threads=threads, verify=False)
     loaded = peak_memory()
-    fed = tokens(PROMPT + DECODED, runtime.vocabulary)
-    cache = runtime.new_cache(len(fed))
-    runtime.prefill(fed[:PROMPT], cache)
-    for token in fed[PROMPT:]:
-        runtime.step([token], cache)
-    held = kv_cache.position_bytes(runtime.spec, runtime.kv_bits) * len(fed)
+    figures, held = {}, 0
+    if prompts:
+        figures = {"seconds": [score(runtime, prompts) for _ in range(3)][-1]}
+    else:
+        fed = tokens(PROMPT + DECODED, runtime.vocabulary)
+        cache = runtime.new_cache(len(fed))
+        runtime.prefill(fed[:PROMPT], cache)
+        for token in fed[PROMPT:]:
+            runtime.step([token], cache)
+        held = kv_cache.position_bytes(runtime.spec, runtime.kv_bits) * len(fed)
     mb = 2**20 / 1e6  # peak_memory is in MiB
-    return {
+    return figures | {
         "load_mb": round((loaded - bare) * mb, 1),
         "net_mb": round((peak_memory() - bare) * mb - held / 1e6, 1),
         "cache_mb": round(held / 1e6, 2),
     }
 
 
-def fresh_memory(artifact: Path, threads: int, work: Path) -> dict[str, float]:
+def score(runtime: Any, prompts: int) -> float:
+    """Seconds of two answers of a token for each prompt."""
+    fed = tokens(PROMPT * prompts, runtime.vocabulary)
+    answers = runtime.labels or [0, 1]
+    parts = [fed[start : start + PROMPT] for start in range(0, len(fed), PROMPT)]
+    start = time.perf_counter()
+    runtime.score([(part, [answer]) for part in parts for answer in answers])
+    return round(time.perf_counter() - start, 3)
+
+
+def fresh_memory(artifact: Path, threads: int, work: Path, prompts: int = 0) -> dict[str, float]:
     """`memory` in a fresh process."""
     import onnx
     from onnx import TensorProto, helper
@@ -85,7 +101,8 @@ def fresh_memory(artifact: Path, threads: int, work: Path) -> dict[str, float]:
     opset = [helper.make_opsetid("", 21)]
     small = work / "small.onnx"
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), small)
-    return in_process("--memory-of", str(artifact), "--threads", str(threads), "--work", str(work))
+    options = ["--threads", str(threads), "--work", str(work), "--score", str(prompts)]
+    return in_process("--memory-of", str(artifact), *options)
 
 
 def in_process(*options: str) -> dict[str, Any]:
@@ -232,6 +249,9 @@ def lines(arguments: argparse.Namespace) -> Iterable[dict[str, Any]]:
         figures = fresh_memory(path, arguments.threads, arguments.work)
         line = {"artifact": name, "benchmark": "memory", "threads": arguments.threads}
         yield line | figures | {"file_mb": round(size / 1e6, 1)} | where
+        for count in arguments.score:
+            figures = fresh_memory(path, arguments.threads, arguments.work, count)
+            yield line | {"benchmark": "score", "prompts": count} | figures | where
         if arguments.generate and name in artifacts:
             options = ["--generate", str(arguments.generate), "--threads", str(arguments.threads)]
             figures = in_process("--growth-of", str(path), *options, "--work", str(arguments.work))
@@ -254,12 +274,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each artifact's rounds")
     parser.add_argument("--out", type=Path, help="file to append to; stdout has the lines as well")
     parser.add_argument("--generate", type=int, default=0, help="tokens, for growth")
+    parser.add_argument("--score", type=int, nargs="+", default=[], help="numbers of prompts")
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--growth-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.memory_of:
-        figures = memory(arguments.memory_of, arguments.threads, arguments.work / "small.onnx")
+        small, [prompts] = arguments.work / "small.onnx", arguments.score
+        figures = memory(arguments.memory_of, arguments.threads, small, prompts)
         print(json.dumps(figures))
         return
     if arguments.growth_of:
