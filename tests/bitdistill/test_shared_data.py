@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import random
 from collections import Counter
 from pathlib import Path
@@ -64,6 +66,13 @@ def test_summaries(split: str, count: int) -> None:
     assert all(20 < len(example.answer) < len(example.prompt) for example in examples)
     with pytest.raises(ValueError, match="column 'article' is missing; the data has document, sum"):
         load_examples(TASKS["cnn_dailymail"], DATA / "summary-bbc" / f"{split}.jsonl", limit=1)
+
+
+def test_the_example_that_builds_them_knows_their_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "examples")
+    script = importlib.import_module("showcase_data")
+    for name, start in script.SHA256.items():
+        assert hashlib.sha256((DATA / name).read_bytes()).hexdigest().startswith(start)
 
 
 def test_real_text_is_encoded_and_cut(tokenizer: Any) -> None:
