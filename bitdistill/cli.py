@@ -20,6 +20,7 @@ from bitdistill.cli_eval import evaluate, plot, report
 from bitdistill.cli_mlx import export_options, mlx, values
 
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
+NOT_FOR_TEXT = ("scipy", "soundfile", "torchaudio", "torchvision")
 
 
 class Commands(click.Group):
@@ -54,6 +55,25 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _import_transformers() -> None:
+    """As if it had nothing to read images and sound with, and to detect objects.
+
+    Its classes for text import these packages where they are installed: a second or two before a
+    run begins, and an error where torchvision is of another torch. Only for a process of our own:
+    they can be imported afterwards, but transformers goes on without them.
+    """
+    if "transformers.modeling_utils" in sys.modules:
+        return
+    hidden = [name for name in NOT_FOR_TEXT if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is "not found"
+    try:
+        import transformers.modeling_utils
+        import transformers.processing_utils  # noqa: F401
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -103,6 +123,10 @@ def train(
 
         click.echo(check(config))
         return
+    from bitdistill.hardware import start_compilers
+
+    start_compilers(config.machine)  # they take as long as the imports that follow
+    _import_transformers()
     from bitdistill.recipe import train as run
 
     click.echo(run(config, out, resume=resume, until=until))

@@ -1,0 +1,50 @@
+"""What `bitdistill train` does before anything is trained, which a GPU would wait for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bitdistill.cli import NOT_FOR_TEXT
+
+SCRIPT = """
+import sys
+
+from bitdistill import hardware
+from bitdistill.cli import NOT_FOR_TEXT, main
+
+hardware.start_compilers = lambda machine: print("transformers.modeling_utils" in sys.modules)
+try:
+    main(sys.argv[1:], prog_name="bitdistill")
+except SystemExit as done:
+    assert done.code == 0, done.code
+for name in NOT_FOR_TEXT:
+    try:
+        __import__(name)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_the_imports_of_a_training(tmp_path: Path) -> None:
+    """Compilers first; then transformers, which must not import what text does not need."""
+    for name in NOT_FOR_TEXT:
+        (tmp_path / "packages" / name).mkdir(parents=True)
+        raising = f"raise RuntimeError({name!r})\n"
+        (tmp_path / "packages" / name / "__init__.py").write_text(raising)
+    settings = ["base.steps=1", "base.batch_size=2", "machine.device=cpu", "machine.workers=0"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    out = ["--recipe", "tiny", "--until", "base", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "train", *out, *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "packages")},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    path = str(tmp_path / "run" / "base")
+    assert done.stdout.splitlines() == ["False", "True", path, *NOT_FOR_TEXT]
