@@ -159,3 +159,36 @@ def test_genai_generates_our_tokens(
     assert found[: len(prompt)] == prompt
     assert generated == ours
     assert len(ours) > 5
+
+
+TOKENIZE = """
+import json
+import sys
+
+import onnxruntime_genai as genai
+
+tokenizer = genai.Tokenizer(genai.Model(sys.argv[1]))
+encoded = [tokenizer.encode(text).tolist() for text in json.loads(sys.argv[2])]
+print(json.dumps([encoded, [tokenizer.decode(ids) for ids in encoded]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("onnxruntime_genai") is None, reason="needs onnxruntime-genai")
+def test_genai_tokenizes_as_we_do(student_dir: Students, tmp_path: Path) -> None:
+    out = exporters.export(student_dir("qwen3"), "onnx", tmp_path / "out", with_library=True)
+    texts = [
+        "the film is not good",
+        " very  dull,\nbut bright!",
+        "naïve Überfilm 漢字 🎬",
+        "2 + 2 = 4",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", TOKENIZE, str(out), json.dumps(texts)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    encoded, decoded = json.loads(result.stdout.splitlines()[-1])
+    ours = backends.load(out).tokenizer
+    assert encoded == [ours.encode(text) for text in texts]
+    assert decoded == [ours.decode(ids) for ids in encoded] == texts
