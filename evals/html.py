@@ -130,14 +130,16 @@ def _comparisons(results: Sequence[Result]) -> Iterable[str]:
 def _comparison(r: Result) -> list[str]:
     low, high = r.interval or (float("nan"), float("nan"))
     details = r.details
-    alone, p = "", ""
+    alone, p, p_paired = "", "", ""
+    if "p_bootstrap" in details:
+        p_paired = f"{details['p_bootstrap']:.3g}"
     if "p_mcnemar" in details:
         alone = f"{details['only_first']} / {details['only_second']}"
         p = f"{details['p_mcnemar']:.3g}"
     return [
         name_of(r), name_of(details["against"]), f"{r.task} {r.split}",
         TASK_METRICS[details["of"]], f"{r.value:+.2f}", f"{low:+.2f} to {high:+.2f}",
-        f"{details['p_bootstrap']:.3g}", alone, p,
+        p_paired, alone, p,
     ]  # fmt: skip
 
 

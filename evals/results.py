@@ -50,6 +50,11 @@ class Result:
     machine: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def variant(self) -> str:
+        """What was changed in the method, "" for nothing."""
+        return str(self.settings.get("variant", ""))
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return dataclasses.asdict(self)

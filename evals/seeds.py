@@ -86,7 +86,7 @@ def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
     found = list(results)
     for r in found:
         if r.metric in METRICS and not r.precision.endswith(EXACT):
-            key = (r.task, r.split, r.metric, r.method, r.backend, variant_of(r))
+            key = (r.task, r.split, r.metric, r.method, r.backend, r.variant)
             rows.setdefault(key, SeedRow(*key)).by_seed[r.seed] = r
     if not rows:
         raise ValueError("there are no scores to show by seed; run `bitdistill eval` first")
@@ -96,7 +96,7 @@ def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
         theirs = rows.get((*teacher, row.variant)) or rows.get((*teacher, ""))
         row.teachers = theirs.by_seed if theirs else {}
         for r in found:
-            same = (r.task, r.split, r.method, r.backend, variant_of(r)) == key_of(row)
+            same = (r.task, r.split, r.method, r.backend, r.variant) == key_of(row)
             mine = row.by_seed.get(r.seed)
             if not same or mine is None:
                 continue
@@ -113,11 +113,6 @@ def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
 def key_of(row: SeedRow) -> tuple[str, str, str, str, str]:
     """What a row has in common with its results of every metric."""
     return row.task, row.split, row.method, row.backend, row.variant
-
-
-def variant_of(result: Result) -> str:
-    """What an ablation changed in the method, in words; empty elsewhere."""
-    return str(result.settings.get("variant", ""))
 
 
 def _is_difference(found: Result, mine: Result, teacher: Result | None) -> bool:

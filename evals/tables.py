@@ -54,7 +54,7 @@ RATIOS = {
 UNITS = {"tokens/s": "tok/s"}
 DECIMALS = {"%": 2, "tokens/s": 0, "MiB": 1, "ms": 1, "": 3}
 Column = tuple[str, str, str]  # task, split, metric; task and split "" for speed and size
-Key = tuple[str, str, str, str]
+Key = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,14 @@ class Row:
     backend: str
     precision: str
     artifact: str
+    seed: int | None = None
+    variant: str = ""
     cells: dict[Column, Result] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
-        return self.model, self.method, self.backend, self.precision
+        own = self.model, self.method, self.backend, self.precision
+        return *own, self.seed, self.variant
 
     def takes(self, other: Row) -> bool:
         """Whether another row is the same method on other tasks."""
@@ -102,7 +105,7 @@ class Table:
         names = ["method", "backend"]
         if len({row.model for row in self.rows}) > 1:
             names.insert(0, "model")
-        for name in ("precision", "artifact"):
+        for name in ("precision", "variant", "seed", "artifact"):
             if self._apart([*names, name]) > self._apart(names):
                 names.append(name)
         return names
@@ -171,7 +174,8 @@ def _by_artifact(results: Iterable[Result]) -> list[Row]:
     rows: dict[tuple[str, ...], Row] = {}
     for r in results:
         key = (r.model, r.method, r.backend, r.precision, r.artifact_hash)
-        row = rows.setdefault(key, Row(r.model, r.method, r.backend, r.precision, r.artifact))
+        own = (r.model, r.method, r.backend, r.precision, r.artifact, r.seed, r.variant)
+        row = rows.setdefault(key, Row(*own))
         if r.metric in TASK_METRICS:
             row.cells[(r.task, r.split, r.metric)] = r
         elif r.metric in MACHINE_METRICS or r.metric in RATIOS.values():

@@ -121,6 +121,23 @@ def test_summary_columns_come_in_the_order_of_the_paper() -> None:
     assert places == sorted(places)
 
 
+def test_seeds_and_variants_have_rows_of_their_own() -> None:
+    """Seed 0 on one task does not stand beside seed 1 on another."""
+    found = [
+        result("accuracy", 80.0 + seed, task=task, seed=seed, artifact_hash=f"{task}{seed}")
+        for task in ("sst2", "qnli")
+        for seed in (0, 1)
+    ]
+    found.append(result("accuracy", 70.0, settings={"variant": "without norms"}))
+    lines = render(found, "markdown").splitlines()
+    assert lines[0].startswith("| Method | Backend | Variant | Seed |")
+    assert [line.split("|")[3:7] for line in lines[2:]] == [
+        ["  ", " 0 ", " 80.00 ± 0.50 ", " 80.00 ± 0.50 "],
+        ["  ", " 1 ", " 81.00 ± 0.50 ", " 81.00 ± 0.50 "],
+        [" without norms ", " 0 ", " 70.00 ± 0.50 ", " – "],
+    ]
+
+
 def test_methods_are_rows_and_tasks_are_columns() -> None:
     """A student for each task: one row, as in the paper; summaries have a table of their own."""
     found = [result("size_on_disk", 9.0, "MiB", artifact="first", artifact_hash="a")]
