@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from bitdistill.awq import product_error, search
 from bitdistill.calibration import LayerWalk
@@ -98,15 +99,21 @@ def measure(
                 for label, s in (("absmean, int8", None), ("awq, int8", scales)):
                     error = product_error(other, linear, other @ weight.T, s) / total
                     keep(label, kind, 2 + SCALE_BITS / weight.numel(), error)
+        if index == max(layers):
+            break
     return found
 
 
-def batches_of(rows: list[list[int]]) -> list[dict[str, Tensor]]:
-    """Each row alone, without padding."""
-    return [
-        {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row))}
-        for row in rows
-    ]
+def batches_of(rows: list[list[int]], size: int = 32) -> list[dict[str, Tensor]]:
+    """Rows of similar length together, padded on the right, where no real token looks."""
+    ordered = [torch.tensor(row) for row in sorted(rows, key=len)]
+    batches = []
+    for start in range(0, len(rows), size):
+        part = ordered[start : start + size]
+        mask = [torch.ones_like(row) for row in part]
+        named = {"input_ids": part, "attention_mask": mask}
+        batches.append({k: pad_sequence(v, batch_first=True) for k, v in named.items()})
+    return batches
 
 
 def main() -> None:
