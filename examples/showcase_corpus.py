@@ -1,10 +1,13 @@
 """A corpus for stage 2 from Debian's documentation packages: prose, in one parquet file.
 
-Not the text that the published figures were measured on, whose extraction was not kept, but most of
-its sources treated alike: paragraphs, list items and dictionary entries without headings, code and
-markup, each once, in the order of the packages, joined to documents of 4,000 characters or more.
-Missing here are Wikipedia extracts, the Brown corpus, Jane Austen's novels, the World Factbook,
-manual pages and Perl's: put text of your own into `corpus.sources` beside it.
+Paragraphs, list items and dictionary entries without headings, code and markup, each once, in the
+order of the packages, joined to documents of 4,000 characters or more: 130M characters.
+
+It is not the text that the published figures were measured on, whose extraction was not kept. Of
+that text's 137M characters 56 % stand in paragraphs that are found here word for word, and the
+dictionaries are cut otherwise. Missing are Wikipedia extracts, the Brown corpus, Jane Austen's
+novels, the World Factbook, manual pages, and the documentation of Perl, GNOME and mail software:
+put text of your own into `corpus.sources` beside it.
 """
 
 from __future__ import annotations
@@ -52,14 +55,14 @@ PACKAGES = {
     "sqlite3-doc": "sqlite_doc",
     "wordnet-base": "wordnet",
 }
-LICENCES = "free and mixed: GPL, GFDL, BSD, MIT, Apache-2.0, public domain and others"
+LICENCES = "free, each package's in its file `copyright`: GPL, GFDL, BSD, MIT, Apache and others"
 _BLOCK = re.compile(
     r"<(?:p|dd|li|div class=\"block\")\b[^>]*>(.*?)"
     r"(?=</?(?:p|dd|dt|li|ul|ol|dl|div|pre|table|h\d|body)\b)",
     re.DOTALL | re.IGNORECASE,
 )
 _TAG = re.compile(r"<[^>]*>")
-_OTHER_LANGUAGES = re.compile(r"/manual/(?!en/)|/(?:de|es|fr|it|ja|ko|pt|ru|zh)[-_\w]*/")
+_OTHER_LANGUAGES = re.compile(r"/manual/(?!en/)|/(?:de|es|fr|it|ja|ko|pt|ru|zh)(?:[-_]\w+)?/")
 
 
 def from_page(page: str) -> Iterator[str]:
@@ -75,7 +78,7 @@ def from_wordnet(data: str) -> Iterator[str]:
             entry, _, gloss = line.partition(" | ")
             fields = entry.split()
             words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-            yield f"{', '.join(words).replace('_', ' ')}: {gloss}"
+            yield f"{', '.join(words).replace('_', ' ')}: {gloss.strip()}."
 
 
 def paragraphs(path: str, content: bytes) -> Iterator[str]:

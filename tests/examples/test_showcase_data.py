@@ -243,7 +243,7 @@ def test_paragraphs_of_pages_dictionaries_and_fortunes(script: ModuleType) -> No
         "An item of the list is kept as well when it is long enough for that, as this one is.",
     ]
     page = PAGE.encode()
-    files = [("./usr/share/doc/a/manual/en/b.html", page)]
+    files = [("./usr/share/debian-reference/manual/en/b.html", page)]
     seen: set[int] = set()
     assert list(corpus.documents([("./usr/share/doc/a/manual/fr/b.html", page)], seen)) == []
     assert list(corpus.documents(files, seen)) == ["\n".join(kept)]
@@ -251,7 +251,7 @@ def test_paragraphs_of_pages_dictionaries_and_fortunes(script: ModuleType) -> No
     gloss = "having the necessary means or skill or know-how or authority to do something"
     synset = f"  1 licence\n00001740 00 a 02 able 0 well_off 1 000 | {gloss}  \n"
     made = corpus.documents([("./usr/share/wordnet/data.adj", synset.encode())], seen)
-    assert list(made) == [f"able, well off: {gloss}"]
+    assert list(made) == [f"able, well off: {gloss}."]
     entry = "cynic: a blackguard whose faulty vision sees things as they are, not as they ought"
     for path, content in (
         ("./usr/share/dictd/devil.dict.dz", gzip.compress(f"{entry}\n\nshort".encode())),
