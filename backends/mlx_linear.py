@@ -156,7 +156,10 @@ class TernaryLinear(nn.QuantizedLinear):
     def quantize(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
         """Norm (if the layer has one) and quantise an input: values (..., K) and their scale."""
         y = self.norm(x.astype(mx.float32)) if "norm" in self else x
-        return quantize_activations(y) if self.quantized else (y.astype(x.dtype), None)
+        if not self.quantized:
+            return y.astype(x.dtype), None
+        quantized: tuple[mx.array, mx.array] = quantize_activations(y)
+        return quantized
 
     def multiply(self, x: mx.array, factor: mx.array | float | None = None) -> mx.array:
         """(..., K) -> (..., N), integers times trits or x times D t, and then times `factor`."""
