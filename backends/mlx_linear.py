@@ -158,7 +158,7 @@ class TernaryLinear(nn.QuantizedLinear):
         y = self.norm(x.astype(mx.float32)) if "norm" in self else x
         if not self.quantized:
             return y.astype(x.dtype), None
-        quantized: tuple[mx.array, mx.array] = quantize_activations(y)
+        quantized: Any = quantize_activations(y)
         return quantized
 
     def multiply(self, x: mx.array, factor: mx.array | float | None = None) -> mx.array:
