@@ -24,7 +24,7 @@ from bitdistill.manifest import FormatError
 MODEL = "model.onnx"
 CUSTOM = "custom"  # the manifest's `ops` of an artifact that needs our library
 WINDOW_NEEDS = (1, 24)  # earlier versions let a token see one key more than the window
-FORWARD_TOKENS = 128  # of a batch at once, which bounds the activations in memory
+FORWARD_TOKENS = 256  # of a batch at once, which bounds the activations in memory
 
 
 class OnnxCache:

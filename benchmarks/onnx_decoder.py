@@ -4,8 +4,8 @@
       --embed-bits 8 4 --kv-bits 16 8 --out docs/results/onnx-decoder.jsonl
 
 Makes a student (random_student.py) and an artifact for every combination of options, or takes those
-that are in --work already, and appends JSON lines. With --classifiers there is one of every width
-of weights and cache as well, whose memory alone is measured.
+in --work already, and appends JSON lines. With --classifiers there is one of every width of weights
+and cache as well, whose memory alone is measured. Stock --ops need --kv-bits 32.
 
 decode   milliseconds a token at a position: rounds over all artifacts in turn, the median of a
          round's tokens, then the median of rounds; `ratio` to the first position, by round too;
@@ -13,9 +13,8 @@ decode   milliseconds a token at a position: rounds over all artifacts in turn, 
          that the same run measured
 prefill  tokens a second of one prompt, fed in the runtime's own chunks, as a user's is
 memory   of a fresh process that runs 128 token ids and decodes 4, less a process that has imported
-         onnxruntime and run a small session; without the cache (`cache_mb`) and the tokenizer,
-         which is not loaded. MB are 1e6 bytes. `file_mb`: model and weights, what it may touch;
-         of a classifier not the embedding, of which it reads the rows of its tokens
+         onnxruntime and run a small session; without the cache (`cache_mb`) and the tokenizer. MB
+         are 1e6 bytes. `file_mb`: model and weights, not the embedding of a classifier
 score    with --score N ...: as `memory`, of a process that scores N prompts of 128 tokens with the
          task's two answers, as `bitdistill eval` does, 16 at a time; `seconds` of the last of three
 growth   with --generate N: resident memory of one process by the likeliest tokens it has generated,
@@ -40,6 +39,7 @@ PROMPT, DECODED, STEPS = 128, 4, 8
 MULTIPLIER = 48271  # of the tokens' generator: numpy.random would be counted as the model's memory
 SEQUENCE, GROWTH = 1000, (1000, 5000)
 POSITIONS, PREFILL = (128, 512, 900), (128, 512)
+OPS = {"custom": "", "portable": "-portable", "integer": "-integer"}  # in an artifact's name
 PAUSE = 0.1  # seconds in which the threads of the artifact before stop waiting for more work
 
 
@@ -153,13 +153,13 @@ def make_artifacts(arguments: argparse.Namespace, classifiers: bool) -> dict[str
     }
     if classifiers:
         tables = {"classifier": {"task": TASK.name}}
-    grid = itertools.product(tables, arguments.kv_bits, arguments.weight_bits)
-    for table, kv, weight in grid:
-        name = f"{arguments.shape}-{table}-kv{kv}-weight{weight:g}"
+    grid = itertools.product(tables, arguments.ops, arguments.kv_bits, arguments.weight_bits)
+    for table, ops, kv, weight in grid:
+        name = f"{arguments.shape}-{table}-kv{kv}-weight{weight:g}{OPS[ops]}"
         found[name] = arguments.work / name
         if not found[name].exists():
             make(arguments.shape, student)
-            options = tables[table] | {"kv_bits": kv, "weight_bits": weight}
+            options = tables[table] | {"kv_bits": kv, "weight_bits": weight, "ops": ops}
             exporters.export(student, "onnx", found[name], **options)
     return found
 
@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where students and artifacts are")
     parser.add_argument("--embed-bits", type=int, nargs="+", default=[8])
     parser.add_argument("--classifiers", action="store_true", help="measure their memory as well")
+    parser.add_argument("--ops", choices=OPS, nargs="+", default=["custom"])
     parser.add_argument("--kv-bits", type=int, nargs="+", default=[16])
     parser.add_argument("--weight-bits", type=float, nargs="+", default=[2.0])
     parser.add_argument("--threads", type=int, default=2)
