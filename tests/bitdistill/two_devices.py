@@ -84,6 +84,9 @@ def check_two_devices(config: Config, folder: Path) -> None:
     for alone, shared in zip(terms_of(one), terms_of(two), strict=True):
         assert shared[:2] == alone[:2]
         assert shared[2:] == pytest.approx(alone[2:], rel=2e-3), alone
+    for mine, both in zip(log_of(one), log_of(two), strict=True):
+        assert both.keys() == mine.keys()
+        assert both["tokens"] == mine["tokens"]
     same_student(one, two)
 
     done = on_two_devices(config, cut, "4")
