@@ -63,16 +63,13 @@ def store(
 
 def as_float(name: str, table: tables.Rows, bits: int) -> NDArray[Any]:
     """A table at 16 or 32 bits; ValueError for values that do not fit float16."""
-    if bits == 32:
-        whole: NDArray[np.float32] = table[:]
-        return whole
-    half = np.empty(table.shape, np.float16)
+    stored = np.empty(table.shape, np.float32 if bits == 32 else np.float16)
     for start in range(0, len(table), CHUNK):  # a table may be the largest tensor: no copy but this
         with np.errstate(over="ignore"):
-            half[start : start + CHUNK] = table[start : start + CHUNK]
-        if not np.isfinite(half[start : start + CHUNK]).all():
+            stored[start : start + CHUNK] = table[start : start + CHUNK]
+        if bits == 16 and not np.isfinite(stored[start : start + CHUNK]).all():
             raise ValueError(f"{name} holds values beyond float16; export with embed_bits=32")
-    return half
+    return stored
 
 
 def lookup(graph: NodeBuilder, table: StoredTable, ids: ir.Value) -> ir.Value:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from bitdistill.exporters import to_onnx
 from bitdistill.exporters.onnx_tensors import TensorFile
 
 Students = Callable[..., Path]
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 BEYOND = 5 << 29  # 2.5 GiB: neither int32 nor one protobuf message holds it
 
 
@@ -41,3 +45,34 @@ def test_a_data_file_beyond_two_gigabytes(
         np.testing.assert_array_equal(found, expected)
     texts = [list(model.generate([5, 6], max_new_tokens=5)) for model in (near, far)]
     assert texts[0] == texts[1]
+
+
+MAKE = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+
+import random_student
+
+sizes = {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 150_000}
+rest = {"model_type": "qwen3", "max_position_embeddings": 128, "tie_word_embeddings": True}
+random_student.SHAPES["words"] = sizes | rest
+random_student.make("words", Path(sys.argv[2]))
+"""
+ALLOWED_MB = 64.0  # libraries that are loaded on the way, and a chunk of rows
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory in KiB")
+def test_an_export_holds_its_largest_tensor_once(tmp_path: Path) -> None:
+    """Of a student that is its embedding: 307 MB in fp32."""
+    subprocess.run([sys.executable, "-c", MAKE, BENCHMARKS, tmp_path / "words"], check=True)
+    script = [sys.executable, BENCHMARKS / "onnx_export.py", "--here", "--shape", "words"]
+    for bits in ("32", "8"):
+        options = ["--work", tmp_path, "--embed-bits", bits]
+        done = subprocess.run([*script, *options], check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout)
+        assert found["largest_mb"] == 307.2
+        assert found["peak_mb"] - found["bare_mb"] < 1.2 * found["largest_mb"] + ALLOWED_MB
