@@ -15,7 +15,6 @@ never overwritten.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -142,23 +141,14 @@ class Recipe:
 
     def _distill(self, stage: Stage) -> Made:
         assert stage.parent is not None
-        settings, tokenizer = self.config.distill, checkpoint.load_tokenizer(stage.parent.path)
-        asked = self.config, settings, tokenizer, self.world
-        kind = self.config.task.resolve().kind
-        writes = settings.needs_teacher and settings.mixtures > 0 and kind == "summary"
-        # tokenised while models load: examples are drawn by generators of their own
-        with ThreadPoolExecutor(1) as beside:
-            ready = None if writes else beside.submit(task_batches, *asked)
-            student = checkpoint.load(stage.parent.path)
-            teacher = None
-            if settings.needs_teacher:
-                teacher = checkpoint.load(self.stages["teacher"].path)
-        if ready is not None:
-            return self._fit(stage, tokenizer, student, teacher, ready.result(), settings)
-        assert teacher is not None
-        mark = fingerprint(self.stages["teacher"], self.config, self.inputs)
-        written = summaries(self.config, teacher, mark, tokenizer, self.out, self.world)
-        batches = task_batches(*asked, written)
+        student, tokenizer = self._load(stage.parent)
+        settings = self.config.distill
+        teacher = self._load(self.stages["teacher"])[0] if settings.needs_teacher else None
+        written = None
+        if teacher is not None and settings.mixtures:
+            mark = fingerprint(self.stages["teacher"], self.config, self.inputs)
+            written = summaries(self.config, teacher, mark, tokenizer, self.out, self.world)
+        batches = task_batches(self.config, settings, tokenizer, self.world, written)
         return self._fit(stage, tokenizer, student, teacher, batches, settings)
 
     # --- what the stages share ------------------------------------------------------------------
