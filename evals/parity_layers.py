@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from bitdistill import checkpoint, manifest
-from bitdistill.backends import kv_cache, onnx_runtime
+from bitdistill.backends import kv_cache, onnx_runtime, onnx_session
 from bitdistill.backends.torch_runtime import cast
 from bitdistill.backends.torch_storage import round_storage
 from bitdistill.decoder import DecoderSpec, LayerSpec, config_class, family_of
@@ -49,7 +49,7 @@ def layer_outputs(
     probe = artifact / "parity.onnx.partial"  # beside the weights that it refers to
     probe.write_bytes(proto.SerializeToString())
     try:
-        session = onnx_runtime.open_session(probe, threads, content["ops"] == onnx_runtime.CUSTOM)
+        session = onnx_session.open_session(probe, threads, content["ops"] == onnx_runtime.CUSTOM)
         return _run(session, names, tokens, spec, content["kv_bits"])
     finally:
         probe.unlink()

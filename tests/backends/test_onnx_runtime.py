@@ -210,7 +210,7 @@ def test_a_truncated_data_file_is_refused(damaged: Path) -> None:
         with pytest.raises(manifest.FormatError, match="truncated or altered; make or copy"):
             backends.load(damaged, verify=verify)
     with pytest.raises(manifest.FormatError, match=r"model.onnx cannot be loaded: damaged"):
-        onnx_runtime.open_session(damaged / "model.onnx", None)
+        onnx_session.open_session(damaged / "model.onnx", None)
 
 
 def test_an_altered_byte_is_refused(damaged: Path) -> None:

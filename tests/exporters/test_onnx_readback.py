@@ -12,7 +12,7 @@ import torch
 from onnx import helper
 
 from bitdistill import backends, checkpoint, exporters, manifest, packing
-from bitdistill.backends import onnx_runtime
+from bitdistill.backends import onnx_session
 from bitdistill.decoder import LINEARS
 from bitdistill.exporters import to_onnx
 
@@ -115,7 +115,7 @@ def test_a_scale_that_is_not_finite_is_refused(copy: Path, student: Path) -> Non
     with pytest.raises(manifest.FormatError, match=r"down_proj have the scales \[nan\], not one"):
         read(copy, student)
     with pytest.raises(manifest.FormatError, match=r"scale\[0\] = -?nan is not finite"):
-        onnx_runtime.open_session(copy / "model.onnx", None)
+        onnx_session.open_session(copy / "model.onnx", None)
 
 
 @pytest.mark.parametrize("rows", [0, -64, 3, 1 << 40])
@@ -126,7 +126,7 @@ def test_scales_that_do_not_cover_the_rows_are_refused(
     with pytest.raises(manifest.FormatError, match=f"4 scales of {rows} rows each for its 256"):
         read(copy, student)
     with pytest.raises(manifest.FormatError, match=f"scale_rows = {rows} must be at least 1"):
-        onnx_runtime.open_session(copy / "model.onnx", None)
+        onnx_session.open_session(copy / "model.onnx", None)
 
 
 def test_an_artifact_without_the_attribute_is_refused(copy: Path, student: Path) -> None:
@@ -134,7 +134,7 @@ def test_an_artifact_without_the_attribute_is_refused(copy: Path, student: Path)
     with pytest.raises(manifest.FormatError, match="written by an older version; export it again"):
         read(copy, student)
     with pytest.raises(manifest.FormatError, match="attribute scale_rows is missing"):
-        onnx_runtime.open_session(copy / "model.onnx", None)
+        onnx_session.open_session(copy / "model.onnx", None)
 
 
 def test_what_was_written_is_compared_with_the_student(
