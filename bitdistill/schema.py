@@ -166,7 +166,8 @@ class Machine(Section):
     (the gradients stay in `precision`). `recompute` keeps one layer's activations at a time and
     computes them again backward: less memory, about a third more arithmetic. `teacher_bits`: 8
     keeps a teacher's linear layers in int8 (int8.py), 16 in `precision`.
-    A stage's state is saved after `save_minutes` or `save_steps`; the last `keep_states` are kept.
+    A stage's state is saved after `save_minutes` (or twenty times what the last save took) or
+    `save_steps`; the last `keep_states` are kept.
     `workers` processes read, tokenise and pack a corpus; 0 does so in the training process. The
     sequences do not depend on it. A thread makes `prefetch` windows of batches ready ahead.
     """
