@@ -30,6 +30,7 @@ PRETRAIN = _OPTIMISATION | {"logits.weight": 0.0, "relations.weight": 0.0}
 DISTILL = _OPTIMISATION | {
     "candidates": "vocabulary",
     "mixtures": 0,
+    "cache": 0,
     "logits.weight": 10.0,
     "logits.temperature": 5.0,
     "logits.tau_squared": False,
