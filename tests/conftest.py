@@ -108,7 +108,7 @@ def student_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Cal
         task: dict[str, Any] | None = None,
         **overrides: Any,
     ) -> Path:
-        key = f"{family}-{norm_style}-{activation_bits}-{overrides}-{task is None}"
+        key = f"{family}-{norm_style}-{activation_bits}-{overrides}-{task}"
         if key not in made:
             teacher = random_teacher(family, len(tokenizer), **overrides)
             model = student.make_student(teacher, norm_style, activation_bits)  # type: ignore[arg-type]

@@ -53,10 +53,10 @@ EXPORTER_BACKENDS = {
     "bitdistill.backends.kernels",  # where the library is that an artifact may carry
     "bitdistill.backends.tokenizer",
 }
-# A single layer lies below the protocol.
+# A single layer lies below the protocol, and so do a model's two ends.
 LAYERS = {
     f"bitdistill.backends.{name}"
-    for name in ("kv_cache", "onnx_runtime", "torch_runtime", "torch_storage")
+    for name in ("kv_cache", "onnx_runtime", "onnx_session", "torch_runtime", "torch_storage")
 }
 HEAVY = ("torch", "transformers", "datasets", "onnx", "onnxruntime", "mlx", "numpy", "pydantic")
 
@@ -143,7 +143,9 @@ def test_exporters_do_not_evaluate(module: str) -> None:
 def test_evals_know_backends_by_their_protocol(module: str) -> None:
     found = ours(MODULES[module])
     assert not {name for name in found if room_of(name) == "exporters"}
-    allowed = PUBLIC_BACKENDS | (LAYERS if module.endswith("parity_layers") else set())
+    allowed = PUBLIC_BACKENDS | (
+        LAYERS if module.endswith(("parity_layers", "parity_ends")) else set()
+    )
     assert {name for name in found if room_of(name) == "backends"} <= allowed
 
 
