@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -89,6 +91,21 @@ def random_teacher(family: str, vocabulary: int, **overrides: Any) -> Any:
 def make_teacher(tokenizer: Any) -> Callable[..., Any]:
     """`make_teacher(family, **config)`: a random causal LM with the vocabulary of `tokenizer`."""
     return lambda family, **overrides: random_teacher(family, len(tokenizer), **overrides)
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[Path], ModuleType]:
+    """`load_script(path)`: a Python file that belongs to no package, as a module."""
+
+    def load(path: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")
