@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from lines import put
 
 
 def evaluate(artifact: Path, data: Path, threads: int) -> dict[str, Any]:
@@ -112,10 +113,7 @@ def main() -> None:
     line["speedup"] = round(
         line["loop_seconds"] / line["loop_examples"] * line["examples"] / line["eval_seconds"], 3
     )
-    print(json.dumps(line))
-    if given.out is not None:
-        with given.out.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+    put(line, given.out)
 
 
 if __name__ == "__main__":

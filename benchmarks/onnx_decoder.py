@@ -35,6 +35,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lines import put
+
 PROMPT, DECODED, STEPS = 128, 4, 8
 MULTIPLIER = 48271  # of the tokens' generator: numpy.random would be counted as the model's memory
 SEQUENCE, GROWTH = 1000, (1000, 5000)
@@ -289,10 +291,7 @@ def main() -> None:
         print(json.dumps(growth(arguments.growth_of, arguments.threads, arguments.generate)))
         return
     for line in lines(arguments):
-        print(json.dumps(line), flush=True)
-        if arguments.out:
-            with arguments.out.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+        put(line, arguments.out)
 
 
 if __name__ == "__main__":

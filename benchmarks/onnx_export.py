@@ -23,6 +23,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lines import put
+
 
 def measure(student: Path, out: Path, options: dict[str, Any], parity: bool) -> dict[str, Any]:
     """Export in this process; seconds and MB."""
@@ -89,10 +91,7 @@ def main() -> None:
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     line = {"shape": given.shape, "parity": given.parity, **own, **json.loads(answer.stdout)}
     line |= {"machine": machine(), "versions": versions()}
-    print(json.dumps(line))
-    if given.out is not None:
-        with given.out.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+    put(line, given.out)
 
 
 if __name__ == "__main__":

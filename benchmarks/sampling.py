@@ -9,7 +9,6 @@ normal with a spread of 2 and 5, whose likeliest token has 0.6 and 23 % of the p
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lines import put
 from numpy.typing import NDArray
 
 SETTINGS: list[dict[str, Any]] = [
@@ -92,10 +92,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to append to; stdout has the lines as well")
     arguments = parser.parse_args()
     for line in lines(arguments.vocabulary, arguments.rounds):
-        print(json.dumps(line), flush=True)
-        if arguments.out:
-            with arguments.out.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+        put(line, arguments.out)
 
 
 if __name__ == "__main__":
