@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -95,14 +96,17 @@ def make_teacher(tokenizer: Any) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def load_script() -> Callable[[Path], ModuleType]:
-    """`load_script(path)`: a Python file that belongs to no package, as a module."""
+    """`load_script(path)`: a script as a module; it finds its neighbours, as when it is run."""
 
     def load(path: Path) -> ModuleType:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(path.parent)
+            patch.setitem(sys.modules, path.stem, module)  # data classes look their module up
+            spec.loader.exec_module(module)
         return module
 
     return load

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,9 +44,9 @@ def test_sampling_is_reproducible_and_refuses_nan() -> None:
 
 
 @pytest.fixture(scope="module")
-def by_sorting() -> Callable[..., Any]:
+def by_sorting(load_script: Callable[[Path], ModuleType]) -> Callable[..., Any]:
     """The definition, which the benchmark times."""
-    return runpy.run_path(str(BENCHMARK))["by_sorting"]  # type: ignore[no-any-return]
+    return load_script(BENCHMARK).by_sorting  # type: ignore[no-any-return]
 
 
 def made_logits(kind: str) -> np.ndarray:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import runpy
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from bitdistill.evals.run_plots import read_records
 
 WORDS = "the film is not good bad but very dull bright and we liked it a plot".split()
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+Load = Callable[[Path], ModuleType]
 
 
 def lines_of(*command: str, folder: Path | None = None) -> list[dict[str, object]]:
@@ -56,7 +57,7 @@ def test_training_throughput(devices: int) -> None:
     assert record["commit"]
 
 
-def test_compare_losses(tmp_path: Path) -> None:
+def test_compare_losses(tmp_path: Path, load_script: Load) -> None:
     for run, values in {"one": [2.0, 1.0], "two": [2.0, 1.1]}.items():
         (tmp_path / run).mkdir()
         records = [
@@ -64,7 +65,7 @@ def test_compare_losses(tmp_path: Path) -> None:
         ]
         text = "".join(json.dumps(record) + "\n" for record in records)
         (tmp_path / run / "log.jsonl").write_text(text)
-    compare = runpy.run_path(str(SCRIPTS / "compare_losses.py"))["compare"]
+    compare = load_script(SCRIPTS / "compare_losses.py").compare
     (row,) = compare(tmp_path / "one", tmp_path / "two")
     assert (row["stage"], row["term"], row["records"]) == ("student", "ce", 2)
     assert row["largest"] == pytest.approx(0.1)
@@ -145,13 +146,13 @@ class Unit:
 
 
 @pytest.mark.parametrize(("gpus", "jobs"), [(["0"], 1), (["0"], 3), (["0", "1"], 4)])
-def test_order_of_the_showcase(gpus: list[str], jobs: int) -> None:
+def test_order_of_the_showcase(gpus: list[str], jobs: int, load_script: Load) -> None:
     """Stage 2 first, on a GPU of its own if there are two; what depends on a failure is left out,
     and all else is done."""
-    script = runpy.run_path(str(SCRIPTS / "showcase.py"))
+    script = load_script(SCRIPTS / "showcase.py")
     said: list[tuple[str, str]] = []
-    units = [Unit(name, said, script["Failed"]) for name in "abcd"]
-    assert script["fill"](units, None, jobs, gpus) == ["prepare b"]
+    units = [Unit(name, said, script.Failed) for name in "abcd"]
+    assert script.fill(units, None, jobs, gpus) == ["prepare b"]
     order = [text for text, _ in said]
     rest = {f"{step} {u}" for step in ("train", "score", "score_artifacts") for u in "acd"}
     ended = {text.removeprefix("end ") for text in order if text.startswith("end ")}
@@ -189,12 +190,12 @@ print(ctypes.CDLL(sys.argv[1]).newer())
     reason="answers the CPUID of x86-64, with cc and objdump",
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="rtld-audit")
-def test_a_library_sees_avx2_and_nothing_newer(tmp_path: Path) -> None:
+def test_a_library_sees_avx2_and_nothing_newer(tmp_path: Path, load_script: Load) -> None:
     probe = tmp_path / "probe.so"
     (tmp_path / "probe.c").write_text(PROBE)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", probe, tmp_path / "probe.c"], check=True)
-    found = runpy.run_path(str(SCRIPTS / "avx2_only.py"))
-    variables = found["environment"](tmp_path, probe)
+    found = load_script(SCRIPTS / "avx2_only.py")
+    variables = found.environment(tmp_path, probe)
     assert len(variables["AVX2_ONLY_CPUID"].split(",")) >= 2
     command = [sys.executable, "-c", LOAD, str(probe)]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
@@ -209,8 +210,8 @@ def peer_line(row: str, *rounds: list[float], **other: Any) -> dict[str, Any]:
     } | other  # fmt: skip
 
 
-def test_peers_are_grouped_by_instruction_set() -> None:
-    show = runpy.run_path(str(SCRIPTS / "cpu_peers.py"))["show"]
+def test_peers_are_grouped_by_instruction_set(load_script: Load) -> None:
+    show = load_script(SCRIPTS / "cpu_peers.py").show
     line = peer_line("ours", [200.0, 50.0], streamed_bytes=10**8)
     peer = peer_line("peer", [100.0, 40.0])
     text = show([line, peer, line | {"isa": "avx512-vnni"}])
@@ -220,7 +221,7 @@ def test_peers_are_grouped_by_instruction_set() -> None:
 
 
 @pytest.mark.parametrize("second", [{}, {"read_gbytes_per_s": 20.0}])
-def test_peers_are_compared_within_a_call(second: dict[str, float]) -> None:
+def test_peers_are_compared_within_a_call(second: dict[str, float], load_script: Load) -> None:
     """The machine is half as fast in the second call, where one row is absent and one is new."""
     lines = [
         peer_line("ours", [200.0, 50.0], [180.0, 60.0]),
@@ -229,7 +230,7 @@ def test_peers_are_compared_within_a_call(second: dict[str, float]) -> None:
         peer_line("new", [25.0, 5.0], **second),
         peer_line("ours-new", [75.0, 20.0], **second),
     ]
-    text = runpy.run_path(str(SCRIPTS / "cpu_peers.py"))["show"](lines)
+    text = load_script(SCRIPTS / "cpu_peers.py").show(lines)
     assert "| absent | 95.0 | 27.5 | – | 300 | 2.00 / 2.00 | – |" in text
     assert "| new | 25.0 | 5.0 | – | 300 | 4.00 / 5.00 | 3.00 / 4.00 |" in text
     assert "| ours | 180.0 | 50.0 | – | 300 | 1.00 / 1.00 | 0.75 / 0.80 |" in text
