@@ -30,7 +30,7 @@ from bitdistill.decoder import (
     family_of,
 )
 from bitdistill.quantize import ternarize
-from bitdistill.student import model_class
+from bitdistill.student import empty_student
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -195,23 +195,32 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
     model_type = json.loads(config_path.read_text("utf-8"))["model_type"]
     if not model_type.startswith(MODEL_TYPE_PREFIX):
         raise manifest.FormatError(f"{config_path} has model_type {model_type!r}, not a student's")
-    family = family_of(model_type)
-    model = model_class(family)(config_class(family).from_pretrained(path))
+    model = empty_student(config_class(family_of(model_type)).from_pretrained(path))
     load_tensors(model, path)
     return model.to(dtype).eval()
 
 
 def load_tensors(model: PreTrainedModel, path: Path) -> None:
-    """Copy every tensor of a directory into the model; FormatError unless the names match."""
+    """Copy every tensor of a directory into the model.
+
+    FormatError unless names and shapes are the model's, and all values floating-point ones.
+    """
     tensors = dict(_all_tensors(path))
-    expected = set(model.state_dict())
+    expected = dict(model.state_dict())
     if model.config.tie_word_embeddings:
-        expected.discard("lm_head.weight")
+        expected.pop("lm_head.weight")
         tensors.pop("lm_head.weight", None)
-    if difference := expected ^ set(tensors):
+    if difference := expected.keys() ^ tensors.keys():
         names = ", ".join(sorted(difference)[:3])
         raise manifest.FormatError(
             f"{path} does not hold exactly the tensors of its architecture ({len(difference)} "
             f"differ: {names}); it was altered or written by another version"
         )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+            raise manifest.FormatError(
+                f"{path} holds {name!r} as {tuple(tensor.shape)} of {tensor.dtype}, its config "
+                f"describes {tuple(expected[name].shape)} of floats; it was altered or written by "
+                "another version"
+            )
     model.load_state_dict(tensors, strict=False)

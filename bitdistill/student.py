@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from bitdistill.decoder import (
     FAMILIES,
@@ -61,6 +62,17 @@ def model_class(family: str) -> type[PreTrainedModel]:
         "__module__": __name__,
     }
     return type(f"Bitdistill{row.prefix}ForCausalLM", (stock,), body)
+
+
+def empty_student(config: PreTrainedConfig) -> PreTrainedModel:
+    """A student for the caller to fill: only buffers and norms hold values, the rest is memory.
+
+    Drawing random weights takes longer than reading them, and would move the caller's generator.
+    """
+    with no_init_weights():
+        model = model_class(family_of(config.model_type))(config)
+    model.tie_weights()  # which is a part of what was left out
+    return model
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -118,7 +130,7 @@ def make_student(
         "added_norm_eps": eps,
         "activation_bits": activation_bits,
     }
-    student = model_class(family)(config)
+    student = empty_student(config)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     lost = [name for name in missing if not name.endswith(".norm.weight")] + list(unexpected)
     if lost:

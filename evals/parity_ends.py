@@ -21,7 +21,7 @@ from bitdistill import checkpoint
 from bitdistill.backends.torch_runtime import cast
 from bitdistill.backends.torch_storage import round_storage
 from bitdistill.decoder import config_class, family_of
-from bitdistill.student import model_class
+from bitdistill.student import empty_student
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 WORDS = 8192  # of the head at a time
@@ -96,7 +96,7 @@ def _model(files: checkpoint.StudentFiles, rows: Hidden, storage: Mapping[str, s
         config.layer_types = []
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = 0, len(rows), None
     config.tie_word_embeddings = True
-    model = model_class(family)(config).eval()
+    model = empty_student(config).eval()
     model.lm_head.weight.data = torch.from_numpy(rows)
     model.model.norm.weight.data = files.tensor(NORM)
     round_storage(model, storage)

@@ -23,10 +23,10 @@ from bitdistill import checkpoint, manifest
 from bitdistill.backends import kv_cache, onnx_runtime, onnx_session
 from bitdistill.backends.torch_runtime import cast
 from bitdistill.backends.torch_storage import round_storage
-from bitdistill.decoder import DecoderSpec, LayerSpec, config_class, family_of
+from bitdistill.decoder import DecoderSpec, config_class, family_of
 from bitdistill.evals import parity_ends
 from bitdistill.quantize import BitLinear
-from bitdistill.student import model_class
+from bitdistill.student import empty_student
 
 TOKENS = 48
 Progress = Callable[[str, int, int], None]
@@ -77,31 +77,24 @@ def reference_outputs(
 ) -> Iterator[tuple[Hidden, NDArray[Any]]]:
     """Each layer of the student on what the artifact's was given: its output in fp32 and fp64."""
     files = checkpoint.open_student(student)
-    layers: dict[LayerSpec, _Layer] = {}  # by kind: making one takes as long as running it
-    for index, (kind, given) in enumerate(zip(files.spec.layers, inputs, strict=True)):
-        if kind not in layers:
-            layers[kind] = _Layer(files, index)
-        layers[kind].take(files, index, {k: v for k, v in storage.items() if k != "embedding"})
-        yield layers[kind].output(given, torch.float32), layers[kind].output(given, torch.float64)
+    stored = {part: form for part, form in storage.items() if part != "embedding"}
+    for index, given in enumerate(inputs):
+        layer = _Layer(files, index, stored)
+        yield layer.output(given, torch.float32), layer.output(given, torch.float64)
 
 
 class _Layer:
-    """A student of one layer, of the kind of layer `index`; no norm follows it."""
+    """A student of layer `index` alone, rounded as an artifact stores it; no norm follows it."""
 
-    def __init__(self, files: checkpoint.StudentFiles, index: int) -> None:
+    def __init__(self, files: checkpoint.StudentFiles, index: int, storage: dict[str, str]) -> None:
         family = family_of(files.config["model_type"])
         config = config_class(family).from_pretrained(files.path)
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[index]]
         config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
-        self.model = model_class(family)(config).eval()
+        self.model = empty_student(config).eval()
         self.model.model.norm = torch.nn.Identity()
-        # now, because rounding activations by block renames some
-        self.parameters = dict(self.model.model.layers[0].named_parameters())
-
-    def take(self, files: checkpoint.StudentFiles, index: int, storage: dict[str, str]) -> None:
-        """Weights of layer `index`, rounded as an artifact stores them, and their trits."""
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.model.model.layers[0].named_parameters():
             parameter.data = files.tensor(f"model.layers.{index}.{name}")
         round_storage(self.model, storage)
         for module in self.model.modules():

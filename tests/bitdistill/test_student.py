@@ -11,11 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from bitdistill import checkpoint, manifest
-from bitdistill.decoder import LINEARS, DecoderSpec
+from bitdistill.decoder import LINEARS, DecoderSpec, config_class
 from bitdistill.quantize import BitLinear
-from bitdistill.student import make_student, measure_gains, round_tables, set_gains
+from bitdistill.student import (
+    make_student,
+    measure_gains,
+    model_class,
+    round_tables,
+    set_gains,
+)
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 NORMS = {"paper": 2, "allnorm": 7, "none": 0}
@@ -115,6 +122,26 @@ def test_save_and_reload_is_exact(
     assert DecoderSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_loading_draws_no_weights(
+    student_dir: Callable[..., Path], family: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take longer than reading them; what no file holds is as in any other model."""
+    path = student_dir(family, tie_word_embeddings=tied)
+    config = config_class(family).from_pretrained(path)
+    expected = dict(model_class(family)(config).named_buffers())
+    monkeypatch.setattr(PreTrainedModel, "initialize_weights", None)  # calling it is an error
+    before = torch.get_rng_state()
+    model = checkpoint.load(path)
+    assert torch.equal(torch.get_rng_state(), before)
+    found = dict(model.named_buffers())
+    assert found.keys() == expected.keys()
+    assert any("inv_freq" in name for name in found)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
 def test_what_ends_an_answer_in_training_ends_a_generation(
     make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -126,18 +153,35 @@ def test_what_ends_an_answer_in_training_ends_a_generation(
     assert checkpoint.stop_tokens(tmp_path / "a", config) == sorted({tokenizer.eos_token_id, other})
 
 
-def test_a_lost_gain_is_an_error(student_dir: Callable[..., Path], tmp_path: Path) -> None:
+GAIN = "model.layers.0.mlp.down_proj.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, "does not hold exactly the tensors"),
+        ({GAIN: torch.ones(95)}, r"as \(95,\) of torch.float32, its config describes \(96,\)"),
+        ({GAIN: torch.ones(96, dtype=torch.int8)}, r"as \(96,\) of torch.int8"),
+    ],
+)
+def test_a_lost_or_altered_gain_is_an_error(
+    student_dir: Callable[..., Path],
+    tmp_path: Path,
+    changed: dict[str, torch.Tensor],
+    message: str,
+) -> None:
     from safetensors.torch import load_file, save_file
 
     path = student_dir("qwen3", "paper")
     tensors = load_file(path / "model.safetensors")
-    del tensors["model.layers.0.mlp.down_proj.norm.weight"]
+    del tensors[GAIN]
+    tensors |= changed
     for file in path.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     save_file(tensors, tmp_path / "model.safetensors")
     content = json.loads((tmp_path / manifest.MANIFEST).read_text())
     manifest.write_manifest(tmp_path, "student", content)
-    with pytest.raises(manifest.FormatError, match="does not hold exactly the tensors"):
+    with pytest.raises(manifest.FormatError, match=message):
         checkpoint.load(tmp_path)
 
 

@@ -178,14 +178,15 @@ def test_a_layer_that_is_a_little_wrong_fails(
     student = student_dir("qwen3", "paper")
     out = export(student, "onnx", tmp_path / "out")
     monkeypatch.setattr(parity, "LARGEST", 1000)
-    exact = parity_layers._Layer.take
+    exact = parity_layers._Layer
 
-    def wrong(layer: Any, files: Any, index: int, storage: dict[str, str]) -> None:
-        exact(layer, files, index, storage)
+    def wrong(files: Any, index: int, storage: dict[str, str]) -> Any:
+        layer = exact(files, index, storage)
         if index == 1:
             layer.model.model.layers[0].self_attn.q_norm.weight.data *= 0.95
+        return layer
 
-    monkeypatch.setattr(parity_layers._Layer, "take", wrong)
+    monkeypatch.setattr(parity_layers, "_Layer", wrong)
     report = parity.report(student, out)
     assert report["passed"] is False
     assert report["by_layer"][1] > 100 * report["by_layer"][0]
