@@ -43,7 +43,8 @@ class Cache(Protocol):
 class Runtime(ABC):
     """A loaded model. `context` is the most tokens a sequence may have, `vocabulary` is V.
 
-    `prefill_chunk` is how many tokens of a prompt are fed at once. A subclass sets the attributes
+    `prefill_chunk` is how many tokens of a prompt are fed at once, `caveat` says what this
+    installation computes otherwise than the artifact asks for. A subclass sets the attributes
     below in `__init__(path, manifest, *, threads=None, ...)`.
     """
 
@@ -54,6 +55,7 @@ class Runtime(ABC):
     context: int
     stop_tokens: list[int]
     prefill_chunk = 256
+    caveat: str | None = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

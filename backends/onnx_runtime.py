@@ -6,6 +6,7 @@ and copies nothing. Needs onnxruntime, numpy and tokenizers; neither torch nor t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from bitdistill.backends import kv_cache
+from bitdistill.backends import kv_cache, onnx_probe
 from bitdistill.backends.base import Floats, Forward, Integers, Runtime, pad
 from bitdistill.backends.embedding_file import NAME, EmbeddingFile
 from bitdistill.backends.onnx_session import open_session
@@ -96,7 +97,7 @@ class OnnxRuntime(Runtime):
     and its embedding is read from its file row by row.
 
     Raises FormatError for a model file that is damaged, RuntimeError for an installation that
-    cannot run it; both say what to do.
+    cannot run it; both say what to do. Warns of one that rounds less than the artifact says.
     """
 
     name = "onnx"
@@ -128,6 +129,9 @@ class OnnxRuntime(Runtime):
             self.embedding = EmbeddingFile(path / NAME, *table)
         self._check_window()
         self.session = open_session(path / MODEL, threads, manifest["ops"] == CUSTOM)
+        self.caveat = onnx_probe.caveat(manifest)
+        if self.caveat:
+            warnings.warn(self.caveat, stacklevel=3)  # of who called backends.load
         if warm:
             self.warm_up()
 

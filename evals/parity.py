@@ -94,8 +94,9 @@ def report(
 
     Fed are random tokens drawn with `seed`, and the ends of the first PROMPTS of `prompts`.
     A model of more than 1e9 parameters is compared layer by layer (parity_layers.py); where that
-    cannot be done, `passed` is None, with a reason under `skipped`. Raises FormatError where the
-    artifact was made from other weights.
+    cannot be done, or the installed runtime computes something else than the artifact says,
+    `passed` is None, with a reason under `skipped`. Raises FormatError where the artifact was made
+    from other weights.
     """
     from bitdistill.backends import load
 
@@ -114,6 +115,8 @@ def report(
     total = 3 + (len(alone) + 1 if alone else 0)
     say("parity", 0, total)
     runtime = load(artifact, threads=threads)
+    if runtime.caveat:
+        return {"passed": None, "skipped": runtime.caveat}
     sequences = make_sequences(runtime, prompts, seed)
     found, cached = _logits(runtime, sequences, labels), _decode(runtime, sequences, labels)
     tables = runtime.tables()

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from bitdistill import checkpoint, manifest
-from bitdistill.backends import kv_cache, onnx_runtime, onnx_session
+from bitdistill.backends import kv_cache, onnx_probe, onnx_runtime, onnx_session
 from bitdistill.backends.torch_runtime import cast
 from bitdistill.backends.torch_storage import round_storage
 from bitdistill.decoder import DecoderSpec, config_class, family_of
@@ -124,6 +124,8 @@ def report(
     from bitdistill.evals.parity import NEGLIGIBLE, TWICE, difference, judge
 
     content = manifest.read_manifest(artifact, "artifact")
+    if caveat := onnx_probe.caveat(content):
+        return {"passed": None, "skipped": caveat}
     tokens = tokens[:TOKENS]
     hidden, logits = layer_outputs(artifact, tokens, threads)
     found, floor, exact = [], [], []

@@ -206,6 +206,17 @@ def _embedding(content: dict[str, Any]) -> str:
     )
 
 
+def _block_rounding(content: dict[str, Any]) -> str:
+    """For artifacts whose activations are rounded by the runtime, or not."""
+    if content["storage"].get("activations") != "int8 blocks":
+        return ""
+    return (
+        "Activations are rounded in blocks of columns where onnxruntime has a kernel: with "
+        "AVX2\nfrom 1.29 on. 1.24 to 1.28 and onnxruntime-web do not round them and give other "
+        "logits;\n`--ops integer` computes the same everywhere.\n"
+    )
+
+
 def bits_per_weight(artifact: Path) -> str:
     """Bits per weight of an artifact's parts, scales included: "body 2.250, embedding 16.000"."""
     parts = manifest.read_manifest(artifact, "artifact")["parts"]
@@ -266,4 +277,4 @@ The longest sequence is {content["context"]} tokens. A student is good at the ta
 for and should be measured again on any other. Nothing was measured on Apple hardware.
 `bitdistill.json` holds the hash of every file and, where a parity check was made at export, how the
 artifact compared with PyTorch.
-"""
+{_block_rounding(content)}"""

@@ -120,7 +120,7 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
         "scale_granularity": "matrix",
         "label_tokens": labels,
         "kv_bits": graph.kv_bits,
-        "storage": _storage(ops, options.embed_bits, graph.kv_bits),
+        "storage": _storage(spec, ops, options.embed_bits, graph.kv_bits),
         "embedding_error": errors,
         "parts": _parts(spec, data, out),
     }
@@ -168,12 +168,12 @@ def _check_operators(spec: DecoderSpec, options: Options) -> None:
         )
 
 
-def _storage(ops: str, embed_bits: int, kv_bits: int) -> dict[str, str]:
+def _storage(spec: DecoderSpec, ops: str, embed_bits: int, kv_bits: int) -> dict[str, str]:
     """What is rounded, so that PyTorch can be given the same roundings for comparison."""
     storage = {"embedding": STORAGE[embed_bits], "norms": "float32"}
     if kv_bits != 32:
         storage["cache"] = kv_cache.STORAGE[kv_bits]
-    if ops == "portable":
+    if ops == "portable" and spec.activation_bits is not None:
         storage["activations"] = "int8 blocks"
     if ops != DEFAULT and embed_bits in (8, 4):
         storage["head_activations"] = "int8 blocks" if ops == "portable" else "float32"

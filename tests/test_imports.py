@@ -56,7 +56,14 @@ EXPORTER_BACKENDS = {
 # A single layer lies below the protocol, and so do a model's two ends.
 LAYERS = {
     f"bitdistill.backends.{name}"
-    for name in ("kv_cache", "onnx_runtime", "onnx_session", "torch_runtime", "torch_storage")
+    for name in (
+        "kv_cache",
+        "onnx_probe",
+        "onnx_runtime",
+        "onnx_session",
+        "torch_runtime",
+        "torch_storage",
+    )
 }
 HEAVY = ("torch", "transformers", "datasets", "onnx", "onnxruntime", "mlx", "numpy", "pydantic")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import onnx
 import pytest
 
 from bitdistill import backends, checkpoint, exporters, manifest, packing
+from bitdistill.backends import onnx_probe
 from bitdistill.evals import parity
 from bitdistill.exporters import to_onnx
 
@@ -142,6 +144,51 @@ def test_block_rounding_is_what_the_reference_rounds(student_dir: Students, tmp_
     assert storage["activations"] == "int8 blocks"
     as_trained = storage | {"activations": "int8"}
     assert np.median(errors(out, student, storage=as_trained)) > 50 * TIGHT
+
+
+def test_the_probe_is_a_valid_model() -> None:
+    model = onnx.load_from_string(onnx_probe.model())
+    onnx.checker.check_model(model, full_check=True)
+    assert model.SerializeToString() == onnx_probe.model()
+
+
+def test_the_probe_tells_floats_from_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product with floats is found by asking for it: level 1 rounds nothing."""
+    assert onnx_probe.rounds_activations()
+    model = onnx.load_from_string(onnx_probe.model())
+    for attribute in model.graph.node[0].attribute:
+        if attribute.name == "accuracy_level":
+            attribute.i = 1
+    monkeypatch.setattr(onnx_probe, "model", model.SerializeToString)
+    assert not onnx_probe.rounds_activations.__wrapped__()
+
+
+@pytest.mark.parametrize("ops", ["portable", "integer"])
+def test_an_onnxruntime_that_does_not_round_is_told_of(
+    student_dir: Students, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ops: str
+) -> None:
+    """As 1.24 to 1.28 do on AVX2: in `portable` alone, and where the student rounds at all."""
+    student = student_dir("llama", "paper", 8)
+    out = exporters.export(student, "onnx", tmp_path / "out", ops=ops)
+    told = "1.24 to 1.28 and onnxruntime-web do not round them"
+    assert (told in (out / "README.md").read_text()) == (ops == "portable")
+    with warnings.catch_warnings(action="error"):
+        backends.load(out)
+    monkeypatch.setattr(onnx_probe, "rounds_activations", lambda: False)
+    if ops == "integer":
+        with warnings.catch_warnings(action="error"):
+            backends.load(out)
+        return
+    with pytest.warns(UserWarning, match=r"does not round activations.*run: pip install -U"):
+        backends.load(out)
+    for largest in (parity.LARGEST, 1000):
+        monkeypatch.setattr(parity, "LARGEST", largest)  # and by layers
+        report = parity.report(student, out)
+        assert report["passed"] is None
+        assert "not measured (onnxruntime" in parity.verdict(report)
+    plain = student_dir("llama", "paper", None)
+    with warnings.catch_warnings(action="error"):
+        backends.load(exporters.export(plain, "onnx", tmp_path / "plain", ops=ops))
 
 
 RUN = """
