@@ -75,25 +75,35 @@ class Attention(nn.Module):
         if spec["qk_norm"]:
             self.q_norm = Norm(spec["head_dim"], spec["norm_eps"], spec["norm_offset"])
             self.k_norm = Norm(spec["head_dim"], spec["norm_eps"], spec["norm_offset"])
-        self._scale, self._head_dim = spec["attention_scale"], spec["head_dim"]
-        self.attend: Callable[..., mx.array] = attend  # on a CPU another: mlx_host.py
+        self.scale, self.head_dim = spec["attention_scale"], spec["head_dim"]
+        self.mix: Callable[..., mx.array] = mix  # on a CPU another: mlx_host_attention.py
 
-    def _heads(self, x_BTN: mx.array) -> mx.array:
+    def heads(self, x_BTN: mx.array) -> mx.array:
+        """(B, T, heads * head_dim) -> (B, T, heads, head_dim)."""
         batch, length, _ = x_BTN.shape
-        return x_BTN.reshape(batch, length, -1, self._head_dim)
+        return x_BTN.reshape(batch, length, -1, self.head_dim)
 
     def __call__(self, x: mx.array, rotary: Rotary, mask: Any, cache: Any) -> mx.array:
         """(B, T, H) -> (B, T, H)."""
-        offset = 0 if cache is None else cache.offset
-        q, k, v = map(self._heads, apply_shared((self.q_proj, self.k_proj, self.v_proj), x))
-        if "q_norm" in self:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (heads.transpose(0, 2, 1, 3) for heads in (q, k, v))
-        q, k = rotary(q, offset), rotary(k, offset)
-        if cache is not None:
-            k, v = cache.update_and_fetch(k, v)
-        y = self.attend(q, cache, k, v, scale=self._scale, mask=mask)
-        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+        projected = apply_shared((self.q_proj, self.k_proj, self.v_proj), x)
+        return self.o_proj(self.mix(self, *projected, rotary, mask, cache))
+
+
+def mix(
+    layer: Attention, q: mx.array, k: mx.array, v: mx.array, rotary: Rotary, mask: Any, cache: Any
+) -> mx.array:
+    """What attention does between its projections, (B, T, N) -> (B, T, heads * head_dim)."""
+    offset = 0 if cache is None else cache.offset
+    batch, length, _ = q.shape
+    q, k, v = map(layer.heads, (q, k, v))
+    if "q_norm" in layer:
+        q, k = layer.q_norm(q), layer.k_norm(k)
+    q, k, v = (heads.transpose(0, 2, 1, 3) for heads in (q, k, v))
+    q, k = rotary(q, offset), rotary(k, offset)
+    if cache is not None:
+        k, v = cache.update_and_fetch(k, v)
+    y = attend(q, cache, k, v, scale=layer.scale, mask=mask)
+    return y.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
 
 @fuse

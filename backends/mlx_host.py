@@ -1,17 +1,20 @@
-"""Products on the CPU for an MLX artifact, where there is no Metal.
+"""An MLX artifact's decoder on a CPU without Metal: the leaves of mlx_architecture.py, in fp32.
 
 MLX's Linux wheel has scalar 2-bit code and a reference BLAS, both many times slower than this
-machine can be. So on such a machine the products and their scaling leave MLX; norms, activation
-rounding and rotations stay. What is multiplied is unpacked, at load, from the words that the file
-holds and MLX would read: for int8 activations into the layout of our own kernels, whose integer
-sums are as exact as MLX's and therefore equal; otherwise into an fp32 matrix for NumPy's BLAS,
-which also multiplies tables and attention scores. Tests hold both against MLX's own product.
+machine can be, and a hop between its arrays and ours costs as much as a small layer. So on such a
+machine the decoder's structure stays and its leaves are replaced, by the kernels that ONNX
+artifacts run on, which keep to the same arithmetic: int8 rounded half to even, exact integer sums,
+one fp32 scale after the sum. What they multiply is unpacked, at load, from the words that the file
+holds and MLX would read. A leaf gives back the kind of array that it is given: NumPy's all the way
+through in fp32, MLX's where activations are 16 bits wide and only their type is to be rounded to.
+Tests hold all of it against MLX's own operations and against PyTorch.
 """
 
 from __future__ import annotations
 
-import ctypes
-from concurrent.futures import ThreadPoolExecutor
+import ctypes as c
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -20,13 +23,12 @@ from mlx import nn
 from numpy.typing import NDArray
 
 from bitdistill import packing
-from bitdistill.backends import mlx_architecture
-from bitdistill.backends.kernels.binding import Kernels
-from bitdistill.backends.mlx_architecture import Attention, FeedForward, Model
-from bitdistill.backends.mlx_linear import TernaryLinear
+from bitdistill.backends.kernels.binding import Input, Kernels, Ternary, library
+from bitdistill.backends.kernels.binding_gate import ACTIVATIONS, Gate
+from bitdistill.backends.kernels.pool import Layer, Pool
+from bitdistill.backends.mlx_linear import Norm, TernaryLinear
 
 Floats = NDArray[np.float32]
-
 
 # glibc's numbers (malloc.h) and this process's values, in bytes.
 M_TRIM_THRESHOLD, KEPT = -1, 1 << 30
@@ -34,137 +36,136 @@ M_MMAP_THRESHOLD, MAPPED = -3, 32 << 20
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks: MLX on a CPU takes every array from it and frees it at once.
+    """Have glibc keep freed blocks: every array of a layer is taken from it and freed at once.
 
     By default blocks of some hundred KB go back to the system and come back as pages to be
-    filled with zeros, 150 faults a token of a 135M model. Other C libraries are left alone.
+    filled with zeros. Other C libraries are left alone.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(c.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, MAPPED)
         mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
-def view(x: mx.array) -> Floats:
-    """An evaluated fp32 array, not copied."""
-    return np.array(x.astype(mx.float32), copy=False)
+def floats(x: Any) -> Floats:
+    """A contiguous fp32 array of NumPy's, not copied where it is one or MLX has one."""
+    if not isinstance(x, np.ndarray):
+        x = np.array(x.astype(mx.float32), copy=False)
+    return np.ascontiguousarray(x, np.float32)
+
+
+def like(y: Floats, x: Any) -> Any:
+    """`y` as the kind of array that `x` is."""
+    return y if isinstance(x, np.ndarray) else mx.array(y).astype(x.dtype)
 
 
 class Workers:
-    """The kernels of this CPU, and `threads` threads to run them on."""
+    """The kernels of this CPU, and a pool of `threads` threads to run them on."""
 
     def __init__(self, threads: int) -> None:
-        self.kernels, self.pool, self.threads = Kernels(), ThreadPoolExecutor(threads), threads
+        self.kernels, self.pool = Kernels(), Pool(threads)
+        weakref.finalize(self, self.pool.close)
+
+    def share(self, tokens: int, total: int, body: Callable[[int, int], None]) -> None:
+        """body(first, last) on one part of range(total) for each thread; it must not raise.
+
+        One token is worth waking no thread.
+        """
+        if tokens > 1:
+            self.pool.run(total, body)
+        else:
+            body(0, total)
 
 
-class IntegerProduct:
-    """q (..., K) -> q . t (..., N), exact, by the kernels; tokens are shared among threads.
+class HostProduct:
+    """A ternary linear, whole: norm, rounding, product, scale and bias in one call."""
 
-    `factor`, the tokens' scales (..., 1), is multiplied in fp32 afterwards, as MLX would.
-    """
-
-    def __init__(self, trits_NK: packing.Trits, workers: Workers) -> None:
-        self.rows = len(trits_NK)
-        self.packed = packing.pack_kernel(trits_NK)
+    def __init__(self, linear: TernaryLinear, workers: Workers) -> None:
+        words = np.array(linear.weight)
+        rows, self.columns = len(words), words.shape[1] * 16
+        packed = packing.pack_kernel(packing.unpack_affine(words, self.columns))
+        scale = np.full(rows, floats(linear.scales)[0, 0])
+        bias = floats(linear.bias).copy() if "bias" in linear else None
+        self.layer = Layer(packed, scale, bias)
+        self.weights = self.layer.pointers(self.columns)
+        self.norm = floats(linear.norm.gain).copy() if "norm" in linear else None
+        self.epsilon = linear.norm.eps if "norm" in linear else 0.0
+        self.bits = 8 if linear.quantized else 0
         self.workers = workers
 
-    def __call__(self, x: mx.array, factor: mx.array | None = None) -> mx.array:
-        given = [x] if factor is None else [x, factor]
-        mx.eval(given)
-        q, *scales = (view(array).reshape(-1, array.shape[-1]) for array in given)
-        y = np.empty((len(q), self.rows), np.float32)
-        step = -(-len(q) // self.workers.threads)
-
-        def multiply(start: int) -> None:
-            part = slice(start, start + step)
-            integers = q[part].astype(np.int8)
-            y[part] = self.workers.kernels.ternary_dots(integers, self.packed, self.rows)
-            for scale in scales:
-                y[part] *= scale[part]
-
-        if step == len(q):
-            multiply(0)  # waking a thread takes longer than one token
-        else:
-            list(self.workers.pool.map(multiply, range(0, len(q), step)))
-        return mx.array(y.reshape(*x.shape[:-1], self.rows))
+    def __call__(self, linears: Sequence[TernaryLinear], x: Any) -> list[Any]:
+        """x (..., K) through linears that share it, of which this is the first's: (..., N) each."""
+        values = floats(x)
+        tokens = values.size // self.columns
+        weights = [linear.together.weights for linear in linears]
+        ys = [np.empty((*x.shape[:-1], w.rows), np.float32) for w in weights]
+        norm = None if self.norm is None else self.norm.ctypes.data
+        source = Input(values.ctypes.data, norm, self.epsilon, tokens, self.columns)
+        scratch = np.empty(
+            library().bd_scratch_bytes(tokens, self.columns, self.bits) // 8 + 1, np.uint64
+        )
+        library().bd_ternary_layers(
+            self.workers.kernels.table, (Ternary * len(ys))(*weights), len(ys), source, self.bits,
+            scratch.ctypes.data, self.workers.pool.handle,
+            (c.c_void_p * len(ys))(*(y.ctypes.data for y in ys)),
+        )  # fmt: skip
+        return [like(y, x) for y in ys]
 
 
-class FloatProduct:
-    """x (..., K) -> x . t (..., N) in fp32, by NumPy's BLAS, and then times a number."""
+class HostGate:
+    """act(gate) * up, of (..., K)."""
+
+    def __init__(self, activation: str, workers: Workers) -> None:
+        self.activation, self.workers = ACTIVATIONS[activation], workers
+
+    def __call__(self, gate: Any, up: Any) -> Any:
+        first, second = floats(gate), floats(up)
+        out, columns = np.empty_like(first), first.shape[-1]
+        addresses = (first.ctypes.data, second.ctypes.data)
+        call = Gate(*addresses, columns, columns, self.activation)
+        run, to = self.workers.kernels.table.gate, out.ctypes.data
+        tokens = first.size // columns
+        self.workers.share(tokens, tokens, lambda a, b: run(call, to, a, b))
+        return like(out, gate)
+
+
+class HostNorm:
+    """x / rms(x) * gain over the last axis."""
+
+    def __init__(self, norm: Norm) -> None:
+        self.gain = floats(norm.gain)
+
+    def __call__(self, norm: Norm, x: Any) -> Any:
+        values = floats(x)
+        squares = np.square(values).mean(axis=-1, keepdims=True)
+        return like(values * (1 / np.sqrt(squares + np.float32(norm.eps))) * self.gain, x)
+
+
+class HostHead:
+    """x (P, K) -> x . t (P, N) in fp32."""
 
     def __init__(self, matrix_NK: NDArray[Any]) -> None:
         self.matrix_NK = np.ascontiguousarray(matrix_NK, np.float32)
 
-    def __call__(self, x: mx.array, factor: float | None = None) -> mx.array:
-        y = view(x).reshape(-1, x.shape[-1]) @ self.matrix_NK.T
-        if factor is not None:
-            y *= np.float32(factor)
-        return mx.array(y.reshape(*x.shape[:-1], -1))
-
-
-def attend(
-    q: mx.array, cache: Any, k: mx.array, v: mx.array, *, scale: float, mask: Any
-) -> mx.array:
-    """Scaled dot-product attention: q (B, heads, T, D), k and v (B, kv_heads, S, D)."""
-    mx.eval(q, k, v)
-    batch, _, length, size = q.shape
-    keys, values = view(k)[:, :, None], view(v)[:, :, None]
-    queries = view(q).reshape(batch, keys.shape[1], -1, length, size)
-    scores = queries @ keys.swapaxes(-1, -2)
-    scores *= np.float32(scale)
-    if mask is not None:
-        total = keys.shape[3]
-        seen = np.tri(length, total, total - length, bool) if mask == "causal" else np.array(mask)
-        scores[..., ~seen] = -np.inf
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(axis=-1, keepdims=True)
-    return mx.array((scores @ values).reshape(q.shape))
-
-
-def silu_product(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up."""
-    with np.errstate(over="ignore"):  # exp(-gate) may be infinite: the quotient is then zero
-        y = np.exp(-view(gate))
-    y += 1
-    np.divide(view(gate), y, out=y)
-    y *= view(up)
-    return mx.array(y)
+    def __call__(self, x_PK: Any) -> Floats:
+        x_PK = floats(x_PK)
+        if len(x_PK) == 1:
+            # Row by row, on this thread: those that a BLAS would wake for a matrix go on spinning
+            # for a while, and the next token's layers need the processors.
+            return np.matmul(self.matrix_NK[:, None], x_PK[0, :, None])[:, :, 0].T
+        return x_PK @ self.matrix_NK.T
 
 
 def dense_table(table: nn.Module) -> Floats:
     """An embedding or head as an fp32 matrix (V, H), a view of it where it is one already."""
     if "scales" not in table:
-        return view(table.weight)
+        return floats(table.weight)
     packed = (table.weight, table.scales, table.biases)
-    return view(mx.dequantize(*packed, group_size=table.group_size, bits=table.bits))
-
-
-def move_products(model: Model, threads: int) -> FloatProduct:
-    """Replace the products of a loaded model by those above; returns that of its head.
-
-    Packed weights are dropped from the model.
-    """
-    keep_freed_memory()
-    workers = Workers(threads)
-    for module in model.modules():
-        if isinstance(module, TernaryLinear):
-            move_product(module, workers)
-        elif isinstance(module, Attention):
-            module.attend = attend
-        elif isinstance(module, FeedForward) and module.combine is mlx_architecture.silu_product:
-            module.combine = silu_product
-    return FloatProduct(dense_table(model.head))
+    return floats(mx.dequantize(*packed, group_size=table.group_size, bits=table.bits))
 
 
 def move_product(linear: TernaryLinear, workers: Workers) -> None:
     """Unpack a linear's words, and drop them for the form that runs here."""
-    words = np.array(linear.weight)
-    trits = packing.unpack_affine(words, words.shape[1] * 16)
-    if linear.quantized:
-        linear.host_product = IntegerProduct(trits, workers)
-    else:
-        linear.scale = float(view(linear.scales)[0, 0])
-        linear.host_product = FloatProduct(trits)
+    linear.together = HostProduct(linear, workers)
     for name in ("weight", "scales", "biases"):
         del linear[name]

@@ -96,15 +96,26 @@ class Norm(nn.Module):
     def __init__(self, size: int, eps: float, offset: float = 0.0, wide: bool = False) -> None:
         super().__init__()
         self.weight = mx.zeros((size,))
-        self._eps, self._offset, self._wide = eps, offset, wide
+        self.eps, self._offset, self._wide = eps, offset, wide
+        self.normalize: Callable[..., mx.array] = normalize  # on a CPU another: mlx_host.py
 
     def prepare(self, dtype: mx.Dtype) -> None:
         """Fold the offset in fp32, then take the type the model computes in."""
         gain = self.weight.astype(mx.float32) + self._offset
         self._gain = gain if self._wide else gain.astype(dtype)
 
+    @property
+    def gain(self) -> mx.array:
+        """offset + weight; no parameter of the module."""
+        return self._gain
+
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, self._gain, self._eps)
+        return self.normalize(self, x)
+
+
+def normalize(norm: Norm, x: mx.array) -> mx.array:
+    """What a norm does, by MLX."""
+    return mx.fast.rms_norm(x, norm.gain, norm.eps)
 
 
 class TernaryLinear(nn.QuantizedLinear):
@@ -126,7 +137,7 @@ class TernaryLinear(nn.QuantizedLinear):
         if linear["norm"]:
             self.norm = Norm(columns, norm_eps, wide=True)
         self.quantized = quantized
-        self.host_product: Callable[..., mx.array] | None = None  # see mlx_host.py
+        self.together: Any = quantize_once  # on a CPU another: mlx_host.py
         self.freeze()
 
     def to_quantized(self, **stored: Any) -> TernaryLinear:
@@ -161,15 +172,8 @@ class TernaryLinear(nn.QuantizedLinear):
         quantized: Any = quantize_activations(y)
         return quantized
 
-    def multiply(self, x: mx.array, factor: mx.array | float | None = None) -> mx.array:
-        """(..., K) -> (..., N), integers times trits or x times D t, and then times `factor`."""
-        if self.host_product is not None:
-            return self.host_product(x, factor)
-        y = self._kernel(x)
-        return y if factor is None else y * factor
-
-    def _kernel(self, x: mx.array) -> mx.array:
-        """The product by MLX's own kernel."""
+    def multiply(self, x: mx.array) -> mx.array:
+        """(..., K) -> (..., N): integers times trits, or x times D t."""
         if not self.quantized:
             return self._matmul(x, self.scales, self.biases)
         if self.half:
@@ -184,19 +188,25 @@ class TernaryLinear(nn.QuantizedLinear):
 
     def product(self, x: mx.array, down: mx.array | None, dtype: mx.Dtype) -> mx.array:
         """A quantised input (..., K) -> (..., N) of type `dtype`, scaled in fp32 after the sum."""
-        factor = self.scale if self.scale is None or down is None else down * self.scale
-        y = self.multiply(x, factor)
+        y = self.multiply(x)
+        if self.scale is not None and down is not None:
+            y = y * (down * self.scale)
         if "bias" in self:
             y = y + self.bias
         return y.astype(dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.product(*self.quantize(x), x.dtype)
+        return self.together((self,), x)[0]
+
+
+def quantize_once(linears: Sequence[TernaryLinear], x: mx.array) -> list[mx.array]:
+    """Linears on one input, which the first of them norms and quantises."""
+    shared = linears[0].quantize(x)
+    return [linear.product(*shared, x.dtype) for linear in linears]
 
 
 def apply_shared(linears: Sequence[nn.Module], x: mx.array) -> list[mx.array]:
     """Linears on one input, quantised once unless one norms it for itself or is no longer ours."""
     if any(type(linear) is not TernaryLinear or "norm" in linear for linear in linears):
         return [linear(x) for linear in linears]
-    shared = linears[0].quantize(x)
-    return [linear.product(*shared, x.dtype) for linear in linears]
+    return linears[0].together(linears, x)

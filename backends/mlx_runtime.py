@@ -1,8 +1,8 @@
 """Runs MLX artifacts: on Metal by MLX's own 2-bit kernels, elsewhere in fp32 to check them.
 
 On Apple silicon activations have the file's 16-bit type and weights stay at 2 bits. Elsewhere the
-default is fp32, with the products computed by our own CPU kernels from the same packed words (see
-mlx_host.py): that path is for verifying an artifact and for scoring, not for serving.
+default is fp32, with all but the decoder's structure computed by our own CPU kernels, from the same
+packed words (see mlx_host.py): that path is for verifying an artifact and for scoring.
 
 Needs mlx, numpy and tokenizers; neither torch nor transformers nor mlx-lm. Nothing in the directory
 is executed: a `model_file` there is for other programs.
@@ -22,7 +22,8 @@ from mlx import nn
 
 from bitdistill.backends.base import Floats, Integers, Runtime
 from bitdistill.backends.mlx_architecture import Model, ModelArgs
-from bitdistill.backends.mlx_host import FloatProduct, dense_table, move_products
+from bitdistill.backends.mlx_host import HostHead, dense_table, floats
+from bitdistill.backends.mlx_host_attention import HostCache, move_to_host
 from bitdistill.backends.mlx_layout import architecture, table_paths
 from bitdistill.backends.mlx_linear import TernaryLinear
 from bitdistill.decoder import DecoderSpec
@@ -31,7 +32,7 @@ from bitdistill.names import suggest
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 PRODUCTS = ("mlx", "cpu")
-HOST_TOKENS = 128  # that many at a time, whose activations stay in a CPU's caches
+HOST_TOKENS = 512  # that many at a time, whose activations stay in a CPU's caches
 
 
 class LayerCache:
@@ -48,6 +49,11 @@ class LayerCache:
         self.values[:, :, start : self.offset] = values
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
 
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """What is held, to be evaluated."""
+        return self.keys, self.values
+
     def make_mask(self, length: int, return_array: bool, window_size: int | None) -> Any:
         """What `length` queries behind those held see: at most `window_size` tokens."""
         total = self.offset + length
@@ -60,10 +66,8 @@ class LayerCache:
 class KeyValueCache:
     """Keys and values of one sequence: `length` tokens are held, `capacity` fit."""
 
-    def __init__(self, spec: DecoderSpec, capacity: int, dtype: mx.Dtype) -> None:
-        shape = (1, spec.kv_heads, capacity, spec.head_dim)
-        self.layers = [LayerCache(shape, dtype) for _ in spec.layers]
-        self.capacity = capacity
+    def __init__(self, layers: Sequence[LayerCache | HostCache], capacity: int) -> None:
+        self.layers, self.capacity = layers, capacity
 
     @property
     def length(self) -> int:
@@ -73,7 +77,7 @@ class KeyValueCache:
     @property
     def arrays(self) -> list[mx.array]:
         """Everything held, to be evaluated."""
-        return [array for layer in self.layers for array in (layer.keys, layer.values)]
+        return [array for layer in self.layers for array in layer.arrays]
 
 
 def read_tensors(path: Path) -> dict[str, mx.array]:
@@ -94,8 +98,8 @@ class MlxRuntime(Runtime):
     """An MLX artifact, loaded.
 
     `dtype` is the type of activations (the file's own on Metal, else "float32"). `products` says
-    who multiplies: "mlx", its kernels on packed words, the default on Metal; or "cpu", ours, the
-    default elsewhere, on `threads` threads (None: all CPUs), of which MLX itself has no control.
+    who computes: "mlx", its kernels on packed words, the default on Metal; or "cpu", ours, the
+    default elsewhere, on `threads` threads (None: all CPUs).
 
     Raises FormatError for tensors that are missing, misshapen or not ternary, ValueError for an
     option that is unknown or that this mlx gets wrong.
@@ -127,9 +131,9 @@ class MlxRuntime(Runtime):
             load_weights(self.model, read_tensors(path))
         except (ValueError, RuntimeError) as error:
             raise FormatError(f"{path}: {error}") from error
-        self._head: FloatProduct | None = None
+        self._head: HostHead | None = None
         if products == "cpu":
-            self._head = move_products(self.model, threads or os.cpu_count() or 1)
+            self._head = move_to_host(self.model, self.spec, threads or os.cpu_count() or 1)
         elif self.model.dtype != mx.float32 and not metal:
             warnings.warn(
                 "without Metal, MLX sums in half precision when activations are 16 bits wide: "
@@ -140,13 +144,17 @@ class MlxRuntime(Runtime):
     def new_cache(self, capacity: int) -> KeyValueCache:
         """An empty cache for one sequence of up to `capacity` tokens."""
         self.check_capacity(capacity)
+        shape = (1, self.spec.kv_heads, capacity, self.spec.head_dim)
+        if self._head is not None:
+            return KeyValueCache([HostCache(shape) for _ in self.spec.layers], capacity)
         assert self.model.dtype is not None  # set when the weights were loaded
-        return KeyValueCache(self.spec, capacity, self.model.dtype)
+        layers = [LayerCache(shape, self.model.dtype) for _ in self.spec.layers]
+        return KeyValueCache(layers, capacity)
 
     def step(self, tokens: Sequence[int], cache: KeyValueCache) -> Floats:
         """Feed tokens of one sequence; float32 (V,) logits of the last."""
         self.check_tokens(tokens, cache.capacity - cache.length)
-        hidden = self.model.hidden(mx.array([list(tokens)], mx.int32), cache.layers)
+        hidden = self._hidden(np.array([tokens]), cache.layers)
         logits = self._logits(hidden[:, -1])
         mx.eval(cache.arrays)
         return logits[0]
@@ -154,20 +162,25 @@ class MlxRuntime(Runtime):
     def logits_at(self, tokens_BT: Integers, lengths_B: Integers, rows: Integers) -> Floats:
         """float32 (P, V) at rows (b, t); causal attention never looks at padding on the right."""
         if self._head is None:
-            return self._logits_of(tokens_BT, rows)
-        logits = np.empty((len(rows), self.vocabulary), np.float32)
+            hidden = self._hidden(tokens_BT)
+            return self._logits(hidden[mx.array(rows[:, 0]), mx.array(rows[:, 1])])
+        found = np.empty((len(rows), self.spec.hidden), np.float32)
         size = max(1, HOST_TOKENS // tokens_BT.shape[1])
         for start in range(0, len(tokens_BT), size):
             group = slice(start, start + size)
             here = (rows[:, 0] >= start) & (rows[:, 0] < start + size)
             if here.any():
-                part = tokens_BT[group, : lengths_B[group].max()]
-                logits[here] = self._logits_of(part, rows[here] - [start, 0])
-        return logits
+                part = floats(self._hidden(tokens_BT[group, : lengths_B[group].max()]))
+                found[here] = part[rows[here, 0] - start, rows[here, 1]]
+        return self._logits(found)
 
-    def _logits_of(self, tokens_BT: Integers, rows: Integers) -> Floats:
-        hidden = self.model.hidden(mx.array(tokens_BT.astype(np.int32)))
-        return self._logits(hidden[mx.array(rows[:, 0]), mx.array(rows[:, 1])])
+    def _hidden(self, tokens_BT: Integers, cache: Any = None) -> Any:
+        """(B, T, H), of MLX, or of NumPy where our kernels compute in fp32."""
+        tokens = mx.array(tokens_BT.astype(np.int32))
+        embeddings: Any = self.model.model.embed_tokens(tokens)
+        if self._head is not None and self.model.dtype == mx.float32:
+            embeddings = floats(embeddings)
+        return self.model.hidden(tokens, cache, embeddings)
 
     def tables(self) -> dict[str, Floats]:
         """Embedding and untied head, by tensor name, where fewer than 16 bits store them."""
@@ -176,9 +189,10 @@ class MlxRuntime(Runtime):
         quantized = {path: table for path, table in stored.items() if "scales" in table}
         return {f"{path}.weight": dense_table(table).copy() for path, table in quantized.items()}
 
-    def _logits(self, hidden_PH: mx.array) -> Floats:
-        logits = (self._head or self.model.logits)(hidden_PH)
-        return np.array(logits.astype(mx.float32))
+    def _logits(self, hidden_PH: Any) -> Floats:
+        if self._head is not None:
+            return self._head(hidden_PH)
+        return np.array(self.model.logits(hidden_PH).astype(mx.float32))
 
 
 def _check(what: str, name: str, known: Collection[str]) -> None:

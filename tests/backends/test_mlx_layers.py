@@ -45,10 +45,11 @@ def test_integer_products_are_exact(shape: tuple[int, int], products: str) -> No
     random = np.random.default_rng(shape[1])
     trits = random.integers(-1, 2, shape)
     trits[0] = 1  # the largest sum there is
-    values = random.integers(-128, 128, (5, shape[1]))
-    values[0], values[1] = 127, -128
-    layer = PRODUCTS[products](ternary_layer(trits, 0.0123))
-    product = np.array(layer.multiply(mx.array(values.astype(np.float32))))
+    values = random.integers(-127, 128, (5, shape[1]))
+    values[0], values[1] = 127, -127
+    values[:, 0] = 127  # integers are then their own rounding, of a scale of 1
+    layer = PRODUCTS[products](ternary_layer(trits, 1.0))
+    product = np.array(layer(mx.array(values.astype(np.float32))))
     assert np.array_equal(product, values @ trits.T)
 
 
