@@ -44,7 +44,7 @@ test-slow: setup $(HARNESS)
 lint: setup
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
-	$(RUN)/clang-format --dry-run -Werror $(wildcard backends/kernels/*.cpp backends/kernels/*.h tests/backends/*.cpp tests/backends/*.h)
+	$(RUN)/clang-format --dry-run -Werror $(wildcard backends/kernels/*.cpp backends/kernels/*.h tests/backends/*.cpp tests/backends/*.h benchmarks/*.cpp)
 
 # The packages under one roof, as they are installed.
 typecheck: setup

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes as c
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -53,8 +55,9 @@ def packed_copies(N: int, K: int, copies: int, base3: bool = False) -> NDArray[n
     return packed.reshape(shape)
 
 
-def ternary(case: Case, seconds: float) -> Figure:
-    """ternary-2bit and ternary-base3: RMSNorm left out, quantising and unpacking included."""
+@contextmanager
+def ternary_pass(case: Case) -> Iterator[tuple[Callable[[], float], int, int]]:
+    """run() -> seconds of a pass over all copies of a layer, their number, and bytes of one."""
     base3 = case.implementation == "ternary-base3"
     weight_bytes = int(np.prod((base3_shape if base3 else kernel_shape)(case.N, case.K)))
     packed = packed_copies(case.N, case.K, copies_of(case, weight_bytes), base3)
@@ -70,11 +73,13 @@ def ternary(case: Case, seconds: float) -> Figure:
     scratch = np.empty(library().bd_scratch_bytes(case.M, case.K, 8) // 8 + 1, np.uint64)
     source, kernels = Input(x.ctypes.data, None, 0.0, case.M, case.K), Kernels(case.isa)
     with Pool(case.threads) as pool:
-        time = median_pass(
-            lambda: bench_library().bd_time_ternary(
-                kernels.table, copies, len(packed), source, scratch.ctypes.data, pool.handle,
-                y.ctypes.data,
-            ),
-            seconds,
-        )  # fmt: skip
-    return figure_of(case, time / len(packed), weight_bytes)
+        yield lambda: bench_library().bd_time_ternary(
+            kernels.table, copies, len(packed), source, scratch.ctypes.data, pool.handle,
+            y.ctypes.data,
+        ), len(packed), weight_bytes  # fmt: skip
+
+
+def ternary(case: Case, seconds: float) -> Figure:
+    """ternary-2bit and ternary-base3: RMSNorm left out, quantising and unpacking included."""
+    with ternary_pass(case) as (run, copies, weight_bytes):
+        return figure_of(case, median_pass(run, seconds) / copies, weight_bytes)
