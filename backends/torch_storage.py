@@ -20,6 +20,7 @@ QUANTISED = {"int8": 8, "int4": 4}  # embedding and head: bitdistill/tables.py
 BLOCKS = "int8 blocks"  # rounding as ONNX Runtime's MatMulNBits does
 ACTIVATIONS = ("int8", BLOCKS)
 HEAD_ACTIVATIONS = ("int14", BLOCKS, "float32")  # of a quantised head
+OWN_HEAD = {"int8": "int14", "int4": BLOCKS}  # what our own kernels round, for each table
 HEAD_LEVELS = 63 * 128
 BLOCK_LEVELS = 127.0
 SMALLEST = 2.0**-100
@@ -40,7 +41,8 @@ def round_storage(model: PreTrainedModel, storage: Mapping[str, str]) -> None:
         if part not in storage:
             continue
         if storage[part] in QUANTISED and isinstance(module, nn.Linear):
-            _round_head(module, storage[part], storage.get("head_activations", "int14"))
+            table = storage[part]
+            _round_head(module, table, storage.get("head_activations", OWN_HEAD[table]))
         value = module.get_parameter("bias" if part == "biases" else "weight")
         if id(value) not in rounded:
             value.data = _round(value.data, storage[part])

@@ -10,7 +10,7 @@ namespace {
 constexpr int kPrefetch = 2048;  // bytes ahead of a 4-bit table
 constexpr int kRows = 4;         // streams
 constexpr int kTokens = 3;       // of 16 and 8 bits: what 32 registers hold for 4 rows
-constexpr int kTokens4 = 4;
+constexpr int kTokens4 = 8;
 
 // ---- 16 bits: two vectors are the 32 partial sums ----
 
@@ -174,54 +174,59 @@ inline __m512i quad(const int8_t *q) {
   return _mm512_set1_epi32(bits);
 }
 
-// The sums of a block and P parts (2 of each token), over all groups; dots is (P, 16).
-template <int P>
-void block_dots(const uint8_t *w, const int8_t *scales, const int8_t *q, const int16_t *starts,
-                const BdHeadTokens *in, int32_t (*dots)[BD_TABLE_ROWS]) {
+// The sums of a block and T tokens, over all groups; sums is (T, 16).
+template <int T>
+void block_sums(const BdTable *table, int64_t block, const BdHeadTokens *in, int64_t token,
+                float (*sums)[BD_TABLE_ROWS]) {
   const __m512i low = _mm512_set1_epi8(15);
-  const int64_t groups = table_groups(in->columns);
-  __m512i totals[P] = {};
-  for (int64_t g = 0; g < groups; ++g) {
-    __m512i sums[P];
-    for (int p = 0; p < P; ++p)
-      sums[p] = _mm512_set1_epi32(-8 * starts[p * (in->stride / BD_TABLE_COLUMNS) + g]);
+  const int64_t step = in->stride / BD_TABLE_COLUMNS;
+  const uint8_t *w = table_block(table, block);
+  const int8_t *scales = table_scales(table, block);
+  const int8_t *q = group_q(in, token);
+  const int16_t *starts = group_sums(in, token);
+  const float *downs = group_downs(in, token);
+  __m512 totals[T] = {};
+  for (int64_t g = 0; g < table_groups(in->columns); ++g) {
+    __m512i dots[T];
+    for (int t = 0; t < T; ++t) dots[t] = _mm512_set1_epi32(-8 * starts[t * step + g]);
     for (int s = 0; s < 4; ++s) {
       _mm_prefetch(reinterpret_cast<const char *>(w + 64 * s + kPrefetch), _MM_HINT_T0);
       const __m512i codes = _mm512_loadu_si512(w + 64 * s);
       const __m512i c0 = _mm512_and_si512(codes, low);
       const __m512i c1 = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low);
-      for (int p = 0; p < P; ++p) {
-        const int8_t *at = q + p * in->stride + 8 * s;
-        sums[p] = _mm512_dpbusd_epi32(sums[p], c0, quad(at));
-        sums[p] = _mm512_dpbusd_epi32(sums[p], c1, quad(at + 4));
+      for (int t = 0; t < T; ++t) {
+        const int8_t *at = q + t * in->stride + 8 * s;
+        dots[t] = _mm512_dpbusd_epi32(dots[t], c0, quad(at));
+        dots[t] = _mm512_dpbusd_epi32(dots[t], c1, quad(at + 4));
       }
     }
     const __m512i factors =
         _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales)));
-    for (int p = 0; p < P; ++p)
-      totals[p] = _mm512_add_epi32(totals[p], _mm512_mullo_epi32(sums[p], factors));
+    for (int t = 0; t < T; ++t) {
+      const __m512 dot = _mm512_cvtepi32_ps(_mm512_mullo_epi32(dots[t], factors));
+      totals[t] = _mm512_add_ps(totals[t], _mm512_mul_ps(dot, _mm512_set1_ps(downs[t * step + g])));
+    }
     w += BD_TABLE_BYTES;
     scales += BD_TABLE_ROWS;
     q += BD_TABLE_COLUMNS;
   }
-  for (int p = 0; p < P; ++p) _mm512_storeu_si512(dots[p], totals[p]);
+  for (int t = 0; t < T; ++t) _mm512_storeu_ps(sums[t], totals[t]);
 }
 
-using BlockDots = void (*)(const uint8_t *, const int8_t *, const int8_t *, const int16_t *,
-                           const BdHeadTokens *, int32_t (*)[BD_TABLE_ROWS]);
-constexpr BlockDots kBlocks[kTokens4 + 1] = {nullptr, block_dots<2>, block_dots<4>, block_dots<6>,
-                                             block_dots<8>};
+using BlockSums = void (*)(const BdTable *, int64_t, const BdHeadTokens *, int64_t,
+                           float (*)[BD_TABLE_ROWS]);
+constexpr BlockSums kBlocks[kTokens4 + 1] = {nullptr,       block_sums<1>, block_sums<2>,
+                                             block_sums<3>, block_sums<4>, block_sums<5>,
+                                             block_sums<6>, block_sums<7>, block_sums<8>};
 
 void int4(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int64_t last) {
-  alignas(64) int32_t dots[2 * kTokens4][BD_TABLE_ROWS];
+  alignas(64) float sums[kTokens4][BD_TABLE_ROWS];
   for (int64_t block = first; block < last; ++block)
     for (int64_t token = 0; token < in->tokens;) {
       const int count = tile_tokens(in->tokens - token, kTokens4);
-      kBlocks[count](table_block(w, block), table_scales(w, block), head_part(in, token, 0),
-                     head_sums(in, token, 0), in, dots);
+      kBlocks[count](w, block, in, token, sums);
       for (int t = 0; t < count; ++t, ++token)
-        write_table_rows(w, block, dots[2 * t], dots[2 * t + 1], in->down[token],
-                         y + token * w->rows);
+        write_table_rows(w, block, sums[t], y + token * w->rows);
     }
 }
 

@@ -53,9 +53,9 @@ class HeadTable(c.Structure):
 def declare(lib: c.CDLL) -> None:
     """Give the functions of a loaded library their signatures."""
     lib.bd_head_scratch_bytes.restype = c.c_size_t
-    lib.bd_head_scratch_bytes.argtypes = [c.c_int64, c.c_int64]
+    lib.bd_head_scratch_bytes.argtypes = [c.c_int64, c.c_int64, c.c_int]
     lib.bd_head_tokens.restype = HeadTokens
-    lib.bd_head_tokens.argtypes = [c.c_void_p, c.c_int64, c.c_int64]
+    lib.bd_head_tokens.argtypes = [c.c_void_p, c.c_int64, c.c_int64, c.c_int]
     lib.bd_head_quantize.restype = None
     lib.bd_head_quantize.argtypes = [c.c_void_p, c.POINTER(HeadTokens), c.c_int64, c.c_int64]
     for bits in (8, 4):
@@ -67,9 +67,9 @@ def declare(lib: c.CDLL) -> None:
 def quantized_head(lib: c.CDLL, head: HeadTable, x: Floats, table: Table) -> Floats:
     """x (M, K) contiguous, a table (N, K) of 8 or 4 bits -> (M, N), on this thread."""
     tokens, weights = x.shape[0], quantized_table(table)
-    size = lib.bd_head_scratch_bytes(tokens, table.columns)
+    size = lib.bd_head_scratch_bytes(tokens, table.columns, table.bits)
     scratch = np.full(size // 8 + 1, 0x5A5A5A5A5A5A5A5A, np.uint64)
-    prepared = lib.bd_head_tokens(scratch.ctypes.data, tokens, table.columns)
+    prepared = lib.bd_head_tokens(scratch.ctypes.data, tokens, table.columns, table.bits)
     lib.bd_head_quantize(x.ctypes.data, prepared, 0, tokens)
     y = np.empty((tokens, table.rows), np.float32)
     product, units = (head.int8, table.rows) if table.bits == 8 else (head.int4, len(table.codes))

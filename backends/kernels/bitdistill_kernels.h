@@ -23,13 +23,16 @@
  * The LM head and the embedding read one table of 16, 8 or 4 bits:
  *
  *   half       y[n] = x . fp32(table[n])
- *   int8, int4 g = max |x|;  q = round-half-even(x * (8064 / g)), zero if g < 2^-100
+ *   int8       g = max |x|;  q = round-half-even(x * (8064 / g)), zero if g < 2^-100
  *              y[n] = float(q . w[n]) * ((g / 8064) * scale[n])
+ *   int4       of each 32 columns d = max |x| / 127;  q = round-half-even(x * (1 / d)), zero if
+ *              max |x| < 2^-100;  y[n] = (float(q . w[n]) * d + ...) * scale[n], group by group
  *   gather     row[k] = float(w[n][k]) * scale[n]
  *
  * with integers w = code - 128 (8 bits) or w = group_scale * (code - 8) (4 bits), so that q . w is
- * exact too. Activations of 14 bits cost little beside a table that comes from memory, where 8 bits
- * would cost more accuracy than the table does; q is also kept as 128 * high + low.
+ * exact too. Beside a table of 8 bits, 8-bit activations would cost more accuracy than the table
+ * does, and 14 bits cost little where the table comes from memory; q is also kept as
+ * 128 * high + low. A table of 4 bits costs so much that 8 bits for each 32 columns add nothing.
  *
  * Nothing throws, and only the pool locks. It allocates, and so does AVX2 prefill: once a thread,
  * and without memory it takes a slower way. Pointers need no alignment beyond their type's
@@ -69,7 +72,7 @@ enum {
   BD_SILU = 1, /* of a gate */
   BD_GELU_TANH = 2,
   BD_HEAD_LEVELS = 63 * 128,
-  BD_MAX_TABLE_COLUMNS = 1 << 14 /* 128 * 8 * 64 K must fit int32 */
+  BD_MAX_TABLE_COLUMNS = 1 << 14 /* 2 * 255 * 8064 K / 32 must fit int32 */
 };
 
 /* A ternary matrix (rows, columns): packed is uint8 (ceil(rows/32), ceil(columns/16), 32, 4), or in
@@ -133,12 +136,14 @@ typedef struct BdTable {
   int64_t columns;
 } BdTable;
 
-/* Activations as int8 and int4 read them, in the caller's scratch memory. */
+/* Activations as int8 and int4 read them, in the caller's scratch memory; zero beyond `columns`. */
 typedef struct BdHeadTokens {
-  int16_t *q;    /* (tokens, stride), zero beyond `columns` */
-  int8_t *parts; /* (tokens, 2, stride): high in -63 .. 63, low in -64 .. 63 */
-  int16_t *sums; /* (tokens, 2, stride / 32): of each 32 columns of the parts */
-  float *down;   /* g / 8064 of each token; NaN for a token that is not finite */
+  int16_t *q;    /* int8: (tokens, stride); int4: NULL */
+  int8_t *parts; /* int8: (tokens, 2, stride), high in -63 .. 63, low in -64 .. 63; int4: q itself,
+                  * (tokens, 1, stride) */
+  int16_t *sums; /* of each 32 columns of the parts */
+  float *down;   /* int8: g / 8064 (tokens); int4: d (tokens, stride / 32); NaN where x is not
+                  * finite */
   int64_t tokens;
   int64_t columns;
   int64_t stride;
@@ -238,9 +243,9 @@ BD_API int bd_has_code_3(const uint8_t *packed, size_t bytes);
 /* 1 if any of `bytes` bytes is none of the 243 that hold five trits. */
 BD_API int bd_has_no_trits(const uint8_t *packed, size_t bytes);
 
-/* Bytes of scratch memory for a quantised head, and its division (aligned to 8 bytes). */
-BD_API size_t bd_head_scratch_bytes(int64_t tokens, int64_t columns);
-BD_API BdHeadTokens bd_head_tokens(void *scratch, int64_t tokens, int64_t columns);
+/* Bytes of scratch memory for a head of 8 or 4 bits, and its division (aligned to 8 bytes). */
+BD_API size_t bd_head_scratch_bytes(int64_t tokens, int64_t columns, int table_bits);
+BD_API BdHeadTokens bd_head_tokens(void *scratch, int64_t tokens, int64_t columns, int table_bits);
 
 /* x (tokens, columns) -> the tokens [first, last) of `out`. The same code on every CPU: it takes
  * microseconds beside a head's milliseconds. */

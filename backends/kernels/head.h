@@ -24,13 +24,26 @@ inline float head_value(int64_t sum, float down, float scale) {
   return static_cast<float>(sum) * (down * scale);
 }
 
-// Where a token's parts begin.
+// Where a token's parts begin, for a table of 8 bits.
 inline const int8_t *head_part(const BdHeadTokens *in, int64_t token, int part) {
   return in->parts + (2 * token + part) * in->stride;
 }
 
 inline const int16_t *head_sums(const BdHeadTokens *in, int64_t token, int part) {
   return in->sums + (2 * token + part) * (in->stride / BD_TABLE_COLUMNS);
+}
+
+// Of a token, for a table of 4 bits.
+inline const int8_t *group_q(const BdHeadTokens *in, int64_t token) {
+  return in->parts + token * in->stride;
+}
+
+inline const int16_t *group_sums(const BdHeadTokens *in, int64_t token) {
+  return in->sums + token * (in->stride / BD_TABLE_COLUMNS);
+}
+
+inline const float *group_downs(const BdHeadTokens *in, int64_t token) {
+  return in->down + token * (in->stride / BD_TABLE_COLUMNS);
 }
 
 // 128 times the sum of a token's q: what products of codes 0..255 owe to those of code - 128.
@@ -42,12 +55,10 @@ inline int64_t head_owed(const BdHeadTokens *in, int64_t token) {
 }
 
 // Scales the sums of one token and one block of 16 rows into y.
-inline void write_table_rows(const BdTable *w, int64_t block, const int32_t *high,
-                             const int32_t *low, float down, float *y) {
+inline void write_table_rows(const BdTable *w, int64_t block, const float *sums, float *y) {
   const int64_t first = block * BD_TABLE_ROWS;
   const int64_t count = smaller(BD_TABLE_ROWS, w->rows - first);
-  for (int64_t r = 0; r < count; ++r)
-    y[first + r] = head_value(whole_sum(high[r], low[r]), down, w->scale[first + r]);
+  for (int64_t r = 0; r < count; ++r) y[first + r] = sums[r] * w->scale[first + r];
 }
 
 // Row-major tables are read as R streams, each in order, rather than R neighbouring rows: those

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kRows8 = 4;  // streams
 constexpr int kTokens8 = 2;
-constexpr int kTokens4 = 2;
+constexpr int kTokens4 = 4;
 
 // ---- 16 bits: eight vectors are the 32 partial sums of a row and token ----
 
@@ -104,16 +104,16 @@ void int8(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int
 
 // ---- 4 bits: each lane is a row; codes 0..15 start from what their offset of 8 owes ----
 
-// Four rows of a group for P parts.
-template <int P>
-inline void group4(const uint8_t *w, const int8_t *q, int64_t stride, int32x4_t (&sums)[P]) {
+// Four rows of a group for T tokens.
+template <int T>
+inline void group4(const uint8_t *w, const int8_t *q, int64_t stride, int32x4_t (&dots)[T]) {
   for (int s = 0; s < 4; ++s) {
     const uint8x16_t codes = vld1q_u8(w + 64 * s);
     const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(codes, vdupq_n_u8(15)));
     const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(codes, 4));
-    for (int p = 0; p < P; ++p) {
-      sums[p] = vdotq_s32(sums[p], low, quad(q + p * stride + 8 * s));
-      sums[p] = vdotq_s32(sums[p], high, quad(q + p * stride + 8 * s + 4));
+    for (int t = 0; t < T; ++t) {
+      dots[t] = vdotq_s32(dots[t], low, quad(q + t * stride + 8 * s));
+      dots[t] = vdotq_s32(dots[t], high, quad(q + t * stride + 8 * s + 4));
     }
   }
 }
@@ -125,39 +125,50 @@ inline int32x4_t four_scales(const int8_t *scales) {
   return vmovl_s16(vget_low_s16(vmovl_s8(bytes)));
 }
 
-// The sums of a block and P parts (2 of each token), over all groups; dots is (P, 16).
-template <int P>
-void block_dots(const BdTable *w, int64_t block, const BdHeadTokens *in, int64_t token,
-                int32_t (*dots)[BD_TABLE_ROWS]) {
+// The sums of a block and T tokens, over all groups; sums is (T, 16).
+template <int T>
+void block_sums(const BdTable *w, int64_t block, const BdHeadTokens *in, int64_t token,
+                float (*sums)[BD_TABLE_ROWS]) {
+  const int64_t step = in->stride / BD_TABLE_COLUMNS;
   const uint8_t *codes = table_block(w, block);
   const int8_t *scales = table_scales(w, block);
-  const int8_t *q = head_part(in, token, 0);
-  int32x4_t totals[4][P] = {};
+  const int8_t *q = group_q(in, token);
+  const int16_t *starts = group_sums(in, token);
+  const float *downs = group_downs(in, token);
+  float32x4_t totals[4][T] = {};
   for (int64_t g = 0; g < table_groups(w->columns); ++g) {
     for (int v = 0; v < 4; ++v) {
-      int32x4_t sums[P];
-      for (int p = 0; p < P; ++p) sums[p] = vdupq_n_s32(-8 * head_sums(in, token, p)[g]);
-      group4<P>(codes + 16 * v, q, in->stride, sums);
+      int32x4_t dots[T];
+      for (int t = 0; t < T; ++t) dots[t] = vdupq_n_s32(-8 * starts[t * step + g]);
+      group4<T>(codes + 16 * v, q, in->stride, dots);
       const int32x4_t factors = four_scales(scales + 4 * v);
-      for (int p = 0; p < P; ++p) totals[v][p] = vmlaq_s32(totals[v][p], sums[p], factors);
+      for (int t = 0; t < T; ++t) {
+        const float32x4_t dot = vcvtq_f32_s32(vmulq_s32(dots[t], factors));
+        const float32x4_t product = vmulq_f32(dot, vdupq_n_f32(downs[t * step + g]));
+        totals[v][t] = vaddq_f32(totals[v][t], product);
+      }
     }
     codes += BD_TABLE_BYTES;
     scales += BD_TABLE_ROWS;
     q += BD_TABLE_COLUMNS;
   }
   for (int v = 0; v < 4; ++v)
-    for (int p = 0; p < P; ++p) vst1q_s32(dots[p] + 4 * v, totals[v][p]);
+    for (int t = 0; t < T; ++t) vst1q_f32(sums[t] + 4 * v, totals[v][t]);
 }
 
+using BlockSums = void (*)(const BdTable *, int64_t, const BdHeadTokens *, int64_t,
+                           float (*)[BD_TABLE_ROWS]);
+constexpr BlockSums kBlocks[kTokens4 + 1] = {nullptr, block_sums<1>, block_sums<2>, block_sums<3>,
+                                             block_sums<4>};
+
 void int4(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int64_t last) {
-  int32_t dots[2 * kTokens4][BD_TABLE_ROWS];
+  float sums[kTokens4][BD_TABLE_ROWS];
   for (int64_t block = first; block < last; ++block)
     for (int64_t token = 0; token < in->tokens;) {
       const int count = tile_tokens(in->tokens - token, kTokens4);
-      (count == 1 ? block_dots<2> : block_dots<4>)(w, block, in, token, dots);
+      kBlocks[count](w, block, in, token, sums);
       for (int t = 0; t < count; ++t, ++token)
-        write_table_rows(w, block, dots[2 * t], dots[2 * t + 1], in->down[token],
-                         y + token * w->rows);
+        write_table_rows(w, block, sums[t], y + token * w->rows);
     }
 }
 

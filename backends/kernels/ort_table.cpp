@@ -104,9 +104,10 @@ ort::Status *read_table(const Kernel &k, const ort::KernelContext *context, BdTa
 
 ort::Status *run_head(const Kernel &k, const ort::KernelContext *context, const BdTable &w,
                       const float *x, int64_t tokens, float *y) {
-  const Scratch scratch(bd_head_scratch_bytes(tokens, w.columns));
+  const int bits = static_cast<int>(k.bits);
+  const Scratch scratch(bd_head_scratch_bytes(tokens, w.columns, bits));
   if (scratch.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
-  const BdHeadTokens in = bd_head_tokens(scratch.data(), tokens, w.columns);
+  const BdHeadTokens in = bd_head_tokens(scratch.data(), tokens, w.columns, bits);
   const double columns = static_cast<double>(w.columns);
   BD_TRY(parallel(k.api, context, tokens, chunk_of(columns * 2),
                   [&](int64_t a, int64_t b) { bd_head_quantize(x, &in, a, b); }));

@@ -38,12 +38,14 @@ int32_t group_dot(const uint8_t *codes, const int8_t *q, int r) {
   return sum;
 }
 
-void block_dots4(const BdTable *w, int64_t block, const int8_t *q, int32_t *dots) {
+void block_sums4(const BdTable *w, int64_t block, const int8_t *q, const float *downs,
+                 float *sums) {
   const uint8_t *codes = table_block(w, block);
   const int8_t *scales = table_scales(w, block);
-  for (int r = 0; r < BD_TABLE_ROWS; ++r) dots[r] = 0;
+  for (int r = 0; r < BD_TABLE_ROWS; ++r) sums[r] = 0.0f;
   for (int64_t g = 0; g < table_groups(w->columns); ++g) {
-    for (int r = 0; r < BD_TABLE_ROWS; ++r) dots[r] += scales[r] * group_dot(codes, q, r);
+    for (int r = 0; r < BD_TABLE_ROWS; ++r)
+      sums[r] += static_cast<float>(scales[r] * group_dot(codes, q, r)) * downs[g];
     codes += BD_TABLE_BYTES;
     scales += BD_TABLE_ROWS;
     q += BD_TABLE_COLUMNS;
@@ -51,13 +53,11 @@ void block_dots4(const BdTable *w, int64_t block, const int8_t *q, int32_t *dots
 }
 
 void int4(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int64_t last) {
-  int32_t high[BD_TABLE_ROWS];
-  int32_t low[BD_TABLE_ROWS];
+  float sums[BD_TABLE_ROWS];
   for (int64_t block = first; block < last; ++block)
     for (int64_t token = 0; token < in->tokens; ++token) {
-      block_dots4(w, block, head_part(in, token, 0), high);
-      block_dots4(w, block, head_part(in, token, 1), low);
-      write_table_rows(w, block, high, low, in->down[token], y + token * w->rows);
+      block_sums4(w, block, group_q(in, token), group_downs(in, token), sums);
+      write_table_rows(w, block, sums, y + token * w->rows);
     }
 }
 

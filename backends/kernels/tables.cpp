@@ -4,10 +4,26 @@
 
 namespace {
 
-constexpr float kSmallest = 7.888609e-31f;  // 2^-100: below it 8064 / g could overflow
+constexpr float kSmallest = 7.888609e-31f;  // 2^-100: below it the quotients could overflow
+constexpr float kGroupLevels = 127.0f;
 
 int64_t stride_of(int64_t columns) { return (columns + 63) / 64 * 64 + 64; }
 size_t align8(size_t bytes) { return (bytes + 7) / 8 * 8; }
+
+// Bytes of each array of a BdHeadTokens, in their order in memory.
+struct HeadSizes {
+  size_t down, sums, q, parts;
+};
+
+HeadSizes head_sizes(int64_t tokens, int64_t columns, int table_bits) {
+  const size_t m = static_cast<size_t>(tokens);
+  const size_t stride = static_cast<size_t>(stride_of(columns));
+  const size_t groups = stride / BD_TABLE_COLUMNS;
+  if (table_bits == 8)
+    return {align8(m * sizeof(float)), m * 2 * groups * sizeof(int16_t),
+            m * stride * sizeof(int16_t), m * 2 * stride};
+  return {m * groups * sizeof(float), m * groups * sizeof(int16_t), 0, m * stride};
+}
 
 int32_t largest_magnitude(const float *x, int64_t columns) {
   int32_t top = 0;
@@ -37,21 +53,43 @@ void split(int32_t q, int8_t *high, int8_t *low, int16_t *high_sum, int16_t *low
   *low_sum = static_cast<int16_t>(*low_sum + *low);
 }
 
+// For a table of 8 bits; all places of `out` are zero before.
 void quantize_token(const float *x, const BdHeadTokens *out, int64_t token) {
   const int64_t stride = out->stride;
   const int64_t groups = stride / BD_TABLE_COLUMNS;
   int16_t *q = out->q + token * stride;
   int8_t *parts = out->parts + 2 * token * stride;
   int16_t *sums = out->sums + 2 * token * groups;
-  memset(q, 0, static_cast<size_t>(stride) * sizeof *q);
-  memset(parts, 0, static_cast<size_t>(2 * stride));
-  memset(sums, 0, static_cast<size_t>(2 * groups) * sizeof *sums);
   float up;
   if (!head_scale(largest_magnitude(x, out->columns), &up, &out->down[token])) return;
   for (int64_t i = 0; i < out->columns; ++i) {
     q[i] = static_cast<int16_t>(round_even(x[i] * up));
     int16_t *sum = sums + i / BD_TABLE_COLUMNS;
     split(q[i], parts + i, parts + stride + i, sum, sum + groups);
+  }
+}
+
+// 32 columns, or the last ones, for a table of 4 bits; the places of q and `sum` are zero before.
+void quantize_group(const float *x, int64_t columns, int8_t *q, int16_t *sum, float *down) {
+  const int32_t g_bits = largest_magnitude(x, columns);
+  float g;
+  memcpy(&g, &g_bits, sizeof g);
+  *down = g_bits < kInfinityBits ? g / kGroupLevels : NAN;
+  if (g_bits >= kInfinityBits || g < kSmallest) return;
+  const float up = 1.0f / *down;
+  for (int64_t i = 0; i < columns; ++i) {
+    q[i] = static_cast<int8_t>(round_even(x[i] * up));
+    *sum = static_cast<int16_t>(*sum + q[i]);
+  }
+}
+
+void quantize_groups(const float *x, const BdHeadTokens *out, int64_t token) {
+  const int64_t groups = out->stride / BD_TABLE_COLUMNS;
+  for (int64_t g = 0; g < table_groups(out->columns); ++g) {
+    const int64_t first = g * BD_TABLE_COLUMNS;
+    quantize_group(x + first, smaller(BD_TABLE_COLUMNS, out->columns - first),
+                   out->parts + token * out->stride + first, out->sums + token * groups + g,
+                   out->down + token * groups + g);
   }
 }
 
@@ -72,29 +110,35 @@ void gather_row4(const BdTable *table, int64_t id, float *row) {
 
 extern "C" {
 
-size_t bd_head_scratch_bytes(int64_t tokens, int64_t columns) {
-  const size_t m = static_cast<size_t>(tokens);
-  const size_t stride = static_cast<size_t>(stride_of(columns));
-  return align8(m * sizeof(float)) + m * (4 * stride + 4 * stride / BD_TABLE_COLUMNS);
+size_t bd_head_scratch_bytes(int64_t tokens, int64_t columns, int table_bits) {
+  const HeadSizes sizes = head_sizes(tokens, columns, table_bits);
+  return sizes.down + sizes.sums + sizes.q + sizes.parts;
 }
 
-BdHeadTokens bd_head_tokens(void *scratch, int64_t tokens, int64_t columns) {
-  const size_t m = static_cast<size_t>(tokens);
-  const size_t stride = static_cast<size_t>(stride_of(columns));
-  char *bytes = static_cast<char *>(scratch);
-  BdHeadTokens out = {nullptr, nullptr, nullptr,           reinterpret_cast<float *>(bytes),
-                      tokens,  columns, stride_of(columns)};
-  bytes += align8(m * sizeof(float));
-  out.sums = reinterpret_cast<int16_t *>(bytes);
-  bytes += m * 2 * stride / BD_TABLE_COLUMNS * sizeof(int16_t);
-  out.q = reinterpret_cast<int16_t *>(bytes);
-  out.parts = reinterpret_cast<int8_t *>(bytes + m * stride * sizeof(int16_t));
-  return out;
+BdHeadTokens bd_head_tokens(void *scratch, int64_t tokens, int64_t columns, int table_bits) {
+  const HeadSizes sizes = head_sizes(tokens, columns, table_bits);
+  char *down = static_cast<char *>(scratch);
+  char *sums = down + sizes.down;
+  char *q = sums + sizes.sums;
+  return {table_bits == 8 ? reinterpret_cast<int16_t *>(q) : nullptr,
+          reinterpret_cast<int8_t *>(q + sizes.q),
+          reinterpret_cast<int16_t *>(sums),
+          reinterpret_cast<float *>(down),
+          tokens,
+          columns,
+          stride_of(columns)};
 }
 
 void bd_head_quantize(const float *x, const BdHeadTokens *out, int64_t first, int64_t last) {
+  const int64_t parts = out->q != nullptr ? 2 : 1;
+  const auto clear = [&](auto *places, int64_t each) {
+    memset(places + first * each, 0, static_cast<size_t>((last - first) * each) * sizeof *places);
+  };
+  clear(out->parts, parts * out->stride);
+  clear(out->sums, parts * out->stride / BD_TABLE_COLUMNS);
+  if (out->q != nullptr) clear(out->q, out->stride);
   for (int64_t token = first; token < last; ++token)
-    quantize_token(x + token * out->columns, out, token);
+    (out->q != nullptr ? quantize_token : quantize_groups)(x + token * out->columns, out, token);
 }
 
 void bd_gather_int8(const BdTable *table, const int64_t *ids, int64_t count, float *rows) {

@@ -141,8 +141,9 @@ Table random_table(std::mt19937 &random, int64_t rows, int64_t columns, int bits
 std::vector<float> run_table(const BdKernels *kernels, const Table &table,
                              const std::vector<float> &x, int bits) {
   const int64_t tokens = static_cast<int64_t>(x.size()) / table.columns;
-  const std::unique_ptr<char[]> scratch(new char[bd_head_scratch_bytes(tokens, table.columns) + 1]);
-  const BdHeadTokens in = bd_head_tokens(scratch.get(), tokens, table.columns);
+  const size_t size = bd_head_scratch_bytes(tokens, table.columns, bits);
+  const std::unique_ptr<char[]> scratch(new char[size + 1]);
+  const BdHeadTokens in = bd_head_tokens(scratch.get(), tokens, table.columns, bits);
   std::vector<float> y(static_cast<size_t>(tokens * table.rows), -1.0f);
   const BdTable w = table.weights();
   bd_head_quantize(x.data(), &in, 0, tokens);

@@ -73,8 +73,8 @@ Values quantised(const BdKernels *kernels, Bytes bytes, const Shape &shape, int 
   const Values scale = bytes.array<float>(shape.rows);
   const Values x = bytes.array<float>(shape.tokens * shape.columns);
   const BdTable w = {codes.data(), group_scale.data(), scale.data(), shape.rows, shape.columns};
-  std::vector<char> scratch(bd_head_scratch_bytes(shape.tokens, shape.columns) + 1);
-  const BdHeadTokens in = bd_head_tokens(scratch.data(), shape.tokens, shape.columns);
+  std::vector<char> scratch(bd_head_scratch_bytes(shape.tokens, shape.columns, bits) + 1);
+  const BdHeadTokens in = bd_head_tokens(scratch.data(), shape.tokens, shape.columns, bits);
   Values y(static_cast<size_t>(shape.tokens * shape.rows), 0.0f);
   bd_head_quantize(x.data(), &in, 0, shape.tokens);
   if (bits == 8)

@@ -80,8 +80,8 @@ def head(case: Case, seconds: float) -> Figure:
     weights = [quantized_table(copy) for copy in copies]
     x = np.random.default_rng(1).standard_normal((case.M, case.K), np.float32)
     lib = library()
-    scratch = np.empty(lib.bd_head_scratch_bytes(case.M, case.K) // 8 + 1, np.uint64)
-    tokens = lib.bd_head_tokens(scratch.ctypes.data, case.M, case.K)
+    scratch = np.empty(lib.bd_head_scratch_bytes(case.M, case.K, bits) // 8 + 1, np.uint64)
+    tokens = lib.bd_head_tokens(scratch.ctypes.data, case.M, case.K, bits)
 
     def part(first: int, last: int) -> None:
         for w in weights:
