@@ -7,7 +7,8 @@
 The dense model is mlx-lm's own of that shape, random fp32 weights, without the norms and roundings
 that a student adds. MLX's wheel for Linux brings a slow reference BLAS, so its process preloads
 OpenBLAS (Debian: libopenblas0). Each has a process of its own; rounds alternate. Prints JSON lines:
-median tokens/s, and `ratio`, ours over dense, the median of the rounds' ratios.
+median tokens/s; `ratio`, ours over dense, the median of the rounds' ratios, and `quartiles` of
+these; and `ratio_of_best`, of the fastest rounds, which others on the machine disturb least.
 """
 
 from __future__ import annotations
@@ -151,14 +152,18 @@ def main() -> None:
     dense = Worker(*common, "--serve", "dense", preload=options.blas)
     for what, count in TOKENS.items():
         pairs = [(ours.seconds(what), dense.seconds(what)) for _ in range(options.rounds)]
-        mine, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
+        mine, theirs = zip(*pairs, strict=True)
+        ratios = [b / a for a, b in pairs]
+        lower, _, upper = statistics.quantiles(ratios, n=4)
         record = {
             "benchmark": f"mlx-linux-{what}",
             "shape": options.shape,
             "tokens": count,
-            "tokens_per_second": round(count / mine, 1),
-            "dense_tokens_per_second": round(count / theirs, 1),
-            "ratio": round(statistics.median(b / a for a, b in pairs), 3),
+            "tokens_per_second": round(count / statistics.median(mine), 1),
+            "dense_tokens_per_second": round(count / statistics.median(theirs), 1),
+            "ratio": round(statistics.median(ratios), 3),
+            "quartiles": [round(lower, 3), round(upper, 3)],
+            "ratio_of_best": round(min(theirs) / min(mine), 3),
             "rounds": options.rounds,
             "blas": Path(options.blas).name,
             "cores": os.cpu_count(),
