@@ -77,7 +77,7 @@ def test_what_is_reported(
 def test_equals_pytorch_with_the_same_rounding(
     student_dir: Students, tmp_path: Path, bits: int, family: str, tied: bool
 ) -> None:
-    """Without int8 activations; the head's 14 or 8 bits may flip a rounding, worth a part of a step."""
+    """Without int8 activations; the head's own rounding may flip one, worth a part of a step."""
     student = student_dir(family, "paper", None, tie_word_embeddings=tied)
     out = exporters.export(student, "onnx", tmp_path / "out", embed_bits=bits, kv_bits=32)
     storage = manifest.read_manifest(out)["storage"]
