@@ -27,7 +27,6 @@ from bitdistill.backends.mlx_host import (
 )
 from bitdistill.backends.mlx_linear import Norm, TernaryLinear
 from bitdistill.decoder import DecoderSpec, RotarySpec
-from bitdistill.exporters.onnx_layout import rotary_tables
 
 FLOAT_BYTES = 4
 HEAD_MULTIPLE, MAX_HEAD_SIZE = 16, 1024  # of bitdistill_attention.h
@@ -37,12 +36,12 @@ class RotaryTables:
     """cos and sin of the positions that were needed so far, and of as many more."""
 
     def __init__(self, spec: RotarySpec) -> None:
-        self.spec, self.tables = spec, rotary_tables(spec, 0)
+        self.spec, self.tables = spec, spec.tables(0)
 
     def __call__(self, positions: int) -> tuple[Floats, Floats]:
         """float32 (at least `positions`, D / 2) each."""
         if len(self.tables[0]) < positions:
-            self.tables = rotary_tables(self.spec, 2 * positions)
+            self.tables = self.spec.tables(2 * positions)
         return self.tables
 
 

@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 NormStyle = Literal["paper", "allnorm", "none"]
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -117,6 +120,17 @@ class RotarySpec:
 
     frequencies: tuple[float, ...]
     scale: float
+
+    def tables(self, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """cos and sin of the first `positions`, float32 (positions, head_dim / 2).
+
+        Angles are rounded to fp32 as in Hugging Face, whose model this has to equal: at position
+        8000 that rounding is worth 5e-4 radians. Their cosines are taken in fp64.
+        """
+        turns = np.arange(positions, dtype=np.float32)
+        angles = np.outer(turns, np.array(self.frequencies, np.float32)).astype(np.float64)
+        cos, sin = np.cos(angles) * self.scale, np.sin(angles) * self.scale
+        return cos.astype(np.float32), sin.astype(np.float32)
 
 
 @dataclass(frozen=True)

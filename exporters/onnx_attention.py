@@ -14,7 +14,6 @@ import onnx_ir as ir
 
 from bitdistill.backends import kv_cache
 from bitdistill.decoder import DecoderSpec, LayerSpec, RotarySpec
-from bitdistill.exporters.onnx_layout import rotary_tables
 from bitdistill.exporters.onnx_linears import DEFAULT
 from bitdistill.exporters.onnx_nodes import typed_value
 
@@ -51,7 +50,7 @@ def rotary(graph: DecoderGraph, index: int, spec: RotarySpec) -> list[ir.Value]:
     if graph.ops == DEFAULT:
         frequencies = np.array(spec.frequencies, np.float32)
         return [graph.data.add(f"{name}.frequencies", frequencies, "rotary")]
-    cos, sin = rotary_tables(spec, graph.context)
+    cos, sin = spec.tables(graph.context)
     return [
         graph.data.add(f"{name}.cos", cos, "rotary"),
         graph.data.add(f"{name}.sin", sin, "rotary"),

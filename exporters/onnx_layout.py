@@ -1,4 +1,4 @@
-"""Which matrices and tables an ONNX artifact stores; needs NumPy only.
+"""Which matrices and tables an ONNX artifact stores.
 
 A reader of artifacts needs this as much as the exporter does: it says where each linear's rows lie.
 """
@@ -8,10 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from bitdistill.decoder import LINEARS, DecoderSpec, RotarySpec
+from bitdistill.decoder import LINEARS, DecoderSpec
 
 FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -41,17 +38,3 @@ def scale_rows(spec: DecoderSpec, parts: Sequence[str]) -> int:
     q, k and v of 576, 192 and 192 rows have blocks of 192 rows and five scales: q's three times.
     """
     return math.gcd(*(spec.shape(part)[0] for part in parts))
-
-
-def rotary_tables(
-    spec: RotarySpec, context: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin, float32 (context, head_dim / 2).
-
-    Angles are rounded to fp32 as in Hugging Face, whose model this has to equal: at position 8000
-    that rounding is worth 5e-4 radians. Their cosines are taken in fp64.
-    """
-    positions = np.arange(context, dtype=np.float32)
-    angles = np.outer(positions, np.array(spec.frequencies, np.float32)).astype(np.float64)
-    cos, sin = np.cos(angles) * spec.scale, np.sin(angles) * spec.scale
-    return cos.astype(np.float32), sin.astype(np.float32)
