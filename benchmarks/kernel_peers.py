@@ -222,8 +222,8 @@ def main() -> None:
     enlarge_stack()
     if (load := os.getloadavg()[0]) > BUSY:
         print(
-            f"the load average is {load:.1f}: the peers' threads wait for each other in loops, so a "
-            "busy machine flatters ours; measure on a quiet one",
+            f"the load average is {load:.1f}: the peers' threads wait for each other in loops, so "
+            "a busy machine flatters ours; measure on a quiet one",
             file=sys.stderr,
         )
     with tempfile.TemporaryDirectory() as folder:

@@ -133,10 +133,11 @@ def student_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Cal
         if key not in made:
             teacher = random_teacher(family, len(tokenizer), **overrides)
             model = student.make_student(teacher, norm_style, activation_bits)  # type: ignore[arg-type]
+            drawn = torch.Generator().manual_seed(3)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if name.endswith("_proj.norm.weight"):
-                        parameter.uniform_(0.5, 1.5)
+                        parameter.uniform_(0.5, 1.5, generator=drawn)
             path = root / str(len(made))
             content = {
                 "stage": "student",
