@@ -17,6 +17,7 @@ int64_t lookup(const BdTernary *w, const BdTokens *in, float *y, int64_t first, 
 void ternary_float(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void ternary_base3(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last);
 void unpack_base3(const BdTernary *w, uint8_t *out, int64_t first, int64_t last);
+void head4(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int64_t last);
 extern const BdHeadKernels heads;
 extern const BdAttentionKernels attention;
 }  // namespace avx2
