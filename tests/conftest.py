@@ -133,7 +133,7 @@ def student_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Cal
         if key not in made:
             teacher = random_teacher(family, len(tokenizer), **overrides)
             model = student.make_student(teacher, norm_style, activation_bits)  # type: ignore[arg-type]
-            drawn = torch.Generator().manual_seed(3)
+            drawn = torch.Generator().manual_seed(0)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if name.endswith("_proj.norm.weight"):

@@ -53,15 +53,22 @@ def test_equals_pytorch_without_activation_rounding(
 def test_a_narrow_cache_equals_pytorch_that_rounds_keys_and_values(
     onnx_pair: Pair, family: str, style: str, config: dict[str, Any], bits: int
 ) -> None:
-    """A key on a rounding boundary flips between two orders of summation, as in fp64 PyTorch."""
+    """A key on a rounding boundary flips between two orders of summation, as in fp64 PyTorch.
+
+    How many do, and where, is chance; so what is compared is the position in the middle, and with
+    what rounding does there at all, which is the most that flips can do.
+    """
     student, artifact = onnx_pair(family, style, None, options={"kv_bits": bits}, **config)
     runtime, tokens = backends.load(artifact), sequences()
     logits = flat(runtime, tokens)
     fp32 = flat(reference(student, artifact), tokens)
-    floor = error(flat(reference(student, artifact, "float64"), tokens), fp32).max()
-    assert error(logits, fp32).max() < 2 * floor + 1e-5
+    found = error(logits, fp32)
+    floor = error(flat(reference(student, artifact, "float64"), tokens), fp32)
     unrounded = flat(backends.load(student, storage={"embedding": "float16"}), tokens)
-    assert np.median(error(logits, unrounded)) > 10 * np.median(error(logits, fp32))
+    rounding = error(unrounded, fp32)
+    assert np.median(found) < 3 * np.median(floor) + 1e-5
+    assert np.median(found) < np.median(rounding) / 10
+    assert found.max() < rounding.max() / 3
     assert_steps_are_the_whole(runtime, tokens[0], logits[:40])
 
 
