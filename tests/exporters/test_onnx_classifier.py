@@ -66,7 +66,8 @@ def test_label_logits_are_those_of_the_whole_head(
 
 
 def test_predictions_and_parity(student: Path, classifier: Path) -> None:
-    model, reference = backends.load(classifier), backends.load(student)
+    storage = manifest.read_manifest(classifier)["storage"]
+    model, reference = backends.load(classifier), backends.load(student, storage=storage)
     examples = [Example(i, text, "a", 0) for i, text in enumerate(("not dull", "a plot", "it is"))]
     found, expected = (predict(runtime, TASK, examples) for runtime in (model, reference))
     labels = [record["label"] for record in found.records]

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from bitdistill import checkpoint, exporters, manifest, packing
 from bitdistill.decoder import RotarySpec
-from bitdistill.exporters import onnx_layout
 
 Students = Callable[..., Path]
 
@@ -150,7 +149,7 @@ def test_rotary_tables_equal_hugging_face_far_out() -> None:
     module = LlamaRotaryEmbedding(config)
     cos, sin = module(torch.zeros(1), torch.arange(8192)[None])
     spec = RotarySpec(tuple(module.inv_freq.tolist()), 1.0)
-    ours = onnx_layout.rotary_tables(spec, 8192)
+    ours = spec.tables(8192)
     np.testing.assert_allclose(ours[0], cos[0, :, :16].numpy(), atol=2e-7)
     np.testing.assert_allclose(ours[1], sin[0, :, :16].numpy(), atol=2e-7)
 
