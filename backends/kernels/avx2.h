@@ -49,6 +49,13 @@ constexpr int kPrefetch = 2048;              // bytes ahead of the weights being
 inline __m256i load(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
 inline void store(void *p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i *>(p), v); }
 
+// Four activations, in every 32-bit lane.
+inline __m256i quad(const int8_t *q) {
+  int32_t bits;
+  memcpy(&bits, q, sizeof bits);
+  return _mm256_set1_epi32(bits);
+}
+
 // One token: several blocks pass side by side, a run of groups of each in turn, while lines of all
 // of them are fetched in turn for the runs that follow: memory gives more of several pages than of
 // one.

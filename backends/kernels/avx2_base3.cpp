@@ -14,12 +14,6 @@ constexpr int kChunk = 12;  // groups of 20 columns: 60 sums
 constexpr int kTokens = 4;
 constexpr int kDigits = 5;
 
-inline __m256i quad(const int8_t *q) {
-  int32_t bits;
-  memcpy(&bits, q, sizeof bits);
-  return _mm256_set1_epi32(bits);
-}
-
 // What was carried: the high byte of each lane of both.
 inline __m256i carried(__m256i even, __m256i odd) {
   return _mm256_blendv_epi8(_mm256_srli_epi16(even, 8), odd, _mm256_set1_epi16(-256));

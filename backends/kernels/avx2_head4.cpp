@@ -9,12 +9,6 @@
 #if BD_X86
 namespace {
 
-inline __m256i quad(const int8_t *q) {
-  int32_t bits;
-  memcpy(&bits, q, sizeof bits);
-  return _mm256_set1_epi32(bits);
-}
-
 // The scales of 8 rows, each twice in its 32-bit lane as int16.
 inline __m256i pair_scales(const int8_t *scales) {
   const __m256i high_bytes =

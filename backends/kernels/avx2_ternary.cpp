@@ -17,12 +17,6 @@ constexpr int kTileChunk = 16;   // groups: 64 sums at weight 1
 constexpr int kTileVectors = 2;
 constexpr int kTileTokens = 6;
 
-inline __m256i quad(const int8_t *q) {
-  int32_t bits;
-  memcpy(&bits, q, sizeof bits);
-  return _mm256_set1_epi32(bits);
-}
-
 // ---- one token: bound by memory, so the codes at bits 2 and 6 stay in place (weight 4) ----
 
 // Products of S blocks, `step` bytes apart.
