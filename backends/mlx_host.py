@@ -23,9 +23,9 @@ from mlx import nn
 from numpy.typing import NDArray
 
 from bitdistill import packing
-from bitdistill.backends.kernels.binding import Input, Kernels, Ternary, library
+from bitdistill.backends.kernels.binding import Kernels
 from bitdistill.backends.kernels.binding_gate import ACTIVATIONS, Gate
-from bitdistill.backends.kernels.pool import Layer, Pool
+from bitdistill.backends.kernels.pool import Layer, Pool, ternary_layers
 from bitdistill.backends.mlx_linear import Norm, TernaryLinear
 
 Floats = NDArray[np.float32]
@@ -87,7 +87,6 @@ class HostProduct:
         scale = np.full(rows, floats(linear.scales)[0, 0])
         bias = floats(linear.bias).copy() if "bias" in linear else None
         self.layer = Layer(packed, scale, bias)
-        self.weights = self.layer.pointers(self.columns)
         self.norm = floats(linear.norm.gain).copy() if "norm" in linear else None
         self.epsilon = linear.norm.eps if "norm" in linear else 0.0
         self.bits = 8 if linear.quantized else 0
@@ -95,21 +94,16 @@ class HostProduct:
 
     def __call__(self, linears: Sequence[TernaryLinear], x: Any) -> list[Any]:
         """x (..., K) through linears that share it, of which this is the first's: (..., N) each."""
-        values = floats(x)
-        tokens = values.size // self.columns
-        weights = [linear.together.weights for linear in linears]
-        ys = [np.empty((*x.shape[:-1], w.rows), np.float32) for w in weights]
-        norm = None if self.norm is None else self.norm.ctypes.data
-        source = Input(values.ctypes.data, norm, self.epsilon, tokens, self.columns)
-        scratch = np.empty(
-            library().bd_scratch_bytes(tokens, self.columns, self.bits) // 8 + 1, np.uint64
+        ys = ternary_layers(
+            self.workers.kernels,
+            floats(x).reshape(-1, self.columns),
+            [linear.together.layer for linear in linears],
+            pool=self.workers.pool,
+            norm_weight=self.norm,
+            epsilon=self.epsilon,
+            activation_bits=self.bits,
         )
-        library().bd_ternary_layers(
-            self.workers.kernels.table, (Ternary * len(ys))(*weights), len(ys), source, self.bits,
-            scratch.ctypes.data, self.workers.pool.handle,
-            (c.c_void_p * len(ys))(*(y.ctypes.data for y in ys)),
-        )  # fmt: skip
-        return [like(y, x) for y in ys]
+        return [like(y.reshape(*x.shape[:-1], y.shape[-1]), x) for y in ys]
 
 
 class HostGate:
