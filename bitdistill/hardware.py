@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bitdistill.interrupt import ignored
 from bitdistill.schema import Machine
 
 
@@ -65,12 +67,15 @@ class Hardware:
 def start_compilers(machine: Machine) -> None:
     """Start the processes that compile kernels, if the run will compile; models load meanwhile.
 
-    They take seconds to start, and until they run PyTorch compiles one kernel after the other.
+    They take seconds to start, and until they run PyTorch compiles one kernel after the other. As
+    they do with Ctrl-C, they ignore SIGTERM, which batch systems send to every process of a job: a
+    trainer that still waits for a kernel saves first, and they end with it.
     """
     if not Hardware.resolve(machine).wants(machine.compile):
         return
     from torch._inductor.async_compile import AsyncCompile
 
-    AsyncCompile.warm_pool()
-    if hasattr(AsyncCompile, "use_process_pool"):  # newer ones wait for a first question
-        AsyncCompile.use_process_pool()
+    with ignored(signal.SIGTERM):  # new processes inherit it
+        AsyncCompile.warm_pool()
+        if hasattr(AsyncCompile, "use_process_pool"):  # newer ones wait for a first question
+            AsyncCompile.use_process_pool()

@@ -41,3 +41,16 @@ def stop_signals() -> Iterator[Stop]:
         yield stop
     finally:
         stop.restore()
+
+
+@contextmanager
+def ignored(number: int) -> Iterator[None]:
+    """Processes started meanwhile ignore this signal. Only the main thread can see to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)

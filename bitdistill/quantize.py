@@ -90,12 +90,14 @@ class _FromCache(torch.autograd.Function):
 class _IntegerProduct(torch.autograd.Function):
     """q . t on int8 tensor cores, exact in int32; backward in the arithmetic of the run.
 
-    x (M, K) and unit (N, K) hold integers in int8 range as floats; the result is fp32 (M, N).
+    x (M, K) and unit (N, K) hold integers in int8 range as floats; the result is fp32 (M, N). A
+    compiler may leave them a rounding away (`straight_through` becomes one multiply-add of an
+    unrounded product), so that a conversion alone, which truncates, would lose a whole unit.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, unit: Tensor) -> Tensor:
-        q, t = x.to(torch.int8), unit.to(torch.int8)
+        q, t = x.round().to(torch.int8), unit.round().to(torch.int8)
         device = x.device.type
         mixed = torch.is_autocast_enabled(device)
         ctx.dtype = torch.get_autocast_dtype(device) if mixed else x.dtype

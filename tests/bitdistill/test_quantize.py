@@ -10,6 +10,7 @@ from bitdistill.quantize import (
     ACTIVATION_EPS,
     BitLinear,
     RMSNorm,
+    _IntegerProduct,
     cache_weights,
     forget_weights,
     quantize_activations,
@@ -173,6 +174,19 @@ def test_integer_product_is_the_fake_quantised_one() -> None:
     odd = BitLinear(60, 24)
     set_integer(odd, True)
     assert not odd.integer  # int8 tensor cores take multiples of 8
+
+
+def test_integer_product_of_values_a_rounding_away() -> None:
+    """As compiled code may leave them: a truncating conversion would lose a unit of each."""
+    random = torch.Generator().manual_seed(0)
+    q = torch.randint(-128, 128, (32, 64), generator=random).float()
+    t = torch.randint(-1, 2, (16, 64), generator=random).float()
+    zero = torch.zeros(())
+    for x, unit in (
+        (q.nextafter(zero), t.nextafter(zero)),
+        (q.nextafter(2 * q), t.nextafter(2 * t)),
+    ):
+        assert torch.equal(_IntegerProduct.apply(x, unit), q @ t.T)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 40])

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bitdistill.cli import NOT_FOR_TEXT
 
 SCRIPT = """
@@ -48,3 +50,32 @@ def test_the_imports_of_a_training(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     path = str(tmp_path / "run" / "base")
     assert done.stdout.splitlines() == ["False", "True", path, *NOT_FOR_TEXT]
+
+
+COMPILERS = """
+import os
+import signal
+from pathlib import Path
+
+from bitdistill.hardware import start_compilers
+from bitdistill.schema import Machine
+
+start_compilers(Machine(device="cpu", compile=True))
+tasks = Path("/proc/self/task").glob("*/children")
+children = [child for task in tasks for child in task.read_text().split()]
+for child in children:
+    status = Path(f"/proc/{child}/status").read_text()
+    ignored = int(status.split("SigIgn:")[1].split()[0], 16)
+    print(bool(ignored >> (signal.SIGTERM - 1) & 1))
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="signals are read from /proc")
+def test_compilers_outlive_what_ends_a_whole_job() -> None:
+    """A trainer that waits for a kernel saves its state on SIGTERM; it needs the kernel first."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILERS], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(done.stdout.split()) == {"True"}
