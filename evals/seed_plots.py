@@ -1,7 +1,7 @@
 """Pictures of methods over training seeds, and of the variants of an ablation.
 
 A figure for each metric, a panel for each task and split: a row for each method (and variant), a
-dot a seed, a tick at their mean, the teacher's mean and the majority's share as lines. The rows and
+dot a run, a tick at their mean, the teacher's mean and the majority's share as lines. The rows and
 their numbers are those of seeds.py; the thin line of a row is its interval there, drawn from the
 mean of the teachers that it was paired with.
 """
@@ -44,7 +44,7 @@ def _figure(rows: Sequence[SeedRow]) -> Any:
     names = list(dict.fromkeys(row.label for row in rows))  # a method looks alike in every panel
     for axes, own in zip(axes_of, panels.values(), strict=True):
         _panel(axes, own, names)
-    first = next(iter(rows[0].by_seed.values()))
+    first = rows[0].runs[0].result
     axes_of[-1].set_xlabel(TASK_METRICS[first.metric] + (f" ({first.unit})" if first.unit else ""))
     drawn = [axes.get_legend_handles_labels() for axes in axes_of]
     legend: dict[str, Any] = {}
@@ -66,10 +66,10 @@ def _panel(axes: Any, rows: Sequence[SeedRow], names: Sequence[str]) -> None:
             ends = [teacher + end for end in row.interval]
             axes.plot(ends, [place, place], color=GREY, linewidth=0.8, zorder=1,
                       label="difference to the teacher, paired 95 %")  # fmt: skip
-        values = [result.value for result in row.by_seed.values()]
+        values = [run.result.value for run in row.runs]
         axes.plot(values, [place] * len(values), linestyle="none", markerfacecolor="none",
                   marker=MARKERS[index % len(MARKERS)], color=OKABE_ITO[index % len(OKABE_ITO)],
-                  markersize=6, markeredgewidth=1.4, label="a seed")  # fmt: skip
+                  markersize=6, markeredgewidth=1.4, label="a run")  # fmt: skip
         axes.plot([row.mean], [place], linestyle="none", marker="|", color="black", markersize=13,
                   markeredgewidth=1.4, label="mean")  # fmt: skip
         if row.method == TEACHER and row.backend == "torch" and not row.variant:
@@ -82,6 +82,6 @@ def _panel(axes: Any, rows: Sequence[SeedRow], names: Sequence[str]) -> None:
     axes.set_yticks(range(len(rows)), [fill(row.label, LETTERS_A_LINE) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    counts = sorted({result.n for row in rows for result in row.by_seed.values()})
+    counts = sorted({run.result.n for row in rows for run in row.runs})
     title = f"{rows[0].task}, {rows[0].split}, n={'/'.join(f'{n:,}' for n in counts)}"
     axes.set_title(title, fontsize=9, loc="left")

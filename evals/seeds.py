@@ -1,13 +1,15 @@
 """A table over training seeds, made from results alone: what a recipe gives, not what a run gave.
 
-For every task, split and metric: methods, the mean over seeds, each seed's figure, and the mean
-difference to the FP16 teacher of the same seed (Δ FP16). Its interval is the mean of the seeds'
-paired 95 % intervals: the seeds share their examples, so the mean's own interval is no wider. It
-says what other examples could give; how far seeds are apart, their figures say.
+For every task, split and metric: methods, the mean over runs, each run's seed and figure, and the
+mean difference to the FP16 teacher that a run was compared with, else to the one of its seed
+(Δ FP16). Its interval is the mean of the runs' paired 95 % intervals: they share their examples, so
+the mean's own interval is no wider. It says what other examples could give; how far runs are apart,
+their figures say. A seed that was trained twice (on a GPU it gives another model) counts twice.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -20,12 +22,26 @@ TEACHER = "fp16-sft"
 EXACT = " in fp64"  # how the precision of a row that only serves as a floor ends
 METRICS = [m for m in TASK_METRICS if m not in (*SECONDARY, "agreement", "bleu", "rougeLsum")]
 HEADER = ["Task", "Metric", "Method", "Mean", "Seeds", "Δ FP16", "95 %", "fp64 flips"]
-Seed = int | None
+
+
+@dataclass
+class SeedRun:
+    """One model's result, and what it was compared with."""
+
+    result: Result
+    teacher: Result | None = None  # of the same task and metric
+    paired: Result | None = None  # the difference to that teacher, on the same examples
+    flips: int | None = None  # predictions that fp64 changes
+
+    @property
+    def seed(self) -> int | None:
+        """None for what was not trained here."""
+        return self.result.seed
 
 
 @dataclass
 class SeedRow:
-    """One method on one metric: results by training seed, None for what was not trained here."""
+    """One method on one metric: its runs, in order of their seeds."""
 
     task: str
     split: str
@@ -33,10 +49,7 @@ class SeedRow:
     method: str
     backend: str
     variant: str = ""
-    by_seed: dict[Seed, Result] = field(default_factory=dict)
-    teachers: dict[Seed, Result] = field(default_factory=dict)  # of the same task and metric
-    differences: dict[Seed, Result] = field(default_factory=dict)  # to those, where paired
-    changed: dict[Seed, int] = field(default_factory=dict)  # predictions, by fp64
+    runs: list[SeedRun] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -46,23 +59,23 @@ class SeedRow:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
-        return fmean(r.value for r in self.by_seed.values())
+        """Over the runs."""
+        return fmean(run.result.value for run in self.runs)
 
     @property
     def difference(self) -> float | None:
-        """The mean difference to the teacher of the same seed, over seeds that have one."""
-        pairs = [(r, self.teachers[s]) for s, r in self.by_seed.items() if s in self.teachers]
+        """The mean difference to their teachers, over runs that have one."""
+        pairs = [(run.result, run.teacher) for run in self.runs if run.teacher is not None]
         if self.method == TEACHER or not pairs:
             return None
         return fmean(mine.value - theirs.value for mine, theirs in pairs)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Of the mean difference; None unless every seed's was paired."""
-        found = [self.differences[s].interval for s in self.by_seed if s in self.differences]
+        """Of the mean difference; None unless every run's was paired."""
+        found = [run.paired.interval for run in self.runs if run.paired is not None]
         known = [interval for interval in found if interval is not None]
-        if not known or len(known) < len(self.by_seed):
+        if not known or len(known) < len(self.runs):
             return None
         low, high = (fmean(ends) for ends in zip(*known, strict=True))
         return low, high
@@ -70,7 +83,7 @@ class SeedRow:
     @property
     def majority(self) -> float | None:
         """Percent that the most frequent label scores."""
-        details = next(iter(self.by_seed.values())).details
+        details = self.runs[0].result.details
         if self.metric != "accuracy" or "confusion" not in details:
             return None
         counts = [sum(row) for row in details["confusion"]]
@@ -78,109 +91,113 @@ class SeedRow:
 
 
 def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
-    """Rows in order of task, metric and first appearance; of two runs of a seed the later wins.
+    """Rows in order of task, metric and first appearance; what was evaluated twice, as it was last.
 
     ValueError where no result has a task's metric.
     """
-    rows: dict[tuple[str, ...], SeedRow] = {}
     found = list(results)
+    latest: dict[tuple[str, ...], dict[tuple[int | None, str], Result]] = {}
     for r in found:
         if r.metric in METRICS and not r.precision.endswith(EXACT):
             key = (r.task, r.split, r.metric, r.method, r.backend, r.variant)
-            rows.setdefault(key, SeedRow(*key)).by_seed[r.seed] = r
-    if not rows:
+            latest.setdefault(key, {})[r.seed, r.artifact_hash] = r
+    if not latest:
         raise ValueError("there are no scores to show by seed; run `bitdistill eval` first")
-    for row in rows.values():
-        row.by_seed = dict(sorted(row.by_seed.items(), key=lambda item: (item[0] is None, item[0])))
-        teacher = (row.task, row.split, row.metric, TEACHER, "torch")
-        theirs = rows.get((*teacher, row.variant)) or rows.get((*teacher, ""))
-        row.teachers = theirs.by_seed if theirs else {}
-        for r in found:
-            same = (r.task, r.split, r.method, r.backend, r.variant) == key_of(row)
-            mine = row.by_seed.get(r.seed)
-            if not same or mine is None:
-                continue
-            if r.metric == "difference" and _is_difference(r, mine, row.teachers.get(r.seed)):
-                row.differences[r.seed] = r
-            elif r.metric == "agreement" and _is_floor(r, mine):
-                row.changed[r.seed] = round(r.n * (1 - r.value / 100))
-    parts = list(dict.fromkeys((row.task, row.split) for row in rows.values()))
+    rows = []
+    for key, by_model in latest.items():
+        teachers = (*key[:3], TEACHER, "torch")
+        theirs = latest.get((*teachers, key[-1])) or latest.get((*teachers, "")) or {}
+        models = sorted(by_model.values(), key=lambda r: (r.seed is None, r.seed or 0))
+        runs = [_run(mine, list(theirs.values()), found) for mine in models]
+        rows.append(SeedRow(*key, runs=runs))
+    parts = list(dict.fromkeys((row.task, row.split) for row in rows))
     return sorted(
-        rows.values(), key=lambda row: (parts.index(key_of(row)[:2]), METRICS.index(row.metric))
+        rows, key=lambda row: (parts.index((row.task, row.split)), METRICS.index(row.metric))
     )
 
 
-def key_of(row: SeedRow) -> tuple[str, str, str, str, str]:
-    """What a row has in common with its results of every metric."""
-    return row.task, row.split, row.method, row.backend, row.variant
+def _run(mine: Result, teachers: Sequence[Result], found: Iterable[Result]) -> SeedRun:
+    """A model's result with the last of the teachers that it was paired with, or of its seed."""
+    run = SeedRun(mine, next((t for t in reversed(teachers) if t.seed == mine.seed), None))
+    for r in found:
+        if _kind_of(r) != _kind_of(mine):
+            continue
+        if r.metric == "difference" and _is_of(r, mine):
+            against = r.details["against"]["artifact_hash"]
+            teacher = next((t for t in teachers if t.artifact_hash == against), None)
+            if teacher is not None:
+                run.teacher, run.paired = teacher, r
+        elif r.metric == "agreement" and r.precision.endswith(EXACT) and r.student == mine.student:
+            run.flips = round(r.n * (1 - r.value / 100))
+    return run
 
 
-def _is_difference(found: Result, mine: Result, teacher: Result | None) -> bool:
-    against = found.details["against"]
+def _kind_of(r: Result) -> tuple[str, str, str, str, str]:
+    return r.task, r.split, r.method, r.backend, r.variant
+
+
+def _is_of(difference: Result, mine: Result) -> bool:
     return (
-        found.artifact_hash == mine.artifact_hash
-        and found.details["of"] == mine.metric
-        and teacher is not None
-        and against["artifact_hash"] == teacher.artifact_hash
+        difference.artifact_hash == mine.artifact_hash
+        and difference.seed == mine.seed
+        and difference.details["of"] == mine.metric
     )
-
-
-def _is_floor(found: Result, mine: Result) -> bool:
-    return found.precision.endswith(EXACT) and found.student == mine.student
 
 
 def seed_grid(results: Iterable[Result]) -> Grid:
     """The table as text."""
     rows = []
     for row in seed_rows(results):
-        digits = DECIMALS.get(next(iter(row.by_seed.values())).unit, 2)
+        digits = DECIMALS.get(row.runs[0].result.unit, 2)
         rows.append(_cells(row, digits))
     return Grid("", 3, HEADER, rows)
 
 
 def _cells(row: SeedRow, digits: int) -> list[str]:
-    counts = sorted({r.n for r in row.by_seed.values()})
+    counts = sorted({run.result.n for run in row.runs})
     task = f"{row.task}, {row.split}, n={'/'.join(f'{n:,}' for n in counts)}"
     if row.majority is not None:
         task += f", majority {row.majority:.{digits}f}"
-    seeds = [
-        f"{r.value:.{digits}f}" if s is None else f"{s}: {r.value:.{digits}f}"
-        for s, r in row.by_seed.items()
-    ]
+    values = [(run.seed, f"{run.result.value:.{digits}f}") for run in row.runs]
     difference, interval = row.difference, row.interval
     return [
         task,
         TASK_METRICS[row.metric],
         row.label,
         f"{row.mean:.{digits}f}",
-        ", ".join(seeds),
+        ", ".join(value if seed is None else f"{seed}: {value}" for seed, value in values),
         MISSING if difference is None else f"{difference:+.{digits}f}",
         MISSING if interval is None else "{:+.1f}, {:+.1f}".format(*interval),
-        ", ".join(str(row.changed[s]) for s in row.by_seed if s in row.changed) or MISSING,
+        ", ".join(str(run.flips) for run in row.runs if run.flips is not None) or MISSING,
     ]
 
 
 def seed_records(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The rows as numbers, for programs."""
+    """The rows as numbers, for programs; a seed's second run is `seed S run 2`."""
     records = []
     for row in seed_rows(results):
         low, high = row.interval or (None, None)
-        records.append(
-            {
-                "task": row.task,
-                "split": row.split,
-                "metric": row.metric,
-                "method": row.method,
-                "backend": row.backend,
-                "variant": row.variant,
-                "mean": row.mean,
-                "n": max(r.n for r in row.by_seed.values()),
-                "majority": row.majority,
-                "difference": row.difference,
-                "difference low": low,
-                "difference high": high,
-            }
-            | {f"seed {s}": r.value for s, r in row.by_seed.items()}
-            | {f"seed {s} fp64 flips": n for s, n in row.changed.items()}
-        )
+        record: dict[str, Any] = {
+            "task": row.task,
+            "split": row.split,
+            "metric": row.metric,
+            "method": row.method,
+            "backend": row.backend,
+            "variant": row.variant,
+            "mean": row.mean,
+            "n": max(run.result.n for run in row.runs),
+            "majority": row.majority,
+            "difference": row.difference,
+            "difference low": low,
+            "difference high": high,
+        }
+        times: Counter[int | None] = Counter()
+        flips = {}
+        for run in row.runs:
+            times[run.seed] += 1
+            name = f"seed {run.seed}" + (f" run {times[run.seed]}" if times[run.seed] > 1 else "")
+            record[name] = run.result.value
+            if run.flips is not None:
+                flips[f"{name} fp64 flips"] = run.flips
+        records.append(record | flips)
     return records

@@ -43,7 +43,7 @@ RESULTS = [
     scored(99.0, 1, metric="agreement", precision="1.58-bit in fp64"),
     scored(50.0, 1, precision="1.58-bit in fp64"),
     scored(92.0, 0, "fp16-sft"),
-    scored(70.0, 0),  # an earlier run of the seed
+    scored(70.0, 0),  # an earlier evaluation
     scored(93.0, 0),
     paired(1.0, 0, -1.0, 3.0),
     scored(80.0, 0, "bitnet-sft"),
@@ -57,7 +57,7 @@ def test_means_differences_and_intervals() -> None:
     ]  # fmt: skip
     assert (teacher.mean, teacher.difference, teacher.interval) == (91.0, None, None)
     assert (student.mean, student.difference, student.interval) == (90.5, -0.5, (-2.5, 1.5))
-    assert (student.majority, student.changed) == (60.0, {1: 2})
+    assert (student.majority, [run.flips for run in student.runs]) == (60.0, [None, 2])
     assert (direct.difference, direct.interval) == (-12.0, None)  # seen beside no teacher
 
 
@@ -77,8 +77,28 @@ def test_the_table_in_each_format() -> None:
 
 def test_models_that_were_not_trained_here_have_no_seed() -> None:
     (row,) = seed_rows([scored(75.0, None, "gguf")])
-    assert (list(row.by_seed), row.difference) == ([None], None)
+    assert ([run.seed for run in row.runs], row.difference) == ([None], None)
     assert "| 75.00 | 75.00 |" in render([scored(75.0, None)], "markdown", seeds=True)
+
+
+def test_a_seed_that_was_trained_twice_counts_twice() -> None:
+    """Each student beside its own teacher, whichever came last."""
+    again = {"artifact_hash": "again", "student": "s0 again"}
+    against = {"of": "accuracy", "against": {"artifact_hash": "fp16-sft0"}}
+    results = [
+        *RESULTS,
+        scored(80.0, 0, "fp16-sft", artifact_hash="another"),
+        scored(95.0, 0, **again),
+        scored(3.0, 0, **again, metric="difference", interval=(1.0, 5.0), details=against),
+    ]
+    teacher, student, direct = seed_rows(results)
+    assert teacher.mean == pytest.approx((92 + 80 + 90) / 3)
+    assert [(run.seed, run.result.value) for run in student.runs] == [(0, 93), (0, 95), (1, 88)]
+    assert (student.mean, student.difference) == (92.0, pytest.approx((1 + 3 - 2) / 3))
+    assert student.interval == pytest.approx((-4 / 3, 8 / 3))
+    assert direct.difference == 0.0  # compared with none: the seed's last
+    (_, record, _) = json.loads(render(results, "json", seeds=True))
+    assert (record["seed 0"], record["seed 0 run 2"], record["seed 1"]) == (93, 95, 88)
 
 
 def test_variants_are_rows_of_their_own() -> None:
@@ -101,11 +121,13 @@ def test_published_ablations_are_read() -> None:
         for name in ("boolq-ablation", "sst2-movie-ablation")
     }  # fmt: skip
     for row in found["boolq-ablation"].values():
-        assert row.interval == row.differences[0].interval
-        assert row.difference == pytest.approx(row.differences[0].value, abs=0.011)  # rounded
+        (run,) = row.runs
+        assert run.paired is not None
+        assert row.interval == run.paired.interval
+        assert row.difference == pytest.approx(run.paired.value, abs=0.011)  # rounded
     two_seeds = found["sst2-movie-ablation"]["as showcase/sst2-movie was then"]
     assert two_seeds.difference == pytest.approx((90.02 - 90.71 + 90.02 - 90.02) / 2)
-    assert two_seeds.changed == {0: 3, 1: 1}
+    assert [run.flips for run in two_seeds.runs] == [3, 1]
     assert (len(found["boolq-ablation"]), len(found["sst2-movie-ablation"])) == (4, 7)
 
 
