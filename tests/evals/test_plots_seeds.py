@@ -29,7 +29,7 @@ def test_a_dot_a_seed_and_their_means() -> None:
         "fp16-sft", "bitdistill", "bitnet-sft",
     ]  # fmt: skip
     lines = drawn(axes)
-    assert lines["a seed"] == [([92.0, 90.0], [0, 0]), ([93.0, 88.0], [1, 1]), ([80.0], [2])]
+    assert lines["a run"] == [([92.0, 90.0], [0, 0]), ([93.0, 88.0], [1, 1]), ([80.0], [2])]
     assert lines["mean"] == [([91.0], [0]), ([90.5], [1]), ([80.0], [2])]
     assert [x for x, _ in lines["teacher's mean"]] == [[91.0, 91.0]]
     assert [x for x, _ in lines["most frequent label"]] == [[60.0, 60.0]]
@@ -48,19 +48,19 @@ def test_a_panel_a_task_and_a_figure_a_metric() -> None:
     found = seed_figures([*RESULTS, *other, summary])
     assert list(found) == ["accuracy-seeds", "rouge1-seeds"]
     first, second = found["accuracy-seeds"].axes
-    assert drawn(second)["a seed"] == [([70.0], [0]), ([75.0], [1])]
+    assert drawn(second)["a run"] == [([70.0], [0]), ([75.0], [1])]
     colours = [
         {
             line.get_xdata()[0]: line.get_color()
             for line in axes.lines
-            if line.get_label() == "a seed"
+            if line.get_label() == "a run"
         }
         for axes in (first, second)
     ]
     assert colours[0][92.0] == colours[1][75.0]
     assert colours[0][93.0] == colours[1][70.0] != colours[0][92.0]
     (axes,) = found["rouge1-seeds"].axes
-    assert set(drawn(axes)) == {"a seed", "mean"}  # neither teacher nor labels
+    assert set(drawn(axes)) == {"a run", "mean"}  # neither teacher nor labels
 
 
 def test_variants_of_an_ablation_are_rows() -> None:
