@@ -33,25 +33,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bitdistill import manifest
 from bitdistill.decoder import LINEARS, DecoderSpec
 from bitdistill.evals.directories import weights_fingerprint
+from bitdistill.evals.parity_logits import (
+    PROMPTS,
+    Logits,
+    by_length,
+    decoded,
+    last_logits,
+    make_sequences,
+)
 from bitdistill.tasks import Task, load_examples
 
 LARGEST = 1e9
-LENGTHS = (8, 16, 32, 64, 128)
-SEQUENCES = 10
-PROMPTS = 16
-PROMPT_TOKENS = 128
-KEPT = 32  # positions compared per sequence, its last ones: logits of 150,000 words are large
 TWICE = 2.0
 NEGLIGIBLE = 1e-5
 TINY = 1e-30
 HALVES = ("float16", "bfloat16")
 QUANTILES = {"median": 0.5, "quartile": 0.75, "percentile_95": 0.95}
-Logits = list[NDArray[np.float32]]
 Progress = Callable[[str, int, int], None]
 
 
@@ -118,25 +119,29 @@ def report(
     if runtime.caveat:
         return {"passed": None, "skipped": runtime.caveat}
     sequences = make_sequences(runtime, prompts, seed)
-    found, cached = _logits(runtime, sequences, labels), _decode(runtime, sequences, labels)
+    found = last_logits(runtime, sequences, labels)
+    cached = decoded(runtime, sequences, labels)
     tables = runtime.tables()
     options = _as_stored(content, tables)
     del runtime
+
+    def in_pytorch(**how: Any) -> Logits:
+        """Of the student, which is gone from memory afterwards."""
+        return by_length(load(student, threads=threads, **how), sequences, labels)
+
     references = []
     for done, dtype in enumerate(("float32", "float64"), start=1):
         say("parity", done, total)
-        reference = load(student, threads=threads, dtype=dtype, **options)
-        references.append(_logits(reference, sequences, labels))
+        references.append(in_pytorch(dtype=dtype, **options))
     figures = compare(found, cached, *references) | {"sequences": len(sequences), "seed": seed}
     if alone:
         say("storage cost", 3, total)
-        trained = _logits(load(student, threads=threads), sequences, labels)
+        trained = in_pytorch()
         cost = figures["storage_cost"] = difference(found, trained) | {"alone": {}}
         for done, (part, storage) in enumerate(alone.items(), start=4):
             say(f"storage cost of {part} alone", done, total)
             own = {"tables": tables} if part == "embedding" and tables else {"storage": storage}
-            rounded = _logits(load(student, threads=threads, **own), sequences, labels)
-            cost["alone"][part] = difference(rounded, trained)
+            cost["alone"][part] = difference(in_pytorch(**own), trained)
     say("parity", total, total)
     return figures
 
@@ -190,49 +195,6 @@ def parameters(spec: DecoderSpec) -> int:
     """Weights of the linears, the embedding and an untied head; norms and biases left out."""
     linears = sum(math.prod(spec.shape(name)) for name in LINEARS) * len(spec.layers)
     return linears + spec.vocabulary * spec.hidden * (1 if spec.tied else 2)
-
-
-def make_sequences(runtime: Any, prompts: Sequence[str], seed: int) -> list[list[int]]:
-    """Random token ids of several lengths within the context, then the ends of the prompts."""
-    random = np.random.default_rng(seed)
-    lengths = [min(LENGTHS[i % len(LENGTHS)], runtime.context) for i in range(SEQUENCES)]
-    drawn = [random.integers(0, runtime.vocabulary, length).tolist() for length in lengths]
-    room = min(PROMPT_TOKENS, runtime.context)
-    prompts = list(prompts)[:PROMPTS]
-    encoded = [runtime.tokenizer.encode(prompt, special=True)[-room:] for prompt in prompts]
-    return drawn + [ids for ids in encoded if ids]
-
-
-def _logits(
-    runtime: Any, sequences: Sequence[Sequence[int]], labels: list[int] | None = None
-) -> Logits:
-    """Logits (P, V or labels) of each sequence's last KEPT positions, in one padded batch."""
-    lengths = np.array([len(sequence) for sequence in sequences], np.int64)
-    tokens = np.zeros((len(sequences), lengths.max()), np.int64)
-    for row, sequence in zip(tokens, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    kept = [range(max(0, end - KEPT), end) for end in lengths.tolist()]
-    rows = np.array([(b, t) for b, positions in enumerate(kept) for t in positions], np.int64)
-    logits = _of_labels(runtime.logits_at(tokens, lengths, rows), labels)
-    return np.split(logits, np.cumsum([len(positions) for positions in kept])[:-1])
-
-
-def _of_labels(logits: NDArray[np.float32], labels: list[int] | None) -> NDArray[np.float32]:
-    return logits if labels is None else logits[:, labels]
-
-
-def _decode(
-    runtime: Any, sequences: Sequence[Sequence[int]], labels: list[int] | None = None
-) -> Logits:
-    """The same logits by feeding the last tokens one by one, after the others at once."""
-    logits = []
-    for sequence in sequences:
-        first = max(1, len(sequence) - KEPT + 1)
-        cache = runtime.new_cache(len(sequence))
-        rows = [runtime.step(sequence[:first], cache)]
-        rows += [runtime.step([token], cache) for token in sequence[first:]]
-        logits.append(_of_labels(np.stack(rows), labels))
-    return logits
 
 
 def compare(found: Logits, cached: Logits, fp32: Logits, fp64: Logits) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitdistill.evals.parity import compare, make_sequences
+from bitdistill.evals.parity import compare
+from bitdistill.evals.parity_logits import make_sequences
 
 
 def noisy(logits: list[Any], size: float, flips: float, seed: int) -> list[Any]:

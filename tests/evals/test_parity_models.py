@@ -18,7 +18,7 @@ import pytest
 from bitdistill import backends, manifest
 from bitdistill.cli import main
 from bitdistill.decoder import DecoderSpec
-from bitdistill.evals import parity, parity_layers
+from bitdistill.evals import parity, parity_layers, parity_logits
 from bitdistill.exporters.base import export
 
 PROMPTS = ["the film is not good", "very dull and bright and we liked it"]
@@ -40,7 +40,7 @@ def test_an_exported_artifact_passes(
     report = json.loads((out / "bitdistill.json").read_text())["parity"]
     assert report["failures"] == []
     assert report["passed"] is True
-    assert report["sequences"] == parity.SEQUENCES + len(PROMPTS)
+    assert report["sequences"] == parity_logits.SEQUENCES + len(PROMPTS)
     assert report["artifact"]["positions"] == report["cached"]["positions"] > 200
     rounded = target == "onnx"  # its cache, to 16 bits
     assert steps == list(range(7 if rounded else 4))
@@ -85,8 +85,8 @@ def test_a_model_that_is_a_little_wrong_fails(
     exact = backends.load(student, dtype="float64")
     floor, wrong = backends.load(student), backends.load(student)
     dict(wrong.model.named_parameters())[f"model.{part}"].data *= factor
-    sequences = parity.make_sequences(exact, PROMPTS, seed=0)
-    logits = {name: parity._logits(r, sequences) for name, r in
+    sequences = parity_logits.make_sequences(exact, PROMPTS, seed=0)
+    logits = {name: parity_logits.last_logits(r, sequences) for name, r in
               (("exact", exact), ("floor", floor), ("wrong", wrong))}  # fmt: skip
     fine = parity.compare(logits["floor"], logits["floor"], logits["floor"], logits["exact"])
     assert fine["passed"]
@@ -97,11 +97,28 @@ def test_a_model_that_is_a_little_wrong_fails(
 
 def test_cached_logits_are_those_of_the_same_positions(student_dir: Callable[..., Path]) -> None:
     runtime = backends.load(student_dir("llama", "none"), dtype="float64")
-    sequences = parity.make_sequences(runtime, PROMPTS, seed=0)
-    whole, cached = parity._logits(runtime, sequences), parity._decode(runtime, sequences)
-    assert [len(rows) for rows in whole] == [min(parity.KEPT, len(s)) for s in sequences]
+    sequences = parity_logits.make_sequences(runtime, PROMPTS, seed=0)
+    whole, cached = (
+        parity_logits.last_logits(runtime, sequences),
+        parity_logits.decoded(runtime, sequences),
+    )
+    assert [len(rows) for rows in whole] == [min(parity_logits.KEPT, len(s)) for s in sequences]
     agree = [np.abs(a - b).max() < 1e-4 for a, b in zip(whole, cached, strict=True)]
     assert np.mean(agree) > 0.8  # a flip of a rounding is legitimate even here
+
+
+def test_logits_by_length_are_those_of_a_padded_batch(student_dir: Callable[..., Path]) -> None:
+    """Unrounded, so that the order of sums alone is between them."""
+    student = student_dir("llama", "none")
+    runtime = backends.load(student, dtype="float64", activation_bits=None)
+    sequences = parity_logits.make_sequences(runtime, PROMPTS, seed=0)
+    assert len({len(sequence) for sequence in sequences}) < len(sequences)
+    whole = parity_logits.last_logits(runtime, sequences)
+    for mine, theirs in zip(parity_logits.by_length(runtime, sequences, None), whole, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
+    labels = [7, 3]
+    (mine, *_) = parity_logits.by_length(runtime, sequences, labels)
+    np.testing.assert_allclose(mine, whole[0][:, labels], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -129,10 +146,11 @@ def test_the_cost_of_each_rounding_alone(
     report = parity.report(student, out)
     costs = report.get("storage_cost", {"alone": {}})["alone"]
     assert costs.keys() == alone.keys()
-    sequences = parity.make_sequences(backends.load(student), [], seed=0)
-    trained = parity._logits(backends.load(student), sequences)
+    sequences = parity_logits.make_sequences(backends.load(student), [], seed=0)
+    trained = parity_logits.by_length(backends.load(student), sequences, None)
     for part, storage in alone.items():
-        rounded = parity._logits(backends.load(student, storage=storage), sequences)
+        changed = backends.load(student, storage=storage)
+        rounded = parity_logits.by_length(changed, sequences, None)
         assert costs[part] == parity.difference(rounded, trained)
         assert 0 < costs[part]["median"] < 1.5 * report["storage_cost"]["median"]
 
