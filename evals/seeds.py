@@ -104,16 +104,14 @@ def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
     if not latest:
         raise ValueError("there are no scores to show by seed; run `bitdistill eval` first")
     rows = []
-    for key, by_model in latest.items():
-        teachers = (*key[:3], TEACHER, "torch")
-        theirs = latest.get((*teachers, key[-1])) or latest.get((*teachers, "")) or {}
+    for row, by_model in latest.items():
+        teachers = (*row[:3], TEACHER, "torch")
+        theirs = latest.get((*teachers, row[-1])) or latest.get((*teachers, "")) or {}
         models = sorted(by_model.values(), key=lambda r: (r.seed is None, r.seed or 0))
         runs = [_run(mine, list(theirs.values()), found) for mine in models]
-        rows.append(SeedRow(*key, runs=runs))
-    parts = list(dict.fromkeys((row.task, row.split) for row in rows))
-    return sorted(
-        rows, key=lambda row: (parts.index((row.task, row.split)), METRICS.index(row.metric))
-    )
+        rows.append(SeedRow(*row, runs=runs))
+    parts = list(dict.fromkeys((r.task, r.split) for r in rows))
+    return sorted(rows, key=lambda r: (parts.index((r.task, r.split)), METRICS.index(r.metric)))
 
 
 def _run(mine: Result, teachers: Sequence[Result], found: Iterable[Result]) -> SeedRun:
