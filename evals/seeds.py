@@ -22,6 +22,7 @@ TEACHER = "fp16-sft"
 EXACT = " in fp64"  # how the precision of a row that only serves as a floor ends
 METRICS = [m for m in TASK_METRICS if m not in (*SECONDARY, "agreement", "bleu", "rougeLsum")]
 HEADER = ["Task", "Metric", "Method", "Mean", "Seeds", "Δ FP16", "95 %", "fp64 flips"]
+Place = tuple[str, str, str, str, str, str]  # the first fields of a SeedRow
 
 
 @dataclass
@@ -96,7 +97,7 @@ def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
     ValueError where no result has a task's metric.
     """
     found = list(results)
-    latest: dict[tuple[str, ...], dict[tuple[int | None, str], Result]] = {}
+    latest: dict[Place, dict[tuple[int | None, str], Result]] = {}
     for r in found:
         if r.metric in METRICS and not r.precision.endswith(EXACT):
             key = (r.task, r.split, r.metric, r.method, r.backend, r.variant)
@@ -104,12 +105,12 @@ def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
     if not latest:
         raise ValueError("there are no scores to show by seed; run `bitdistill eval` first")
     rows = []
-    for row, by_model in latest.items():
-        teachers = (*row[:3], TEACHER, "torch")
-        theirs = latest.get((*teachers, row[-1])) or latest.get((*teachers, "")) or {}
+    for (task, split, metric, method, backend, variant), by_model in latest.items():
+        teachers = (task, split, metric, TEACHER, "torch")
+        theirs = latest.get((*teachers, variant)) or latest.get((*teachers, "")) or {}
         models = sorted(by_model.values(), key=lambda r: (r.seed is None, r.seed or 0))
         runs = [_run(mine, list(theirs.values()), found) for mine in models]
-        rows.append(SeedRow(*row, runs=runs))
+        rows.append(SeedRow(task, split, metric, method, backend, variant, runs))
     parts = list(dict.fromkeys((r.task, r.split) for r in rows))
     return sorted(rows, key=lambda r: (parts.index((r.task, r.split)), METRICS.index(r.metric)))
 
