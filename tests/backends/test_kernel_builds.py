@@ -168,11 +168,11 @@ def test_the_wheel_holds_the_library(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_the_build_says_what_to_install(tmp_path: Path) -> None:
-    cmake = shutil.which("cmake")
-    if cmake is None:
-        pytest.skip("needs cmake")
+    cmake, make = shutil.which("cmake"), shutil.which("make")
+    if cmake is None or make is None:
+        pytest.skip("needs cmake and make")
     result = run(
-        cmake, "-S", ROOT, "-B", tmp_path, "-G", "Unix Makefiles",
+        cmake, "-S", ROOT, "-B", tmp_path, "-G", "Unix Makefiles", f"-DCMAKE_MAKE_PROGRAM={make}",
         CXX="/nonexistent/c++", PATH=str(Path(cmake).parent),
     )  # fmt: skip
     assert result.returncode != 0
