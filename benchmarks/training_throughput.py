@@ -8,14 +8,15 @@ What memory large models take (random weights; the second on two devices):
     ... --shape qwen3-0.6b --teacher qwen3-4b --method distill --relations --length 512
     ... --shape qwen3-4b --method bitnet --recompute --batch 16 --accumulate 2 --length 512
 
-Methods: `float` trains the model as it is, `bitnet` its ternary copy, `distill` the ternary copy
-with the float model, or a model of the shape `--teacher`, as teacher, `trainer` the ternary copy in
-transformers' own Trainer, eager. Prints one JSON line. Tokens are those of all devices together.
-Utilisation counts the model's own arithmetic (6 per matrix weight and token, attention, head;
-teachers 2), nothing that is computed again, over the GPUs' dense bf16 rate. `peak_gib` is what
-training had allocated at most, on the device that had most; `held_gib` before the first step.
-`starting` splits `ready_seconds`: imports of torch and of transformers, the device's first
-allocation, making the models, and the rest of what a stage sets up before its first step.
+Methods: `float` trains the model as it is, `subln` its copy with the added norms and float weights,
+`bitnet` its ternary copy, `distill` the ternary copy with the float model, or a model of the shape
+`--teacher`, as teacher, `trainer` the ternary copy in transformers' own Trainer, eager. Prints one
+JSON line. Tokens are those of all devices together. Utilisation counts the model's own arithmetic
+(6 per matrix weight and token, attention, head; teachers 2), nothing that is computed again, over
+the GPUs' dense bf16 rate. `peak_gib` is what training had allocated at most, on the device that had
+most; `held_gib` before the first step. `starting` splits `ready_seconds`: imports of torch and of
+transformers, the device's first allocation, making the models, and the rest of what a stage sets up
+before its first step.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ if "--no-compile" not in sys.argv:
 started("torch")
 
 from synthetic import SHAPES, Synthetic, make_model  # noqa: E402
+from torch import nn  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 from bitdistill.distributed import World  # noqa: E402
@@ -61,6 +63,7 @@ from bitdistill.int8 import weights_to_int8  # noqa: E402
 from bitdistill.monitor import PEAK_OPERATIONS, forward_operations  # noqa: E402
 from bitdistill.objective import make_objective  # noqa: E402
 from bitdistill.progress import Reporter  # noqa: E402
+from bitdistill.quantize import BitLinear  # noqa: E402
 from bitdistill.student import make_student  # noqa: E402
 from bitdistill.training import Fit  # noqa: E402
 
@@ -85,6 +88,18 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def unquantised(student: PreTrainedModel) -> PreTrainedModel:
+    """The student with its norms, its ternary layers replaced by float ones of the same weights."""
+    for path, layer in list(student.named_modules()):
+        if not isinstance(layer, BitLinear):
+            continue
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+        plain.weight, plain.bias = layer.weight, layer.bias
+        norm = [] if layer.norm is None else [layer.norm]
+        student.set_submodule(path, nn.Sequential(*norm, plain))
+    return student
+
+
 def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     """What is trained, and its teacher."""
     model = make_model(args.shape, DEVICE)
@@ -92,6 +107,8 @@ def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedMo
         return model, None
     with DEVICE:
         student = make_student(model, "paper")
+    if args.method == "subln":
+        return unquantised(student), None
     if args.method != "distill":
         return student, None
     if args.teacher is not None:
@@ -252,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument(
-        "--method", choices=["float", "bitnet", "distill", "trainer"], default="bitnet"
+        "--method", choices=["float", "subln", "bitnet", "distill", "trainer"], default="bitnet"
     )
     parser.add_argument("--teacher", choices=SHAPES)
     parser.add_argument("--teacher-bits", type=int, choices=[8, 16], default=16)

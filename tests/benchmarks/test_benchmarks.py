@@ -15,8 +15,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from bitdistill.evals.run_plots import read_records
+from bitdistill.quantize import bit_linears
+from bitdistill.student import layers_of, make_student
 
 WORDS = "the film is not good bad but very dull bright and we liked it a plot".split()
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -55,6 +58,21 @@ def test_training_throughput(devices: int) -> None:
     assert sum(starting.values()) == pytest.approx(seconds[0], abs=0.1)
     assert record["relations"] is True
     assert record["commit"]
+
+
+def test_a_model_that_is_the_student_but_for_its_roundings(load_script: Load) -> None:
+    script = load_script(SCRIPTS / "training_throughput.py")
+    model = script.make_model("tiny", torch.device("cpu"))
+    student = make_student(model, "paper")
+    ids = torch.arange(12).view(2, 6)
+    for layer in bit_linears(student):
+        layer.anneal.fill_(0.0)
+    expected = student(ids).logits
+    plain = script.unquantised(student)
+    assert not bit_linears(plain)
+    vectors = [sum(p.ndim == 1 for p in m.parameters()) for m in (plain, model)]
+    assert vectors[0] == vectors[1] + 2 * len(layers_of(model))
+    torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_compare_losses(tmp_path: Path, load_script: Load) -> None:
