@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,14 +27,9 @@ import random_student
 from shapes import SHAPES
 
 from bitdistill import exporters, manifest
+from bitdistill.evals.environment import peak_memory
 
 PUBLISHED = ("smollm2-135m", "qwen3-0.6b")
-MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
-
-
-def held_mib() -> float:
-    """The most memory that this process held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT / 2**20
 
 
 def measure(student: Path, embed_bits: int) -> dict[str, Any]:
@@ -45,7 +39,7 @@ def measure(student: Path, embed_bits: int) -> dict[str, Any]:
 
     from bitdistill.exporters import to_mlx  # noqa: F401
 
-    bare = held_mib()
+    bare = peak_memory()
     with tempfile.TemporaryDirectory(dir=student.parent) as folder:
         start, busy = time.perf_counter(), time.process_time()
         artifact = exporters.export(student, "mlx", Path(folder) / "mlx", embed_bits=embed_bits)
@@ -55,7 +49,7 @@ def measure(student: Path, embed_bits: int) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 1),
         "cpu_seconds": round(busy, 1),
-        "peak_mib": round(held_mib()),
+        "peak_mib": round(peak_memory()),
         "bare_mib": round(bare),
         "file_mib": round(parts["total"] / 2**20, 1),
     } | {key.removesuffix(ending): round(parts[key], 3) for key in parts if key.endswith(ending)}

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -24,6 +23,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lines import put
+
+MB = 2**20 / 1e6  # in a MiB
 
 
 def measure(student: Path, out: Path, options: dict[str, Any], parity: bool) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def measure(student: Path, out: Path, options: dict[str, Any], parity: bool) -> 
 
     from bitdistill import checkpoint, exporters
     from bitdistill.evals import report
+    from bitdistill.evals.environment import peak_memory
 
     files = checkpoint.open_student(student)
     start = time.perf_counter()
@@ -42,22 +44,17 @@ def measure(student: Path, out: Path, options: dict[str, Any], parity: bool) -> 
             while stream.read(1 << 24):
                 pass
     read = time.perf_counter() - start
-    bare, start = peak(), time.perf_counter()
+    bare, start = peak_memory(), time.perf_counter()
     check = (lambda artifact: report(student, artifact)) if parity else None
     exporters.export(student, "onnx", out, check=check, **options)
-    seconds = time.perf_counter() - start
+    seconds, most = time.perf_counter() - start, peak_memory()
     spec = files.spec
     largest = 4 * max(spec.vocabulary * spec.hidden, math.prod(spec.shape("mlp.up_proj")))
     return {
-        "seconds": round(seconds, 1), "read_s": round(read, 1), "peak_mb": round(peak(), 1),
-        "bare_mb": round(bare, 1), "largest_mb": round(largest / 1e6, 1),
+        "seconds": round(seconds, 1), "read_s": round(read, 1), "peak_mb": round(most * MB, 1),
+        "bare_mb": round(bare * MB, 1), "largest_mb": round(largest / 1e6, 1),
         "layers": len(spec.layers),
     }  # fmt: skip
-
-
-def peak() -> float:
-    """The largest resident memory of this process so far, in MB (Linux)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def main() -> None:

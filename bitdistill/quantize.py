@@ -33,9 +33,20 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def round_to_bf16(x: Tensor) -> Tensor:
+    """fp32 values -> the nearest bf16 (half to even) as fp32; infinity and NaN stay.
+
+    By its bits, since a compiled `x.bfloat16().float()` is x: inductor keeps intermediate values
+    in fp32.
+    """
+    bits = x.view(torch.int32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & -0x10000
+    return torch.where(torch.isfinite(x), rounded.view(torch.float32), x)
+
+
 def ternary_scale(weight: Tensor) -> Tensor:
     """D of a matrix: mean |W| in fp32, rounded to bf16; a 0-d fp32 tensor."""
-    return weight.detach().float().abs().mean().bfloat16().float()
+    return round_to_bf16(weight.detach().float().abs().mean())
 
 
 def ternarize(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

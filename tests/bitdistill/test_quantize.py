@@ -14,6 +14,7 @@ from bitdistill.quantize import (
     cache_weights,
     forget_weights,
     quantize_activations,
+    round_to_bf16,
     set_integer,
     share_anneal,
     ternarize,
@@ -51,6 +52,21 @@ def test_scale_is_the_nearest_bf16() -> None:
     mean = float(weight.abs().mean())
     assert float(ternary_scale(weight)) == bf16(mean)
     assert float(ternary_scale(weight).half()) == bf16(mean)  # every 16-bit format holds it
+
+
+def test_rounding_to_bf16_is_that_of_the_type() -> None:
+    high = torch.arange(1 << 16, dtype=torch.int32) << 16  # every bf16, infinities and NaN too
+    for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        x = (high | low).view(torch.float32)
+        assert torch.equal(round_to_bf16(x).nan_to_num(0.5), x.bfloat16().float().nan_to_num(0.5))
+        assert torch.equal(round_to_bf16(x).isnan(), x.isnan())
+
+
+def test_compiled_training_rounds_the_scale_that_is_saved() -> None:
+    """Inductor drops a cast to bf16 and back; students would be trained with another D."""
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+    assert float(weight.abs().mean()) != float(ternary_scale(weight))
+    assert torch.equal(torch.compile(ternary_scale)(weight), ternary_scale(weight))
 
 
 def test_zero_matrix_and_non_finite_weights() -> None:
