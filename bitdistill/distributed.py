@@ -20,13 +20,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from bitdistill.hardware import Hardware
+from bitdistill.hardware import Hardware, TrainingError
 from bitdistill.student import layers_of
 
 BACKEND = "cpu:gloo,cuda:nccl"
@@ -103,13 +103,22 @@ class World:
             raise PeerError("another process of this run failed; its message says why")
 
     @contextmanager
-    def locked(self, file: Path) -> Iterator[None]:
-        """Within it this run holds a lock that others wait for."""
-        lock = FileLock(file)
+    def locked(self, file: Path, *, wait: bool = True) -> Iterator[None]:
+        """Within it this run holds a lock that others wait for.
+
+        Without `wait`, TrainingError where another process holds it.
+        """
+        lock = FileLock(file, timeout=-1 if wait else 0)
         with self.phase():
             if self.main:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
+                try:
+                    lock.acquire()
+                except Timeout:
+                    raise TrainingError(
+                        f"another training is writing to {file.parent}; wait until it ends, or "
+                        "choose another --out"
+                    ) from None
         try:
             yield
         finally:

@@ -82,7 +82,8 @@ class Recipe:
     def run(self) -> Path:
         """The stages up to `until`, on however many devices; returns the last one's directory."""
         check_teacher(self.config)
-        with self.world.joined(Hardware.resolve(self.config.machine)):
+        joined = self.world.joined(Hardware.resolve(self.config.machine))
+        with joined, self.world.locked(self.out / "run.lock", wait=False):
             if self.config.machine.threads is not None:
                 torch.set_num_threads(self.config.machine.threads)
             start_compilers(self.config.machine)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from short_runs import stages_of
 
 from bitdistill import checkpoint, manifest
@@ -128,3 +129,13 @@ def test_an_interrupted_stage(
 def test_resume_without_anything_to_continue(recipe: Callable[..., Config], tmp_path: Path) -> None:
     train(recipe(), tmp_path / "run", resume=True, quiet=True)
     assert stages_of(tmp_path / "run") == {"teacher", "refined", "student"}
+
+
+def test_two_trainings_in_one_folder(recipe: Callable[..., Config], tmp_path: Path) -> None:
+    """Each would remove the unfinished files of the other."""
+    out = tmp_path / "run"
+    out.mkdir()
+    with FileLock(out / "run.lock"), pytest.raises(TrainingError, match="another training is wri"):
+        train(recipe(), out, quiet=True)
+    assert not stages_of(out)
+    assert train(recipe(), out, quiet=True).is_dir()
