@@ -20,7 +20,8 @@ from bitdistill.backends.base import Floats, Integers, Runtime
 from bitdistill.backends.torch_storage import round_storage
 from bitdistill.decoder import family_of
 from bitdistill.names import suggest
-from bitdistill.quantize import BitLinear, RMSNorm, bit_linears
+from bitdistill.quantize import bit_linears
+from bitdistill.student import cast
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 DEVICES = ("cpu", "cuda")
@@ -178,18 +179,6 @@ def _load(path: Path, manifest: dict[str, Any]) -> PreTrainedModel:
         return checkpoint.load(path)
     family_of(AutoConfig.from_pretrained(path).model_type)  # ValueError for an unknown one
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-
-def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Convert the parameters in place; not the buffers, because angles need fp32 frequencies.
-
-    In 16 bits a BitLinear keeps its fp32 weights: trits are taken from those.
-    """
-    for module in model.modules():
-        if dtype.itemsize < 4 and isinstance(module, BitLinear | RMSNorm):
-            continue
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
 
 
 def _floats(logits: torch.Tensor) -> Floats:

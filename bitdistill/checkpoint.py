@@ -30,7 +30,7 @@ from bitdistill.decoder import (
     family_of,
 )
 from bitdistill.quantize import ternarize
-from bitdistill.student import empty_student
+from bitdistill.student import cast, empty_student
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -197,7 +197,7 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
         raise manifest.FormatError(f"{config_path} has model_type {model_type!r}, not a student's")
     model = empty_student(config_class(family_of(model_type)).from_pretrained(path))
     load_tensors(model, path)
-    return model.to(dtype).eval()
+    return cast(model, dtype).eval()
 
 
 def load_tensors(model: PreTrainedModel, path: Path) -> None:

@@ -146,7 +146,12 @@ def _task_kind(*layers: dict[str, Any]) -> str | None:
 
 def _settled(values: dict[str, Any], kind: str) -> dict[str, Any]:
     rest = {key: value for key, value in values.items() if key != "if_summary"}
-    return merge(rest, values.get("if_summary", {})) if kind == "summary" else rest
+    more = values.get("if_summary", {})
+    if not isinstance(more, dict):
+        raise ConfigError(
+            f"if_summary is {more!r}; it holds settings for summary tasks, by section"
+        )
+    return merge(rest, more) if kind == "summary" else rest
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -155,6 +155,7 @@ def corpus_steps(
         "corpus": config.corpus.model_dump(mode="json"),
         "task": config.task.model_dump(mode="json"),
         "seed": seed,
+        "run_seed": config.seed,
         "tokenizer": backend.to_str(),
         "end": tokenizer.eos_token_id,
         "rows": list(rows),

@@ -23,10 +23,11 @@ MENDABLE = {"ValueError": ValueError, "FileNotFoundError": FileNotFoundError, "O
 
 
 def open_sources(job: dict[str, Any]) -> list[Source]:
-    """The sources of a job; it holds `corpus`, `task` and `seed` of a configuration."""
+    """The sources of a job; it holds `corpus`, `task` and seeds of a configuration."""
     corpus = Corpus.model_validate(job["corpus"])
     task = TaskData.model_validate(job["task"])
-    return [open_source(name, corpus, task, job["seed"]) for name in corpus.sources]
+    seeds = job["seed"], job["run_seed"]
+    return [open_source(name, corpus, task, *seeds) for name in corpus.sources]
 
 
 def make_packer(job: dict[str, Any]) -> Packer:

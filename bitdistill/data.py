@@ -24,7 +24,7 @@ from bitdistill.schema import Config
 from bitdistill.schema_data import TaskData
 from bitdistill.sequences import Sequences
 from bitdistill.sources import is_local, local_files
-from bitdistill.tasks import Example, load_examples
+from bitdistill.tasks import Example, load_examples, some_of
 
 Batch = dict[str, Tensor]
 IGNORED = -100
@@ -242,6 +242,4 @@ def task_examples(data: TaskData, seed: int = 0) -> list[Example]:
     """The training examples of a task; `limit_train` takes a seeded random part."""
     task = data.resolve()
     examples = load_examples(task, data.train, task.splits[0], columns=data.columns)
-    if data.limit_train is not None and data.limit_train < len(examples):
-        examples = random.Random(seed).sample(examples, data.limit_train)
-    return examples
+    return some_of(examples, data.limit_train, seed)

@@ -31,8 +31,17 @@ from bitdistill.student import layers_of
 
 BACKEND = "cpu:gloo,cuda:nccl"
 GROUP_BYTES = 2**28  # of weights gathered at a time, while those before compute
+LOCK_SECONDS = 60.0  # that the first process waits for a lock before it tells the others
 WHOLE_BYTES = 2**32  # of a student whose weights are gathered once a step and then kept
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def _acquire(lock: FileLock, seconds: float) -> bool:
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return False
+    return True
 
 
 class PeerError(RuntimeError):
@@ -108,17 +117,18 @@ class World:
 
         Without `wait`, TrainingError where another process holds it.
         """
-        lock = FileLock(file, timeout=-1 if wait else 0)
-        with self.phase():
-            if self.main:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    lock.acquire()
-                except Timeout:
-                    raise TrainingError(
-                        f"another training is writing to {file.parent}; wait until it ends, or "
-                        "choose another --out"
-                    ) from None
+        lock = FileLock(file)
+        held = False
+        while not self.any(held):  # again and again: no collective may take half an hour
+            with self.phase():
+                if self.main:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    held = _acquire(lock, LOCK_SECONDS if wait else 0)
+                    if not held and not wait:
+                        raise TrainingError(
+                            f"another training is writing to {file.parent}; wait until it ends, "
+                            "or choose another --out"
+                        )
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ from typing import Any
 from bitdistill.readers import Files, JsonLines, Parquet, Reader, Streamed, Texts, column_of
 from bitdistill.schema_data import Corpus, TaskData
 from bitdistill.sources import file_rows, file_stream, form_of, hub_stream, is_local, local_files
-from bitdistill.tasks import load_examples
+from bitdistill.tasks import load_examples, some_of
 
 
 class Source:
@@ -103,18 +103,21 @@ class Source:
         self._rows, self._block = None, []
 
 
-def open_source(name: str, corpus: Corpus, task: TaskData, seed: int) -> Source:
+def open_source(
+    name: str, corpus: Corpus, task: TaskData, seed: int, run_seed: int | None = None
+) -> Source:
     """A source by its name in `corpus.sources`; nothing is read yet.
 
+    `seed` shuffles, `run_seed` (if it is another) chose the task's examples of `limit_train`.
     Raises FileNotFoundError, or ValueError for a format that is not known.
     """
-    reader = _reader(name, corpus, task, seed)
+    reader = _reader(name, corpus, task, seed, seed if run_seed is None else run_seed)
     return Source(name, reader, corpus.limit, corpus.column, corpus.shuffle, seed)
 
 
-def _reader(name: str, corpus: Corpus, task: TaskData, seed: int) -> Reader:
+def _reader(name: str, corpus: Corpus, task: TaskData, seed: int, run_seed: int) -> Reader:
     if name == "task":
-        return Texts(lambda: _task_texts(task, seed))
+        return Texts(lambda: _task_texts(task, seed, run_seed))
     if name == "tiny":
         from bitdistill.tiny import corpus as tiny
 
@@ -142,9 +145,10 @@ def _is_array(file: Path) -> bool:
         return stream.read(64).lstrip()[:1] == b"["
 
 
-def _task_texts(data: TaskData, seed: int) -> Iterator[str]:
-    """The task's own prompts and answers, shuffled once."""
+def _task_texts(data: TaskData, seed: int, run_seed: int) -> Iterator[str]:
+    """Prompts and answers of the examples that the task is trained on, shuffled once."""
     task = data.resolve()
     examples = load_examples(task, data.train, task.splits[0], columns=data.columns)
+    examples = some_of(examples, data.limit_train, run_seed)
     random.Random(seed).shuffle(examples)
     return (example.prompt + example.answer for example in examples)

@@ -222,10 +222,12 @@ def relation_logits(states_BTD: Tensor, options: RelationLoss) -> Tensor:
             "Q, K or V; choose a divisor of the teacher's and of the student's"
         )
     a_BHTR = states_BTD.float().view(batch, tokens, options.split_heads, -1).transpose(1, 2)
-    if options.scaling == "normalised":
-        a_BHTR = F.normalize(a_BHTR, dim=-1)
-        return a_BHTR @ a_BHTR.transpose(-1, -2) / options.temperature
-    return a_BHTR @ a_BHTR.transpose(-1, -2) / math.sqrt(a_BHTR.shape[-1])
+    # products in 16 bits would be off by 2^-9 of logits in the tens
+    with torch.autocast(a_BHTR.device.type, enabled=False):
+        if options.scaling == "normalised":
+            a_BHTR = F.normalize(a_BHTR, dim=-1)
+            return a_BHTR @ a_BHTR.transpose(-1, -2) / options.temperature
+        return a_BHTR @ a_BHTR.transpose(-1, -2) / math.sqrt(a_BHTR.shape[-1])
 
 
 def relation_sum(

@@ -239,9 +239,10 @@ class Objective(nn.Module):
         if ratio is None or self._captures is None:
             return
         self.relation_weight = 1.0
+        counts = Counts(*total(list(count_window(batches, self.relations))))
         ce = relation = 0.0
         for batch in batches:
-            _, terms = self(prepare(batch, count_window([batch], self.relations)))
+            _, terms = self(prepare(batch, counts))
             ce += float(terms["ce"])
             relation += float(terms["relations"])
         ce, relation = total([ce, relation])

@@ -43,14 +43,13 @@ def count_window(window: list[Batch], relations: RelationLoss) -> Counts[float]:
         return float(sum(int(count(batch).sum()) for batch in window))
 
     real = total(lambda b: b["attention_mask"])
-    counts = Counts(
+    return Counts(
         answers=total(lambda b: b["labels"][:, 1:] >= 0),
         compared=total(lambda b: b["labels"][:, 1:] != IGNORED),
         prompt=total(lambda b: prompt_targets(b) == UNLABELLED),
         related=real if relations.mask else sum(b["attention_mask"].numel() for b in window),
         real=real,
     )
-    return Counts(*(max(count, 1.0) for count in counts))
 
 
 def prompt_targets(batch: Batch) -> Tensor:
@@ -72,8 +71,8 @@ def prepare(batch: Batch, counts: Counts[float]) -> Batch:
 
     rows_P: flat positions b * T + t whose next token is learnt; targets_P: that token; both filled
     up to a round number with targets that do not count. prompt_targets_BT, and scales, one over
-    each of the counts. `documents` (B, T), where given, says which tokens belong together; what a
-    cache remembers of a teacher's answers is filled up like the rows.
+    each of the counts (0 where nothing is counted). `documents` (B, T), where given, says which
+    tokens belong together; what a cache remembers of a teacher's answers is filled like the rows.
     """
     labels_BT = batch["labels"]
     next_BT = torch.full_like(labels_BT, IGNORED)
@@ -84,7 +83,7 @@ def prepare(batch: Batch, counts: Counts[float]) -> Batch:
     targets_P = labels_BT.new_full((size,), IGNORED)
     rows_P[: len(learnt)] = learnt
     targets_P[: len(learnt)] = next_BT.flatten()[learnt]
-    scales = torch.tensor([1 / count for count in counts])
+    scales = torch.tensor([1 / count if count else 0.0 for count in counts])
     prepared = {key: batch[key] for key in ("input_ids", "attention_mask")}
     prepared |= {"rows": rows_P, "targets": targets_P, "scales": scales.to(labels_BT.device)}
     prepared["prompt_targets"] = prompt_targets(batch)

@@ -230,6 +230,17 @@ class Config(Section):
         return value
 
     @model_validator(mode="after")
+    def _stages_that_are(self) -> Config:
+        for name in ("teacher", "distill"):
+            if not getattr(self, name).enabled:
+                raise ValueError(f"{name}.enabled: every run has this stage; see --until STAGE")
+        for name in ("base", "pretrain"):
+            stage = getattr(self, name)
+            if stage.enabled and stage.candidates != "vocabulary":
+                raise ValueError(f"{name}.candidates: text has no labels; use vocabulary")
+        return self
+
+    @model_validator(mode="after")
     def _own_weights(self) -> Config:
         if self.teacher_model is not None and self.student.start == "teacher":
             raise ValueError(

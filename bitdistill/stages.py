@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,9 @@ class Stage:
 def plan_stages(config: Config, out: Path, inputs: Inputs) -> dict[str, Stage]:
     """The stages of this run by name, in order, and what each of them depends on."""
     own, task = ("model", "seed"), ("model", "seed", "task")
-    text = ("task",) if "task" in config.corpus.sources else ()
+    text: tuple[str, ...] = ()
+    if "task" in config.corpus.sources:  # of limit_train examples, those that the seed chose
+        text = ("task",) if config.task.limit_train is None else ("task", "seed")
     base = None
     if config.base.enabled:
         base = Stage("base", "teacher", "base", (*own, "base", "corpus", *text), None, out)
@@ -49,9 +53,12 @@ def plan_stages(config: Config, out: Path, inputs: Inputs) -> dict[str, Stage]:
     teacher = Stage("teacher", "teacher", "fp16-sft", (*task, *guide), base, out)
     plan = [base, teacher]
     if config.bitnet_sft.enabled:
-        plan.append(Stage("bitnet-sft", "student", "bitnet-sft", (*task, "bitnet_sft"), base, out))
+        direct = (*task, "bitnet_sft", "student.activation_bits")
+        plan.append(Stage("bitnet-sft", "student", "bitnet-sft", direct, base, out))
     start = teacher if config.student.start == "teacher" else base
-    refined = Stage("refined", "student", "refined", (*task, "student"), start, out)
+    # calibrated on the next stage's batches
+    batches = tuple(f"distill.{x}" for x in ("batch_size", "accumulate", "max_length", "mixtures"))
+    refined = Stage("refined", "student", "refined", (*task, "student", *batches), start, out)
     last = refined
     if config.pretrain.enabled:
         # no task has shaped them, nor a seed but their own
@@ -75,7 +82,7 @@ def fingerprint(stage: Stage, config: Config, inputs: Inputs) -> str:
     """A hash of all that a stage depends on, its parents' included."""
     values = config.model_dump(mode="json")
     parent = None if stage.parent is None else fingerprint(stage.parent, config, inputs)
-    own = {key: values[key] for key in stage.depends}
+    own = {key: reduce(getitem, key.split("."), values) for key in stage.depends}
     return manifest.fingerprint([own, inputs.of(stage.depends), parent])
 
 

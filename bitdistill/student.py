@@ -182,6 +182,21 @@ def set_gains(student: PreTrainedModel, gains: dict[str, float]) -> None:
             nn.init.constant_(module.norm.weight, gains[name])
 
 
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Convert floating-point parameters in place; not the buffers, because angles need fp32
+    frequencies.
+
+    In 16 bits a BitLinear keeps its fp32 weights: trits are taken from those.
+    """
+    for module in model.modules():
+        if dtype.itemsize < 4 and isinstance(module, BitLinear | RMSNorm):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    return model
+
+
 @torch.no_grad()
 def round_tables(student: PreTrainedModel) -> None:
     """Round embedding and head to the 16 bits that artifacts store, in place.

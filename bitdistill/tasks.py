@@ -7,6 +7,7 @@ guesses a prompt again. The prompts of the GLUE tasks are those of lm-evaluation
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,6 +206,13 @@ def load_examples(
     return examples
 
 
+def some_of(examples: list[Example], limit: int | None, seed: int) -> list[Example]:
+    """All of them, or a seeded random part of `limit` examples."""
+    if limit is None or limit >= len(examples):
+        return examples
+    return random.Random(seed).sample(examples, limit)
+
+
 def _example(task: Task, index: int, row: Row, columns: dict[str, str], remedy: str) -> Example:
     values = {}
     for column in (*task.columns, task.target):
@@ -232,6 +240,8 @@ def _label(task: Task, index: int, value: Any) -> int:
     if text in words:
         return words.index(text)
     label = _integer(text)
+    if str(label) in words:  # a column of numbers with gaps is read as floats
+        return words.index(str(label))
     if label is None or not 0 <= label < len(words):
         raise ValueError(
             f"example {index} has label {value!r}, task {task.name!r} has "

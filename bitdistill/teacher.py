@@ -67,7 +67,26 @@ def load_model(model: Model, seed: int = 0) -> tuple[PreTrainedModel, Tokenizer]
         loaded = _without_gguf_traces(loaded)
         _end_as_the_file_says(tokenizer, loaded)
     check_layers(loaded)
+    _make_saveable(loaded, model)
     return loaded, tokenizer
+
+
+def _make_saveable(loaded: PreTrainedModel, model: Model) -> None:
+    """Some models say how to sample and not that they do: transformers loads and will not save."""
+    settings = loaded.generation_config
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
+        try:
+            settings.validate(strict=True)
+        except ValueError as error:
+            raise ModelError(
+                f"model {model.source} has a generation_config.json that transformers will not "
+                f"save ({str(error).splitlines()[0]}); mend or remove that file"
+            ) from error
 
 
 def _address(model: Model) -> tuple[str, dict[str, Any]]:

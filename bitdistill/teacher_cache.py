@@ -32,6 +32,7 @@ from bitdistill.manifest import fingerprint
 from bitdistill.prepare import REMEMBERED_STATES, Counts, prepare
 from bitdistill.quantize import wide
 from bitdistill.schema import Distillation
+from bitdistill.student import cast
 
 SHARD = 512  # examples of a file
 TOGETHER = 32  # examples of a forward pass
@@ -53,8 +54,10 @@ class Questions:
         settings: Distillation,
         candidates: list[int] | None,
         hardware: Hardware,
+        rows: int,
     ) -> None:
-        self.teacher = teacher.to(hardware.device, hardware.dtype).eval()
+        self.rows = rows  # of the student's head: a larger teacher's may be padded further
+        self.teacher = cast(teacher, hardware.dtype).to(hardware.device).eval()
         self.settings, self.candidates, self.hardware = settings, candidates, hardware
         teacher.set_attn_implementation(ATTENTION)
         self.capture = None if layer is None else Capture(teacher, layer, settings.relations)
@@ -84,7 +87,7 @@ class Questions:
 
     def _answers(self, hidden_AD: Tensor) -> dict[str, Tensor]:
         """The largest logits of each row, their tokens, and log sum exp of all at temperature."""
-        weight_VD = self.teacher.lm_head.weight
+        weight_VD = self.teacher.lm_head.weight[: self.rows]
         if self.candidates is not None:
             weight_VD = weight_VD[self.candidates]
         kept = min(self.settings.cache, len(weight_VD))
@@ -211,9 +214,10 @@ def remember(
     if settings.relations.active:
         mine, theirs = related_layers(settings.relations, student, teacher)
     asked = [settings.cache, settings.logits.temperature, settings.relations.states, theirs]
-    name = fingerprint([made_from, asked, candidates, str(hardware.dtype)])
+    rows = len(student.lm_head.weight)
+    name = fingerprint([made_from, asked, candidates, str(hardware.dtype), rows])
     cache = TeacherCache(root / name)
-    questions = Questions(teacher, theirs, settings, candidates, hardware)
+    questions = Questions(teacher, theirs, settings, candidates, hardware, rows)
     cache.fill(batches.rows, batches.pad, questions, world)
     questions.release()
     return Remembering(batches, cache), mine

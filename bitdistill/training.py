@@ -27,6 +27,7 @@ from bitdistill.progress import Reporter
 from bitdistill.quantize import set_integer, share_anneal
 from bitdistill.schema import Machine, Training
 from bitdistill.sequences import merge_states
+from bitdistill.student import cast
 from bitdistill.training_state import Budget, States, saved_states
 
 LOG_EVERY = 10
@@ -59,9 +60,10 @@ class Fit:
         self.hardware = Hardware.resolve(machine)
         self.total = total_steps(settings, batches)
         self.step, self.tokens = 0, 0
+        self.unread = 0  # this device's tokens since the last record
         self.model.train()
         if objective.teacher is not None:
-            teacher = objective.teacher.to(self.hardware.device, self.hardware.dtype)
+            teacher = cast(objective.teacher, self.hardware.dtype).to(self.hardware.device)
             teacher.eval().requires_grad_(False)
         self._integer = False
         if machine.recompute:
@@ -122,7 +124,7 @@ class Fit:
 
     def _loop(self) -> dict[str, float]:
         """Steps to the end, with records, saved states and an ear for signals."""
-        tokens, read = 0, self.step
+        read = self.step
         last: dict[str, float] = {}
         machine = self.machine
         budget = Budget(machine.save_minutes, machine.save_steps, self.step)
@@ -130,16 +132,17 @@ class Fit:
             while self.step < self.total:
                 with meter.waiting():
                     window = self.batches.window(self.step)
-                tokens += sum(int(b["attention_mask"].sum()) for b in window)
+                self.unread += sum(int(b["attention_mask"].sum()) for b in window)
                 self.optimize(window)
                 self.step += 1
                 if self.step % LOG_EVERY == 0 or self.step == self.total:
                     last = self.read_terms(self.step - read)
-                    tokens = int(self.world.sum([tokens])[0])
+                    tokens = self._all_unread()
                     self.tokens += tokens
+                    self.unread = 0
                     length = window[0]["input_ids"].shape[1]
                     meter.update(self.step, tokens, last, partial(self._measured, tokens, length))
-                    tokens, read = 0, self.step
+                    read = self.step
                 due, stopping = self._agreed(budget.due(self.step, read == self.step), stop)
                 if due and self.step < self.total:
                     with budget.saving(self.step):
@@ -151,6 +154,9 @@ class Fit:
                         "its state saved; --resume continues it"
                     )
         return last
+
+    def _all_unread(self) -> int:
+        return int(self.world.sum([self.unread])[0])
 
     def _record_histogram(self) -> None:
         """What the master weights are like, before the first step and after the last."""
@@ -234,7 +240,7 @@ class Fit:
         position = {
             "data": None if data[0] is None else merge_states(data),
             "relation_weight": self.objective.relation_weight,
-            "tokens": self.tokens,
+            "tokens": self.tokens + self._all_unread(),
         }
         self._states().save(self.step, self.parts, self.optimizer, position)
 

@@ -79,7 +79,7 @@ def summaries(
         )
     encoded = encode_prompts(prompts, task, tokenizer, [room] * len(prompts))
     stop = ends_of(teacher, tokenizer)
-    made_from = [mark, encoded, task.max_new_tokens, stop, str(hardware.dtype)]
+    made_from = [mark, encoded, task.max_new_tokens, stop, str(hardware.dtype), "greedy"]
     folder = run / "teacher-written" / fingerprint(made_from)
     folder.mkdir(parents=True, exist_ok=True)
     limits = GenerationConfig(
@@ -122,6 +122,19 @@ def _write(
 ) -> list[list[int]]:
     """The teacher's greedy answers, each with the token that ended it, if one did."""
     teacher.to(hardware.device).eval()
+    own, teacher.generation_config = teacher.generation_config, GenerationConfig()
+    try:  # greedy, whatever penalties the model brings
+        return _answers(teacher, prompts, limits, hardware)
+    finally:
+        teacher.generation_config = own
+
+
+def _answers(
+    teacher: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    limits: GenerationConfig,
+    hardware: Hardware,
+) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while order:

@@ -18,10 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from bitdistill import checkpoint
-from bitdistill.backends.torch_runtime import cast
 from bitdistill.backends.torch_storage import round_storage
 from bitdistill.decoder import config_class, family_of
-from bitdistill.student import empty_student
+from bitdistill.student import cast, empty_student
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 WORDS = 8192  # of the head at a time

@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 
 from bitdistill import checkpoint, manifest
 from bitdistill.backends import kv_cache, onnx_probe, onnx_runtime, onnx_session
-from bitdistill.backends.torch_runtime import cast
 from bitdistill.backends.torch_storage import round_storage
 from bitdistill.decoder import DecoderSpec, config_class, family_of
 from bitdistill.evals import parity_ends
 from bitdistill.quantize import BitLinear
-from bitdistill.student import empty_student
+from bitdistill.student import cast, empty_student
 
 TOKENS = 48
 Progress = Callable[[str, int, int], None]

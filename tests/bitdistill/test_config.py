@@ -65,6 +65,10 @@ def test_tiny_is_the_default() -> None:
         ("seed=[1", "--set seed: the value is not valid YAML"),
         ("distill.ce=0", "distill: relations.target_ratio is a share of the cross-entropy, and ce"),
         ("distill.steps=null", "distill: give exactly one of steps and epochs"),
+        ("teacher.enabled=false", "teacher.enabled: every run has this stage; see --until"),
+        ("distill.enabled=false", "distill.enabled: every run has this stage"),
+        ("base.candidates=labels", "base.candidates: text has no labels; use vocabulary"),
+        ("if_summary=3", "if_summary is 3; it holds settings for summary tasks, by section"),
         ("pretrain.enabled=true", "pretrain: give exactly one of steps and epochs"),
     ],
 )

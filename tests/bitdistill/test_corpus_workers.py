@@ -84,6 +84,7 @@ def test_workers_end_with_the_training_process(local: Any, tmp_path: Path) -> No
             "corpus": {"sources": [str(tmp_path / "a.jsonl")]},
             "task": {"name": "tiny"},
             "seed": 0,
+            "run_seed": 0,
             "tokenizer": "",
             "end": None,
             "rows": [0],

@@ -239,3 +239,13 @@ def test_split_heads_must_divide() -> None:
     x = torch.zeros(1, 2, 10)
     with pytest.raises(ValueError, match="split_heads = 4 does not divide the width 10"):
         relation_sum((x,), (x,), torch.ones(1, 2), RelationLoss(weight=1, split_heads=4))
+
+
+def test_relations_are_compared_in_fp32_in_mixed_precision() -> None:
+    torch.manual_seed(0)
+    states = 4 * torch.randn(2, 12, 48)
+    for options in (RelationLoss(split_heads=3), RelationLoss(split_heads=3, scaling="normalised")):
+        exact = losses.relation_logits(states, options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (states @ states.mT).dtype == torch.bfloat16
+            assert torch.equal(losses.relation_logits(states, options), exact)

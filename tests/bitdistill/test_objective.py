@@ -159,6 +159,15 @@ def test_weight_by_target_ratio(make_teacher: Callable[..., Any]) -> None:
     objective.fit_relation_weight([batch])
     _, terms = objective(prepare(batch, count_window([batch], settings.relations)))
     assert (terms["relations"] / terms["ce"]).item() == pytest.approx(0.25, rel=1e-4)
+    found = objective.relation_weight
+    parts = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(3)]
+    objective.fit_relation_weight(parts)
+    assert objective.relation_weight == pytest.approx(found, rel=1e-3)
+    parts[1]["labels"] = parts[1]["labels"].where(parts[1]["labels"] < 0, UNLABELLED)
+    objective.fit_relation_weight(parts)
+    terms = [objective(prepare(p, count_window(parts, settings.relations)))[1] for p in parts]
+    sums = [float(sum(t[name] for t in terms)) for name in ("relations", "ce")]
+    assert sums[0] / sums[1] == pytest.approx(0.25, rel=1e-4)
     batch["labels"][batch["labels"] >= 0] = UNLABELLED
     with pytest.raises(ValueError, match="no labelled example"):
         objective.fit_relation_weight([batch])

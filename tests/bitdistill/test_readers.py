@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bitdistill.config import load_config
-from bitdistill.data import check_sources
+from bitdistill.data import check_sources, task_examples
 from bitdistill.documents import Source, open_source
 from bitdistill.readers import JsonLines, Parquet, Texts
 from bitdistill.sources import file_rows
@@ -137,6 +137,10 @@ def test_the_task_and_the_embedded_corpus(tmp_path: Path) -> None:
     assert sorted(t.split("\n")[0] for t in texts) == [f"film {i}" for i in range(6)]
     assert texts != sorted(texts)
     assert all(t.endswith(("Answer: positive", "Answer: negative")) for t in texts)
+    few = config.task.model_copy(update={"limit_train": 2})
+    chosen = {e.prompt for e in task_examples(few, 7)}
+    some = take(open_source("task", config.corpus, few, 0, 7), 2)
+    assert {text.rpartition(" ")[0] for text in some} == chosen
     tiny = source_of("tiny")
     first = take(tiny, 20)
     tiny.restore({"epoch": 0, "index": 5, "at": 5})

@@ -39,7 +39,7 @@ def test_the_embedded_recipe(tmp_path: Path) -> None:
     for name, rounded in {"bitnet-sft": True, "refined": False, "student": True}.items():
         table = checkpoint.load(out / name).get_input_embeddings().weight
         assert torch.equal(table.half().float(), table) == rounded  # where nothing follows
-    files = ["config.yaml", "log.jsonl", "weights.jsonl"]
+    files = ["config.yaml", "log.jsonl", "run.lock", "weights.jsonl"]
     assert sorted(p.name for p in out.iterdir() if p.is_file()) == files
 
 

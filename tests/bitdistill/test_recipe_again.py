@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 from filelock import FileLock
 from short_runs import stages_of
 
-from bitdistill import checkpoint, manifest
+from bitdistill import checkpoint, distributed, manifest
 from bitdistill.hardware import TrainingError
+from bitdistill.inputs import Inputs
 from bitdistill.recipe import train
 from bitdistill.schema import Config
+from bitdistill.stages import fingerprint, plan_stages
 from bitdistill.training import Fit
 
 
@@ -121,6 +124,8 @@ def test_an_interrupted_stage(
     assert state.is_dir()
     train(config, out, resume=True, quiet=True)
     assert not state.exists()
+    metrics = [manifest.read_manifest(tmp_path / r / stage)["metrics"] for r in ("whole", "run")]
+    assert metrics[0]["tokens"] == metrics[1]["tokens"] > 0
     whole, resumed = (checkpoint.load(tmp_path / run / "student") for run in ("whole", "run"))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
@@ -139,3 +144,40 @@ def test_two_trainings_in_one_folder(recipe: Callable[..., Config], tmp_path: Pa
         train(recipe(), out, quiet=True)
     assert not stages_of(out)
     assert train(recipe(), out, quiet=True).is_dir()
+
+
+@pytest.mark.parametrize("held", [1.5, 0.0])
+def test_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: float) -> None:
+    """In short waits, after each of which the processes of a run agree to go on waiting."""
+    monkeypatch.setattr(distributed, "LOCK_SECONDS", 0.1)
+    lock, asked = FileLock(tmp_path / "stage.lock", thread_local=False), []
+    acquire = distributed._acquire
+    monkeypatch.setattr(
+        distributed, "_acquire", lambda *given: asked.append(given) or acquire(*given)
+    )
+    lock.acquire()
+    Timer(held, lock.release, [True]).start()
+    with distributed.World().locked(tmp_path / "stage.lock"):
+        pass
+    assert len(asked) > 5 * held
+
+
+def test_what_stages_depend_on(recipe: Callable[..., Config], tmp_path: Path) -> None:
+    """Settings of other sections that reach a stage are part of what it is known by."""
+
+    def marks(*settings: str) -> dict[str, str]:
+        config = recipe("bitnet_sft.steps=2", "bitnet_sft.enabled=true", *settings)
+        inputs = Inputs(config)
+        stages = plan_stages(config, tmp_path, inputs)
+        return {name: fingerprint(stage, config, inputs) for name, stage in stages.items()}
+
+    plain = marks()
+    for settings, changed in {
+        ("student.activation_bits=null",): {"bitnet-sft", "refined", "student"},
+        ("distill.batch_size=3",): {"refined", "student"},
+        ("distill.mixtures=2",): {"refined", "student"},
+        ("distill.learning_rate=0.5",): {"student"},
+        ("student.calibrate=false",): {"refined", "student"},
+    }.items():
+        found = marks(*settings)
+        assert {name for name in plain if found[name] != plain[name]} == changed, settings

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from bitdistill import checkpoint, manifest
 from bitdistill.decoder import LINEARS, DecoderSpec, config_class
-from bitdistill.quantize import BitLinear
+from bitdistill.quantize import BitLinear, bit_linears, ternarize
 from bitdistill.student import (
+    cast,
     make_student,
     measure_gains,
     model_class,
@@ -276,3 +277,22 @@ def test_tables_are_rounded_to_what_artifacts_store(
         assert torch.equal(weight.half().float(), weight)
         if family == "gemma3_text":
             assert torch.equal(weight.bfloat16().float(), weight)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_sixteen_bits_keep_angles_and_what_trits_are_taken_from(
+    make_teacher: Callable[..., Any], family: str
+) -> None:
+    teacher = make_teacher(family)
+    student = make_student(teacher)
+    before = {name: value.clone() for name, value in teacher.named_buffers()}
+    assert any("inv_freq" in name for name in before)
+    cast(teacher, torch.bfloat16)
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+    for name, value in teacher.named_buffers():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+    trits = [ternarize(layer.weight)[0] for layer in bit_linears(student)]
+    for layer, expected in zip(bit_linears(cast(student, torch.bfloat16)), trits, strict=True):
+        assert torch.equal(ternarize(layer.weight)[0], expected)
+    assert student.lm_head.weight.dtype == torch.bfloat16

@@ -88,8 +88,9 @@ def test_booleans_are_words_where_the_task_has_them(form: str, tmp_path: Path) -
 def test_words_win_over_ids(tmp_path: Path) -> None:
     """A column of stars holds the answers "1" to "3", not ids from 0."""
     stars = dataclasses.replace(SST2, name="stars", labels=(" 1", " 2", " 3"), hub=None)
-    rows = [{"sentence": "a", "label": value} for value in (1, 3, "2")]
-    assert [e.label for e in load_examples(stars, write(tmp_path, "jsonl", rows))] == [0, 2, 1]
+    rows = [{"sentence": "a", "label": value} for value in (1, 3, "2", 3.0, "1.0")]
+    found = [e.label for e in load_examples(stars, write(tmp_path, "jsonl", rows))]
+    assert found == [0, 2, 1, 2, 0]
 
 
 def test_null_and_na_are_text_in_a_csv(tmp_path: Path) -> None:

@@ -261,3 +261,15 @@ def test_a_directory_is_only_read(model_dir: Path, tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == {
         p.name: p.read_bytes() for p in model_dir.iterdir()
     }
+
+
+def test_sampling_settings_that_transformers_will_not_save(model_dir: Path, tmp_path: Path) -> None:
+    """It loads them with a warning; a stage must not end in an error when it is saved."""
+    file = model_dir / "generation_config.json"
+    file.write_text('{"temperature": 0.9, "top_p": 0.6}')
+    model, _ = load_model(Model(source=str(model_dir)))
+    model.save_pretrained(tmp_path / "saved")
+    assert model.generation_config.top_p == 0.6
+    file.write_text('{"length_penalty": 0.5}')
+    with pytest.raises(ModelError, match=r"that transformers will not save .*mend or remove"):
+        load_model(Model(source=str(model_dir)))

@@ -77,6 +77,23 @@ def test_top_and_rest_against_autograd(k: int) -> None:
         assert 0 < float(terms.kl) < float(full.kl)
 
 
+def test_rows_that_pad_the_teachers_head_are_not_remembered(
+    make_teacher: Callable[..., Any], tmp_path: Path
+) -> None:
+    student = make_student(make_teacher("qwen3"))
+    rows = len(student.lm_head.weight)
+    wide = make_teacher("qwen3", seed=1, vocab_size=rows + 28)
+    with torch.no_grad():
+        wide.lm_head.weight[rows:] = 5 * wide.lm_head.weight[:28]  # they would be the likeliest
+    options = settings(cache=8, relations={"weight": 0.0})
+    batches, _ = remember(
+        tmp_path, "teacher", (student, wide), task_batches(), options, None, CPU, World()
+    )
+    (batch,) = batches.window(0)
+    assert int(batch["top_ids"].max()) < rows
+    assert bool((batch["top_logits"].logsumexp(-1) > 0).any())
+
+
 def cached(
     make_teacher: Callable[..., Any], path: Path, options: Distillation
 ) -> tuple[Any, Remembering, int | None]:
@@ -170,7 +187,7 @@ def test_devices_share_the_questions(
     monkeypatch.setattr(teacher_cache, "SHARD", 3)
     rows, teacher = task_batches().rows, make_teacher("qwen3")
     caches = [TeacherCache(tmp_path) for _ in range(2)]
-    questions = Questions(teacher, None, settings(cache=4), None, CPU)
+    questions = Questions(teacher, None, settings(cache=4), None, CPU, 10**6)
 
     class Waiting(World):
         def gather(self, value: Any) -> list[Any]:

@@ -14,8 +14,9 @@ import torch
 from short_runs import TEXTS, advance, anneal_of, packed_batches, settings, task_batches, weights
 
 from bitdistill import quantize
-from bitdistill.data import Batch, TaskBatches
+from bitdistill.data import UNLABELLED, Batch, TaskBatches
 from bitdistill.hardware import Hardware, TrainingError, start_compilers
+from bitdistill.prepare import count_window, prepare
 from bitdistill.quantize import BitLinear, bit_linears, ternary_scale
 from bitdistill.schema import Machine, Training
 from bitdistill.training import Fit, schedule, total_steps
@@ -264,3 +265,26 @@ def test_integer_products_begin_when_annealing_ends(start: Callable[..., Fit]) -
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
     fit.run()
     assert integer(fit) == {False}  # nothing of the training stays on the model
+
+
+def test_a_teacher_in_16_bits_keeps_its_angles(start: Callable[..., Fit]) -> None:
+    """bf16 frequencies would turn a position of hundreds by half a radian."""
+    fit = start(settings(), precision="bfloat16")
+    assert fit.objective.teacher is not None
+    rotary = fit.objective.teacher.model.rotary_emb.inv_freq
+    assert rotary.dtype == torch.float32
+    assert torch.equal(rotary, fit.objective.student.model.rotary_emb.inv_freq)
+    assert fit.objective.teacher.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_micro_batches_without_labels_do_not_dilute_the_labels(start: Callable[..., Fit]) -> None:
+    """Devices that hold none add nothing to what cross-entropy is divided by."""
+    fit = start(settings(relations={"weight": 0.0}))
+    (batch,) = fit.batches.window(0)
+    none = batch | {"labels": batch["labels"].where(batch["labels"] < 0, UNLABELLED)}
+    counted = fit._counts([batch])
+    assert fit._counts([batch, none]).answers == counted.answers
+    alone = count_window([none], fit.objective.relations)
+    assert alone.answers == 0
+    assert alone.compared == counted.compared
+    assert prepare(none, alone)["scales"][0] == 0

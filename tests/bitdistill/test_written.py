@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from short_runs import log_of
+from transformers import GenerationConfig
 
 from bitdistill import written
 from bitdistill.data import UNLABELLED
@@ -131,3 +132,17 @@ def test_a_recipe_of_summaries_with_mixtures(recipe: Callable[..., Config], tmp_
     train(recipe(*GIST, "distill.steps=6"), tmp_path / "run", quiet=True)
     assert list((tmp_path / "run" / "teacher-written").glob("*/shard-00000.json"))
     assert {"ce", "logits", "relations"} <= set(log_of(tmp_path / "run")[-1])
+
+
+def test_a_model_s_own_penalties_do_not_shape_them(
+    recipe: Callable[..., Config], make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    teacher, config = make_teacher("qwen3"), recipe(*GIST)
+    plain = summaries(config, teacher, "plain", tokenizer, tmp_path, World())
+    own = GenerationConfig(repetition_penalty=1.9, no_repeat_ngram_size=1)
+    teacher.generation_config = own
+    greedy = summaries(config, teacher, "penalised", tokenizer, tmp_path, World())
+    assert plain is not None
+    assert greedy is not None
+    assert greedy.rows(0) == plain.rows(0)
+    assert teacher.generation_config is own
