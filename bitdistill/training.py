@@ -132,9 +132,9 @@ class Fit:
             while self.step < self.total:
                 with meter.waiting():
                     window = self.batches.window(self.step)
-                self.unread += sum(int(b["attention_mask"].sum()) for b in window)
                 self.optimize(window)
                 self.step += 1
+                self.unread += sum(int(b["attention_mask"].sum()) for b in window)
                 if self.step % LOG_EVERY == 0 or self.step == self.total:
                     last = self.read_terms(self.step - read)
                     tokens = self._all_unread()

@@ -130,7 +130,7 @@ def _alive(pid: int) -> bool:
 def test_a_worker_loads_neither_torch_nor_transformers() -> None:
     program = (
         "import sys, bitdistill.corpus_worker as w\n"
-        "w.open_sources({'corpus': {'sources': ['tiny']}, 'task': {'name': 'tiny'}, 'seed': 0})"
+        "w.open_sources({'corpus': {'sources': ['tiny']}, 'task': {'name': 'tiny'}, 'seed': 0, 'run_seed': 0})"
         "[0].next()\nprint(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
