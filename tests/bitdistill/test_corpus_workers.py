@@ -128,10 +128,10 @@ def _alive(pid: int) -> bool:
 
 
 def test_a_worker_loads_neither_torch_nor_transformers() -> None:
+    job = {"corpus": {"sources": ["tiny"]}, "task": {"name": "tiny"}, "seed": 0, "run_seed": 0}
     program = (
-        "import sys, bitdistill.corpus_worker as w\n"
-        "w.open_sources({'corpus': {'sources': ['tiny']}, 'task': {'name': 'tiny'}, 'seed': 0, 'run_seed': 0})"
-        "[0].next()\nprint(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+        f"import sys, bitdistill.corpus_worker as w\nw.open_sources({job})[0].next()\n"
+        "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
