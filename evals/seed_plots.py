@@ -14,7 +14,7 @@ from typing import Any
 
 from bitdistill.evals.plots import MARKERS, OKABE_ITO, STYLE, require_matplotlib
 from bitdistill.evals.results import Result
-from bitdistill.evals.seeds import TEACHER, SeedRow, seed_rows
+from bitdistill.evals.seeds import TEACHER, USUAL, SeedRow, seed_rows
 from bitdistill.evals.tables import TASK_METRICS
 
 WIDTH_INCHES, ROW_INCHES, PANEL_INCHES = 7.0, 0.34, 0.45
@@ -72,7 +72,8 @@ def _panel(axes: Any, rows: Sequence[SeedRow], names: Sequence[str]) -> None:
                   markersize=6, markeredgewidth=1.4, label="a run")  # fmt: skip
         axes.plot([row.mean], [place], linestyle="none", marker="|", color="black", markersize=13,
                   markeredgewidth=1.4, label="mean")  # fmt: skip
-        if row.method == TEACHER and row.backend == "torch" and not row.variant:
+        usual = row.backend == "torch" and row.precision in USUAL and not row.variant
+        if row.method == TEACHER and usual:
             axes.axvline(row.mean, color="black", linestyle="--", linewidth=1, zorder=0,
                          label="teacher's mean")  # fmt: skip
     majority = next((row.majority for row in rows if row.majority is not None), None)

@@ -4,7 +4,8 @@ For every task, split and metric: methods, the mean over runs, each run's seed a
 mean difference to the FP16 teacher that a run was compared with, else to the one of its seed
 (Δ FP16). Its interval is the mean of the runs' paired 95 % intervals: they share their examples, so
 the mean's own interval is no wider. It says what other examples could give; how far runs are apart,
-their figures say. A seed that was trained twice (on a GPU it gives another model) counts twice.
+their figures say. A seed that was trained twice (on a GPU it gives another model) counts twice;
+one model held or loaded in two ways does not: each way is a row.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from bitdistill.evals.results import Result
 from bitdistill.evals.tables import DECIMALS, MISSING, SECONDARY, TASK_METRICS, Grid
 
 TEACHER = "fp16-sft"
+USUAL = ("", "fp32", "1.58-bit")  # precisions that go without saying; "" in older results
 EXACT = " in fp64"  # how the precision of a row that only serves as a floor ends
 METRICS = [m for m in TASK_METRICS if m not in (*SECONDARY, "agreement", "bleu", "rougeLsum")]
 HEADER = ["Task", "Metric", "Method", "Mean", "Seeds", "Δ FP16", "95 %", "fp64 flips"]
-Place = tuple[str, str, str, str, str, str]  # the first fields of a SeedRow
+Place = tuple[str, str, str, str, str, str, str]  # the first fields of a SeedRow
+Model = tuple[int | None, str]  # its seed, and its student's fingerprint or its own hash
 
 
 @dataclass
@@ -50,12 +53,18 @@ class SeedRow:
     method: str
     backend: str
     variant: str = ""
+    precision: str = ""
+    artifact: str = ""  # where a student has several that differ in nothing else
     runs: list[SeedRun] = field(default_factory=list)
 
     @property
     def label(self) -> str:
-        """Method, with its variant and its backend where they are not the usual."""
-        name = self.method if self.backend == "torch" else f"{self.method} ({self.backend})"
+        """Method, with what is not the usual of its backend, precision, artifact and variant."""
+        said = self.backend == "torch" or self.artifact.startswith(self.backend)
+        words = [] if said else [self.backend]
+        words += [self.precision] if self.precision not in USUAL else []
+        words += [self.artifact] if self.artifact else []
+        name = f"{self.method} ({', '.join(words)})" if words else self.method
         return f"{name}: {self.variant}" if self.variant else name
 
     @property
@@ -74,6 +83,8 @@ class SeedRow:
     @property
     def interval(self) -> tuple[float, float] | None:
         """Of the mean difference; None unless every run's was paired."""
+        if self.difference is None:
+            return None
         found = [run.paired.interval for run in self.runs if run.paired is not None]
         known = [interval for interval in found if interval is not None]
         if not known or len(known) < len(self.runs):
@@ -97,29 +108,66 @@ def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
     ValueError where no result has a task's metric.
     """
     found = list(results)
-    latest: dict[Place, dict[tuple[int | None, str], Result]] = {}
+    by_place: dict[Place, list[Result]] = {}
     for r in found:
         if r.metric in METRICS and not r.precision.endswith(EXACT):
-            key = (r.task, r.split, r.metric, r.method, r.backend, r.variant)
-            latest.setdefault(key, {})[r.seed, r.artifact_hash] = r
-    if not latest:
+            key = (r.task, r.split, r.metric, r.method, r.backend, r.variant, r.precision)
+            by_place.setdefault(key, []).append(r)
+    if not by_place:
         raise ValueError("there are no scores to show by seed; run `bitdistill eval` first")
+    teachers: dict[tuple[str, str, str, str], list[Result]] = {}
+    for (*part, method, backend, variant, precision), own in by_place.items():
+        if (method, backend) == (TEACHER, "torch") and precision in USUAL:
+            task, split, metric = part
+            teachers.setdefault((task, split, metric, variant), []).extend(_latest(own))
     rows = []
-    for (task, split, metric, method, backend, variant), by_model in latest.items():
-        teachers = (task, split, metric, TEACHER, "torch")
-        theirs = latest.get((*teachers, variant)) or latest.get((*teachers, "")) or {}
-        models = sorted(by_model.values(), key=lambda r: (r.seed is None, r.seed or 0))
-        runs = [_run(mine, list(theirs.values()), found) for mine in models]
-        rows.append(SeedRow(task, split, metric, method, backend, variant, runs))
+    for place, own in by_place.items():
+        task, split, metric, _, _, variant, _ = place
+        theirs = teachers.get((task, split, metric, variant))
+        theirs = theirs or teachers.get((task, split, metric, ""), [])
+        for artifact, some in _by_artifact(own).items():
+            models = sorted(_latest(some), key=lambda r: (r.seed is None, r.seed or 0))
+            runs = [_run(mine, theirs, found) for mine in models]
+            rows.append(SeedRow(*place, artifact, runs))
     parts = list(dict.fromkeys((r.task, r.split) for r in rows))
     return sorted(rows, key=lambda r: (parts.index((r.task, r.split)), METRICS.index(r.metric)))
 
 
+def _model(r: Result) -> Model:
+    return r.seed, r.student or r.artifact_hash
+
+
+def _latest(own: Iterable[Result]) -> list[Result]:
+    """The last result of each model."""
+    return list({_model(r): r for r in own}.values())
+
+
+def _by_artifact(own: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results by artifact where a student has several, such as two exports; else all under "".
+
+    By the name's last part where that tells a student's artifacts apart: `s0/onnx` and `s1/onnx`
+    are one artifact of two seeds.
+    """
+    whole = len({(_model(r), r.artifact) for r in own})
+    if whole == len({_model(r) for r in own}):
+        return {"": list(own)}
+    told = len({(_model(r), _last(r)) for r in own}) == whole
+    found: dict[str, list[Result]] = {}
+    for r in own:
+        found.setdefault(_last(r) if told else r.artifact, []).append(r)
+    return found
+
+
+def _last(r: Result) -> str:
+    return r.artifact.rpartition("/")[2]
+
+
 def _run(mine: Result, teachers: Sequence[Result], found: Iterable[Result]) -> SeedRun:
     """A model's result with the last of the teachers that it was paired with, or of its seed."""
+    teachers = [t for t in teachers if _same_examples(t, mine)]
     run = SeedRun(mine, next((t for t in reversed(teachers) if t.seed == mine.seed), None))
     for r in found:
-        if _kind_of(r) != _kind_of(mine):
+        if _kind_of(r) != _kind_of(mine) or not _same_examples(r, mine):
             continue
         if r.metric == "difference" and _is_of(r, mine):
             against = r.details["against"]["artifact_hash"]
@@ -133,6 +181,12 @@ def _run(mine: Result, teachers: Sequence[Result], found: Iterable[Result]) -> S
 
 def _kind_of(r: Result) -> tuple[str, str, str, str, str]:
     return r.task, r.split, r.method, r.backend, r.variant
+
+
+def _same_examples(one: Result, other: Result) -> bool:
+    """Whether two evaluations asked the same; by their number where a result names no examples."""
+    asked = {r.settings["examples"] for r in (one, other) if "examples" in r.settings}
+    return one.n == other.n and len(asked) < 2
 
 
 def _is_of(difference: Result, mine: Result) -> bool:
@@ -183,6 +237,8 @@ def seed_records(results: Sequence[Result]) -> list[dict[str, Any]]:
             "method": row.method,
             "backend": row.backend,
             "variant": row.variant,
+            "precision": row.precision,
+            "artifact": row.artifact,
             "mean": row.mean,
             "n": max(run.result.n for run in row.runs),
             "majority": row.majority,

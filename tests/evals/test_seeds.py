@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ def scored(value: float, seed: int | None, method: str = "bitdistill", **other: 
         "metric": "accuracy", "unit": "%", "model": "tiny", "backend": "torch", "task": "sst2",
         "split": "validation", "n": 200, "stderr": 1.0, "artifact": method,
         "artifact_hash": f"{method}{seed}", "student": None if method == "fp16-sft" else f"s{seed}",
-        "precision": "1.58-bit", "details": {"confusion": [[70, 50], [30, 50]]},
+        "precision": "fp32" if method == "fp16-sft" else "1.58-bit",
+        "details": {"confusion": [[70, 50], [30, 50]]},
     }  # fmt: skip
     return Result(value=value, seed=seed, method=method, **(fields | other))
 
@@ -99,6 +101,63 @@ def test_a_seed_that_was_trained_twice_counts_twice() -> None:
     assert direct.difference == 0.0  # compared with none: the seed's last
     (_, record, _) = json.loads(render(results, "json", seeds=True))
     assert (record["seed 0"], record["seed 0 run 2"], record["seed 1"]) == (93, 95, 88)
+
+
+def test_a_model_in_another_precision_is_no_other_seed() -> None:
+    """Nor a teacher to compare with; its own difference has no interval where it has no figure."""
+    half = {"precision": "bf16", "artifact_hash": "half"}
+    against = {"of": "accuracy", "against": {"artifact_hash": "fp16-sft1"}}
+    results = [
+        *RESULTS,
+        scored(60.0, 1, "fp16-sft", **half),
+        scored(-30.0, 1, "fp16-sft", **half, metric="difference", interval=(-31.0, -29.0),
+               details=against),
+        scored(86.0, 1, precision="int4", artifact_hash="four"),
+    ]  # fmt: skip
+    rows = {row.label: row for row in seed_rows(results)}
+    assert list(rows) == [
+        "fp16-sft", "bitdistill", "bitnet-sft", "fp16-sft (bf16)", "bitdistill (int4)",
+    ]  # fmt: skip
+    assert (rows["fp16-sft"].mean, rows["bitdistill"].difference) == (91.0, -0.5)
+    assert (rows["fp16-sft (bf16)"].difference, rows["fp16-sft (bf16)"].interval) == (None, None)
+    assert rows["bitdistill (int4)"].difference == -4.0
+
+
+def test_two_artifacts_of_a_student_are_rows_of_their_own() -> None:
+    made = [
+        scored(value, seed, backend="onnx", artifact=name, artifact_hash=f"{name}{seed}")
+        for seed, name, value in [(0, "s0/onnx", 90.0), (0, "s0/kv32", 92.0), (1, "s1/onnx", 80.0)]
+    ]
+    rows = {row.label: [run.result.value for run in row.runs] for row in seed_rows(made)}
+    assert rows == {"bitdistill (onnx)": [90.0, 80.0], "bitdistill (onnx, kv32)": [92.0]}
+    (row,) = seed_rows(made[::2])  # one artifact of each needs no name
+    assert (row.label, row.mean) == ("bitdistill (onnx)", 85.0)
+    again = scored(91.0, 0, backend="onnx", artifact="s0/onnx", artifact_hash="exported again")
+    (row,) = seed_rows([*made[::2], again])
+    assert [run.result.value for run in row.runs] == [91.0, 80.0]
+    published = seed_rows(read_jsonl(PUBLISHED / "showcase-artifacts.jsonl"))
+    boolq = {row.label: len(row.runs) for row in published if row.task == "boolq"}
+    assert boolq["bitdistill (onnx)"] == 2
+    assert boolq["bitdistill (onnx-kv32)"] == 1
+
+
+def test_evaluations_of_other_examples_are_not_mixed() -> None:
+    """A short evaluation's difference, agreement and teacher say nothing of the whole."""
+    short = [
+        dataclasses.replace(r, n=50)
+        for r in [scored(88.0, 1), paired(7.0, 1, 6.0, 8.0),
+                  scored(50.0, 1, metric="agreement", precision="1.58-bit in fp64")]
+    ]  # fmt: skip
+    for results in ([*short, *RESULTS], [*RESULTS, *short[1:]]):
+        (student,) = [row for row in seed_rows(results) if row.method == "bitdistill"]
+        assert (student.difference, student.interval) == (-0.5, (-2.5, 1.5))
+        assert [run.flips for run in student.runs] == [None, 2]
+    (alone,) = [row for row in seed_rows([scored(92.0, 0, "fp16-sft"), dataclasses.replace(
+        scored(80.0, 0), n=50)]) if row.method == "bitdistill"]  # fmt: skip
+    assert alone.difference is None
+    asked = [scored(92.0, 0, "fp16-sft", settings={"examples": "a"}),
+             scored(80.0, 0, settings={"examples": "b"})]  # fmt: skip
+    assert [row.difference for row in seed_rows(asked)] == [None, None]
 
 
 def test_variants_are_rows_of_their_own() -> None:
