@@ -87,8 +87,8 @@ class Row:
 
     def takes(self, other: Row) -> bool:
         """Whether another row is the same method on other tasks."""
-        shared = {column for column in self.cells.keys() & other.cells.keys() if column[0]}
-        return self.key == other.key and not shared
+        mine, theirs = ({c for c in row.cells if c[0]} for row in (self, other))
+        return self.key == other.key and bool(mine and theirs) and not mine & theirs
 
 
 @dataclass
@@ -126,8 +126,22 @@ class Table:
         return " ".join(words) + (f" ({unit})" if unit else "")
 
     def ratio(self, row: Row, column: Column) -> Result | None:
-        """How a figure compares with the reference row's."""
-        return row.cells.get(("", "", RATIOS.get(column[2], "")))
+        """How a figure compares with the reference row's; None where it is to another's row."""
+        place = ("", "", RATIOS.get(column[2], ""))
+        found = row.cells.get(place)
+        shown = [_against(self._reference.cells.get(place)), _against(found)]
+        return found if None not in shown and shown[0] == shown[1] else None
+
+    @property
+    def _reference(self) -> Row:
+        """The teacher in PyTorch, or the first row, as in summary.py."""
+        usual = (row for row in self.rows if (row.method, row.backend) == ("fp16-sft", "torch"))
+        return next(usual, self.rows[0])
+
+
+def _against(ratio: Result | None) -> str | None:
+    """The hash of what a ratio is to."""
+    return ratio.details.get("against", {}).get("artifact_hash") if ratio else None
 
 
 def build(results: Iterable[Result], *, complete: bool = False) -> list[Table]:

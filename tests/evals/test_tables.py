@@ -24,12 +24,15 @@ def result(metric: str, value: float, unit: str = "%", **other: Any) -> Result:
 
 
 TEACHER = {"method": "fp16-sft", "backend": "torch", "artifact": "teacher", "artifact_hash": "1"}
+TO_TEACHER: dict[str, Any] = {"details": {"against": {"artifact_hash": "1"}}}
 RESULTS = [
     result("accuracy", 93.125, interval=(92.0, 94.0), **TEACHER),
     result("size_on_disk", 1234.56, "MiB", **TEACHER),
-    result("size_ratio", 1.0, "x", **TEACHER),
+    result("size_ratio", 1.0, "x", **TEACHER, **TO_TEACHER),
+    result("decode_speed", 420.1, "tokens/s", **TEACHER),
+    result("decode_ratio", 1.0, "x", **TEACHER, **TO_TEACHER),
     result("decode_speed", 1050.25, "tokens/s"),
-    result("decode_ratio", 2.5, "x"),
+    result("decode_ratio", 2.5, "x", **TO_TEACHER),
     result("token_p95", 1.25, "ms"),
     result("agreement", 99.5),
     result("accuracy", 92.0),
@@ -70,7 +73,7 @@ def test_markdown() -> None:
         "| Method | Backend | Accuracy (%, n=872) | Agreement (%, n=872) | Decode (×, tok/s) "
         "| Size (×, MiB) |\n"
         "| --- | --- | ---: | ---: | ---: | ---: |\n"
-        "| fp16-sft | torch | 93.12 ± 0.50 | – | – | 1.00× (1,234.6) |\n"
+        "| fp16-sft | torch | 93.12 ± 0.50 | – | 1.00× (420) | 1.00× (1,234.6) |\n"
         "| bitdistill | onnx | 92.00 ± 0.50 | 99.50 | 2.50× (1,050) | – |\n"
     )
 
@@ -80,7 +83,8 @@ def test_latex() -> None:
         "\\begin{tabular}{llrrrr}\n\\toprule\n"
         "Method & Backend & Accuracy (\\%, n=872) & Agreement (\\%, n=872) & "
         "Decode ($\\times$, tok/s) & Size ($\\times$, MiB) \\\\\n\\midrule\n"
-        "fp16-sft & torch & 93.12 $\\pm$ 0.50 & -- & -- & 1.00$\\times$ (1,234.6) \\\\\n"
+        "fp16-sft & torch & 93.12 $\\pm$ 0.50 & -- & 1.00$\\times$ (420) & "
+        "1.00$\\times$ (1,234.6) \\\\\n"
         "bitdistill & onnx & 92.00 $\\pm$ 0.50 & 99.50 & 2.50$\\times$ (1,050) & -- \\\\\n"
         "\\bottomrule\n\\end{tabular}\n"
     )
@@ -94,7 +98,7 @@ def test_csv_and_json_hold_full_numbers_and_every_metric() -> None:
     assert [row["Accuracy (%)"] for row in rows] == ["93.125", "92.0"]
     assert (rows[0]["Accuracy (%) stderr"], rows[0]["Accuracy (%) n"]) == ("0.5", "872")
     assert (rows[0]["Accuracy (%) low"], rows[0]["Accuracy (%) high"]) == ("92.0", "94.0")
-    assert rows[0]["Decode (tok/s)"] == ""
+    assert (rows[0]["Decode (tok/s)"], rows[1]["Size (MiB)"]) == ("420.1", "")
     assert (rows[1]["Decode (tok/s)"], rows[1]["Decode (tok/s) ratio"]) == ("1050.25", "2.5")
     records = json.loads(render(RESULTS, "json"))
     assert records[0]["Size (MiB)"] == 1234.56
@@ -140,10 +144,10 @@ def test_seeds_and_variants_have_rows_of_their_own() -> None:
 
 def test_methods_are_rows_and_tasks_are_columns() -> None:
     """A student for each task: one row, as in the paper; summaries have a table of their own."""
-    found = [result("size_on_disk", 9.0, "MiB", artifact="first", artifact_hash="a")]
+    found = [result("size_on_disk", 9.0, "MiB", artifact="first", artifact_hash="mnli")]
     for task, split in (("mnli", "validation_matched"), ("mnli", "validation_mismatched"),
                         ("sst2", "validation")):  # fmt: skip
-        own = {"task": task, "split": split, "artifact": task, "artifact_hash": task}
+        own = {"task": task, "split": split, "artifact": "first", "artifact_hash": task}
         found.append(result("accuracy", 90.0, **own))
         found.append(result("accuracy", 95.0, **own, method="fp16-sft"))
     found.append(result("bleu", 14.0, task="cnn_dailymail", artifact_hash="b"))
@@ -161,6 +165,33 @@ def test_methods_are_rows_and_tasks_are_columns() -> None:
     assert len(second.splitlines()) == 3
     tables = [row["table"] for row in json.loads(render(found, "json"))]
     assert tables == ["Classification", "Classification", "Summarisation"]
+
+
+def test_ratios_to_another_reference_are_not_shown() -> None:
+    """Of two evaluations in one file, each has a first row of 1.00×."""
+    later = {"details": {"against": {"artifact_hash": "2"}}}
+    second = {"artifact": "second", "artifact_hash": "2", "method": "bitnet-sft"}
+    found = [
+        *RESULTS,
+        result("decode_speed", 99.0, "tokens/s", **second),
+        result("decode_ratio", 1.0, "x", **second, **later),
+    ]
+    lines = render(found, "markdown").splitlines()
+    assert [line.split("|")[5] for line in lines[2:]] == [
+        " 1.00× (420) ", " 2.50× (1,050) ", " 99 ",
+    ]  # fmt: skip
+    assert json.loads(render(found, "json"))[2]["Decode (tok/s) ratio"] is None
+
+
+def test_two_files_of_one_name_are_two_rows() -> None:
+    """What is timed only has no task that would say it is one method on another."""
+    speeds = [
+        result("decode_speed", value, "tokens/s", method="gguf", artifact=name, artifact_hash=name)
+        for name, value in (("a/Q4_0.gguf", 10.0), ("b/Q4_0.gguf", 20.0))
+    ]
+    lines = render([*RESULTS, *speeds], "markdown").splitlines()
+    assert len(lines) == 2 + 4
+    assert "| b/Q4_0.gguf | – | – | 20 | – |" in lines[-1]
 
 
 def test_what_is_secondary_is_shown_where_nothing_else_is() -> None:
