@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from bitdistill.evals.directories import (
 )
 from bitdistill.evals.examples import ExampleSet, read_sets
 from bitdistill.evals.predict import Options, Scoring
-from bitdistill.evals.process import run_worker
+from bitdistill.evals.process import THREAD_VARIABLES, run_worker
 from bitdistill.evals.results import Result
 from bitdistill.evals.store import Store, read_complete
 from bitdistill.tasks import Task
@@ -40,6 +41,7 @@ from bitdistill.tasks import Task
 if TYPE_CHECKING:
     from bitdistill.evals.bench import Plan
 
+ISA_VARIABLE = "BITDISTILL_ISA"  # which of our kernels run
 Progress = Callable[[str, int, int], None]
 Outcome = dict[str, Any]
 Execute = Callable[[dict[str, Any], Progress], Outcome]
@@ -224,12 +226,18 @@ class _Work:
         return measured
 
     def _conditions(self, directories: Sequence[Directory]) -> dict[str, Any]:
-        """What else a measurement depends on: threads, machine, versions."""
+        """What else a measurement depends on: threads, cores, instruction set, versions."""
         packages = {"bitdistill", "tokenizers"}.union(
             *(RUNTIME_PACKAGES.get(directory.backend, ()) for directory in directories)
         )
         return {
             "threads": self.threads,
+            # a worker that is told its threads sets these variables itself
+            "variables": {
+                name: os.environ.get(name)
+                for name in (ISA_VARIABLE, *(THREAD_VARIABLES if self.threads is None else ()))
+            },
+            "cores": environment.usable_cores(),
             "processor": environment.machine()["processor"],
             "versions": {name: environment.version(name) for name in sorted(packages)},
         }

@@ -224,6 +224,31 @@ def test_another_llama_bench_is_timed_again(make: Make, data: Path, tmp_path: Pa
     assert calls == [2, 2]
 
 
+def test_another_configuration_is_timed_again(
+    make: Make, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, calls = make("student"), []
+
+    def count(jobs: Any, progress: Any) -> Any:
+        calls.append(len(jobs))
+        return time(jobs, progress)
+
+    def timed(**options: Any) -> int:
+        run([student], data=data, execute=execute, time=count, store=tmp_path / "s", **options)
+        return len(calls)
+
+    for name in ("BITDISTILL_ISA", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    assert [timed(), timed(threads=1)] == [1, 2]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert timed(threads=1) == 2  # a worker is told its threads
+    assert timed() == 3
+    monkeypatch.setenv("BITDISTILL_ISA", "avx2")
+    assert [timed(), timed()] == [4, 4]
+    monkeypatch.setattr("bitdistill.evals.environment.usable_cores", lambda: 64)
+    assert timed() == 5
+
+
 def test_a_hugging_face_directory_is_a_row(make: Make, data: Path, tmp_path: Path) -> None:
     path = tmp_path / "teacher"
     path.mkdir()
