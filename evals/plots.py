@@ -81,13 +81,12 @@ def figures(results: Sequence[Result]) -> dict[str, Any]:
     found = {}
     results = [one for one in results if not one.precision.endswith(EXACT)]
     with matplotlib.rc_context(STYLE):
-        for table in build(results):
-            memory = _memory_column(table)
-            if memory is None:
-                continue
-            scores = [c for c in table.columns if c[0] and c[2] != "agreement"]
-            speeds = [c for c in table.columns if c[2] in SPEEDS]
-            for column in [*scores, *speeds]:
+        tables = build(results)
+        together = _together(tables)
+        scores = [(t, c) for t in tables for c in t.columns if c[0] and c[2] != "agreement"]
+        speeds = [(together, c) for c in together.columns if c[2] in SPEEDS]
+        for table, column in [*scores, *speeds]:
+            if (memory := _memory_column(table)) is not None:
                 found[_name(column)] = _figure(table, column, memory)
         found |= _token_figures(results)
     if not found:
@@ -96,6 +95,13 @@ def figures(results: Sequence[Result]) -> dict[str, Any]:
             "students of several lengths of training"
         )
     return found
+
+
+def _together(tables: Sequence[Table]) -> Table:
+    """The rows of all tables, each once: label and summary tasks share a picture of speed."""
+    rows = {id(row): row for table in tables for row in table.rows}
+    columns = dict.fromkeys(c for table in tables for c in table.columns if not c[0])
+    return Table("Speed", list(rows.values()), list(columns))
 
 
 def _token_figures(results: Sequence[Result]) -> dict[str, Any]:

@@ -74,6 +74,22 @@ def test_what_a_picture_says() -> None:
     assert points == [[[400.0, 91.0]], [[80.0, 90.2]]]
 
 
+def test_label_and_summary_tasks_share_a_picture_of_speed() -> None:
+    pytest.importorskip("matplotlib")
+    from bitdistill.evals.plots import figures
+
+    summary = {"task": "news", "artifact": "s", "artifact_hash": "s", "precision": "int4"}
+    found = figures([
+        result("accuracy", 91.0), result("decode_speed", 10.0, "tokens/s"),
+        result("memory", 80.0, "MiB"), result("rougeL", 20.0, **summary),
+        result("decode_speed", 20.0, "tokens/s", **summary),
+        result("memory", 40.0, "MiB", **summary),
+    ])  # fmt: skip
+    assert list(found) == ["sst2-validation-accuracy", "news-validation-rougeL", "decode_speed"]
+    speeds = found["decode_speed"].axes[0].containers
+    assert [bars[0].get_xydata().tolist() for bars in speeds] == [[[80.0, 10.0]], [[40.0, 20.0]]]
+
+
 def test_colours_stay_apart_in_grey_and_markers_without_colour() -> None:
     def luminance(colour: str) -> float:
         red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
