@@ -7,6 +7,7 @@ A row of the table is a directory: a teacher, a student, an artifact, or any Hug
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -48,6 +49,7 @@ class Directory:
     path: Path
     manifest: dict[str, Any]
     load: dict[str, Any] = field(default_factory=dict)
+    told_apart: str = ""  # the end of its path, where another row's directory has the same name
 
     @property
     def is_artifact(self) -> bool:
@@ -82,7 +84,7 @@ class Directory:
     def name(self) -> str:
         """Its name in progress messages and reports."""
         options = "".join(f" ({value})" for value in self.load.values())
-        return f"{self.path.name}{options}"
+        return f"{self.told_apart or self.path.name}{options}"
 
     @cached_property
     def hash(self) -> str:
@@ -138,6 +140,7 @@ def open_directories(
     """
     variants = [path if isinstance(path, Variant) else Variant(path) for path in paths]
     directories = [_open(Path(variant.path), variant.load) for variant in variants]
+    directories = _tell_apart(directories)
     if device is not None:
         moved = {"device": device}
         directories = [
@@ -151,6 +154,20 @@ def open_directories(
     if len({(d.path.resolve(), str(d.load)) for d in directories}) < len(directories):
         raise ValueError("a directory is given twice; give each once")
     return directories
+
+
+def _tell_apart(directories: Sequence[Directory]) -> list[Directory]:
+    """Equal names lengthened by their parents until they differ: tiny/student, mine/student."""
+    paths = [Path(os.path.abspath(directory.path)) for directory in directories]
+    found = []
+    for directory, own in zip(directories, paths, strict=True):
+        others = [path for path in paths if path != own]
+        count = 1
+        while any(path.parts[-count:] == own.parts[-count:] for path in others):
+            count += 1
+        name = "/".join(own.parts[-count:]) if count > 1 else ""
+        found.append(replace(directory, told_apart=name))
+    return found
 
 
 def _open(path: Path, load: dict[str, Any]) -> Directory:
@@ -217,6 +234,7 @@ def choose_task(directories: Sequence[Directory], task: Task | str | None) -> Ta
         raise ValueError(f"{directories[0].path} records no task; name one with --task")
     for directory in directories:
         _check_same(directory, chosen)
+        _check_classifier(directory, chosen)
     for metric in chosen.metrics:
         if metric not in METRICS[chosen.kind]:
             raise ValueError(
@@ -235,6 +253,24 @@ def _check_same(directory: Directory, chosen: Task) -> None:
         raise ValueError(
             f"{directory.path} was trained for task {chosen.name!r} with another prompt or other "
             "answers; evaluate it in a run of its own"
+        )
+
+
+def _check_classifier(directory: Directory, chosen: Task) -> None:
+    """ValueError where an artifact's head has the answers of another task alone."""
+    known = directory.manifest.get("label_tokens")
+    if known is None:
+        return
+    from bitdistill.backends.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(directory.path)
+    wanted = [tokenizer.encode(label, special=False) for label in chosen.labels]
+    if not wanted or not {token for answer in wanted for token in answer} <= set(known):
+        labels = ", ".join(repr(tokenizer.decode([token])) for token in known)
+        answers = ", ".join(map(repr, chosen.labels)) or "summaries"
+        raise ValueError(
+            f"{directory.path} is a classifier of {labels}, task {chosen.name!r} asks for {answers}"
+            "; evaluate it on its own task, or export the student without --task"
         )
 
 

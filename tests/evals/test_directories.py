@@ -11,7 +11,8 @@ import pytest
 from invented import TASK, Make, execute, refuse
 
 from bitdistill import manifest
-from bitdistill.evals import run
+from bitdistill.evals import Variant, run
+from bitdistill.evals.directories import choose_task, open_directories
 from bitdistill.tasks import Task
 
 
@@ -70,6 +71,45 @@ def test_bad_input_is_found_before_any_model_is_loaded(
     for paths, task, source, error, text in cases:
         with pytest.raises(error, match=text.replace("?", r"\?")):
             run(paths, task, source, execute=refuse)
+
+
+def test_rows_of_one_name_are_told_apart_by_their_folders(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("tiny", "mine"):
+        (tmp_path / folder).mkdir()
+        make(f"{folder}/student")
+    monkeypatch.chdir(tmp_path / "tiny")
+    paths = [Variant(Path("student"), {"dtype": "bfloat16"}), Path("student")]
+    found = open_directories([*paths, Path("../mine/student"), make("onnx")])
+    assert [directory.name for directory in found] == [
+        "tiny/student (bfloat16)", "tiny/student", "mine/student", "onnx",
+    ]  # fmt: skip
+    assert [directory.name for directory in open_directories(paths)] == [
+        "student (bfloat16)", "student",
+    ]  # fmt: skip
+
+
+def test_a_classifier_of_another_task_is_refused(make: Make, data: Path, tokenizer: Any) -> None:
+    """Its head gives the words of other answers no likelihood at all."""
+    labels = (" bad", " is")
+    own = dataclasses.replace(TASK, labels=labels)
+    tokens = [tokenizer.encode(label, add_special_tokens=False)[0] for label in labels]
+    path = make(
+        "film", "artifact", target="onnx", student_fingerprint="", label_tokens=tokens,
+        task=own.to_json(),
+    )  # fmt: skip
+    tokenizer.save_pretrained(path)
+    other = dataclasses.replace(TASK, name="other", labels=(" dull", " plot"))
+    for task, answers in ((other, "' dull', ' plot'"), (
+        dataclasses.replace(other, kind="summary", labels=()), "summaries")):  # fmt: skip
+        with pytest.raises(ValueError) as caught:
+            run([path], task, data, speed=False, execute=refuse)
+        assert str(caught.value) == (
+            f"{path} is a classifier of ' bad', ' is', task 'other' asks for {answers}; evaluate "
+            "it on its own task, or export the student without --task"
+        )
+    assert choose_task(open_directories([path]), None) == own
 
 
 def test_a_truncated_file_is_found_before_any_model_is_loaded(make: Make, data: Path) -> None:
