@@ -77,9 +77,16 @@ def write_jsonl(results: Iterable[Result], path: str | Path) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[Result]:
-    """The results in a file; ValueError names the line that is not one."""
+    """The results in a file; ValueError names the file and the line that is not one."""
     results = []
-    text = Path(path).read_text(encoding="utf-8")
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; give the file that `bitdistill eval --out` wrote")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{path} is not UTF-8 text; give the file that `bitdistill eval --out` wrote"
+        ) from None
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue

@@ -62,6 +62,15 @@ def test_a_line_that_is_no_result_is_named(tmp_path: Path, line: str) -> None:
         read_jsonl(path)
 
 
+def test_what_is_no_file_of_results_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match=r"results\.jsonl is not UTF-8 text; give the file that"):
+        read_jsonl(path)
+    with pytest.raises(ValueError, match=rf"{tmp_path} is a folder; give the file that"):
+        read_jsonl(tmp_path)
+
+
 def test_a_result_that_is_not_a_number_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         write_jsonl([RESULTS[0], result("accuracy", float("nan"))], tmp_path / "r.jsonl")
