@@ -40,6 +40,11 @@ def read_sets(
     splits = [split] if isinstance(split, str) else list(split or ())
     if not files and not splits:
         recorded, mapping = recorded_data(directories, task)
+        if recorded is not None and not Path(recorded).exists():
+            raise FileNotFoundError(
+                f"data file {recorded} does not exist here; training recorded it as the validation "
+                "file, give it with --data"
+            )
         files = [] if recorded is None else [recorded]
         columns = mapping if columns is None else columns
     if files and splits and len(files) != len(splits):
@@ -47,8 +52,11 @@ def read_sets(
             f"{len(splits)} splits for {len(files)} data files; name each file's split, or none"
         )
     names = splits or ([Path(f).stem for f in files] if files else list(task.evaluation_splits))
-    if len(set(names)) < len(names):
-        raise ValueError(f"two data sets are called {names[0]!r}; name their splits with --split")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None and files:
+        raise ValueError(f"two data sets are called {twice!r}; name their splits with --split")
+    if twice is not None:
+        raise ValueError(f"split {twice!r} is given twice; give each split once")
     sources: list[str | Path | None] = [*files] or [None] * len(names)
     return [
         ExampleSet(name, load_examples(task, source, name, limit, columns, REMEDY))

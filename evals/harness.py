@@ -17,10 +17,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lm_eval.models  # noqa: F401  (the harness lists its own only before any is registered)
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+try:
+    import lm_eval.models  # noqa: F401  (the harness lists its own only before any is registered)
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    MISSING = (
+        f"the harness needs lm-eval, which cannot be imported ({error}); run: pip install "
+        "'bitdistill[lm-eval]'"
+    )
+    if __name__ == "__main__":
+        raise SystemExit(f"Error: {MISSING}") from None
+    raise ImportError(MISSING) from error
 
 from bitdistill.backends import load
 from bitdistill.backends.base import Request

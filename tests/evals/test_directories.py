@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,25 @@ def test_the_validation_file_of_training_is_the_default(make: Make, data: Path) 
     student = make("student", validation=str(data), columns={"text": "words"})
     results = run([student], speed=False, execute=execute)
     assert (results[0].metric, results[0].n, results[0].split) == ("accuracy", 4, "heldout")
+
+
+def test_a_validation_file_that_is_gone_was_recorded_by_training(make: Make, data: Path) -> None:
+    student = make("student", validation="data/heldout.csv")
+    with pytest.raises(FileNotFoundError) as caught:
+        run([student], execute=refuse)
+    assert str(caught.value) == (
+        "data file data/heldout.csv does not exist here; training recorded it as the validation "
+        "file, give it with --data"
+    )
+    assert run([student], data=data, speed=False, execute=execute)
+
+
+def test_a_split_that_is_given_twice_is_named(make: Make, data: Path) -> None:
+    student = make("student")
+    with pytest.raises(ValueError, match="split 'b' is given twice; give each split once"):
+        run([student], split=["a", "b", "b"], execute=refuse)
+    with pytest.raises(ValueError, match="two data sets are called 'b'; name their splits with"):
+        run([student], data=[data] * 3, split=["a", "b", "b"], execute=refuse)
 
 
 def test_a_name_means_the_recorded_task(make: Make, data: Path) -> None:
@@ -141,6 +162,21 @@ def test_a_gguf_file_without_a_program_names_the_pip_command(
     monkeypatch.setattr("bitdistill.evals.gguf.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install llama-cpp-python, or give a llama-bench"):
         run([make("teacher", "teacher"), tmp_path / "Q4_0.gguf"], data=data, execute=refuse)
+
+
+def test_the_harness_without_its_extra_names_the_pip_command() -> None:
+    code = (
+        "import runpy, sys; sys.modules['lm_eval'] = None; "
+        "runpy.run_module('bitdistill.evals.harness', run_name={!r})"
+    )
+    command, module = (
+        subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True)
+        for name in ("__main__", "bitdistill.evals.harness")
+    )
+    assert command.stderr.startswith("Error: the harness needs lm-eval, which cannot be imported")
+    assert command.stderr.endswith("; run: pip install 'bitdistill[lm-eval]'\n")
+    assert (command.returncode, "Traceback" in command.stderr) == (1, False)
+    assert "ImportError: the harness needs lm-eval" in module.stderr
 
 
 def test_a_missing_metric_package_is_found_first(
