@@ -177,8 +177,8 @@ def parse_setting(setting: str) -> dict[str, Any]:
         raise ConfigError(f"--set {setting!r} is not of the form key.key=value")
     try:
         value: Any = yaml.safe_load(text)
-        # YAML 1.1 reads 1e-4 as a string; a number is meant
-        value = float(value) if isinstance(value, str) and _is_number(value) else value
+        # YAML 1.1 reads 1e-4 as a string; a number is meant, unless it is quoted
+        value = float(value) if value == text.strip() and _is_number(value) else value
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: the value is not valid YAML: {error}") from None
     for part in reversed(key.split(".")):
@@ -213,7 +213,9 @@ def _explain(error: ValidationError, schema: type[Section] = Config) -> str:
             known = _known_keys(item["loc"], schema)
             lines.append(f"unknown key {key!r}{suggest(str(item['loc'][-1]), known)}")
         else:
-            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}")
+            quote = item["type"] == "string_type" and isinstance(item["input"], bool | int | float)
+            hint = f", YAML reads it as {item['input']!r}; quote it" if quote else ""
+            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{hint}")
     return "; ".join(lines)
 
 

@@ -68,6 +68,11 @@ def test_tiny_is_the_default() -> None:
         ("teacher.enabled=false", "teacher.enabled: every run has this stage; see --until"),
         ("distill.enabled=false", "distill.enabled: every run has this stage"),
         ("base.candidates=labels", "base.candidates: text has no labels; use vocabulary"),
+        ("name=7", "name: Input should be a valid string, YAML reads it as 7; quote it"),
+        (
+            "task.labels=[yes, 'no']",
+            "task.labels.0: Input should be a valid string, YAML reads it as True; quote it",
+        ),
         ("if_summary=3", "if_summary is 3; it holds settings for summary tasks, by section"),
         ("pretrain.enabled=true", "pretrain: give exactly one of steps and epochs"),
     ],
@@ -76,6 +81,10 @@ def test_settings_that_are_refused(setting: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("tiny", [setting])
     assert message in str(caught.value)
+
+
+def test_the_remedy_for_text_that_looks_like_a_number_works() -> None:
+    assert load_config("tiny", ["name='7'"]).name == "7"
 
 
 def test_every_mistake_is_named() -> None:
@@ -95,7 +104,7 @@ def test_every_mistake_is_named() -> None:
         ("a=[1, two]", {"a": [1, "two"]}),
         ("a={b: 1}", {"a": {"b": 1}}),
         ("a=7", {"a": 7}),
-        ("a='7'", {"a": 7.0}),
+        ("a='7'", {"a": "7"}),
     ],
 )
 def test_settings_are_yaml_and_numbers(setting: str, value: dict[str, object]) -> None:
