@@ -52,6 +52,13 @@ class Task:
                 f"prompt has the fields {sorted(fields)}, the inputs are {list(self.columns)}; "
                 "each field must be one of the inputs"
             )
+        try:
+            self.fill([""] * len(self.columns))
+        except (ValueError, LookupError) as error:  # {text!z}, {text:d}, {text:{width}}
+            raise ValueError(
+                f"prompt {self.prompt!r} cannot be filled in with texts ({error}); write the "
+                "inputs as {name}"
+            ) from None
 
     @property
     def evaluation_splits(self) -> tuple[str, ...]:
@@ -186,15 +193,20 @@ def load_examples(
     split: str | None = None,
     limit: int | None = None,
     columns: dict[str, str] | None = None,
-    remedy: str = "columns.{}",
+    remedy: str = "--set task.columns.{}=NAME, its name in the data",
 ) -> list[Example]:
     """Examples of a task from a local file, or from its hub data set where `source` is None.
 
     `columns` maps the task's column names to the file's (`{"sentence": "review"}`). Labels may be
-    ids or the answers' words. Raises ValueError for a missing column or value, an unknown label or
-    no data. `remedy` is what the caller's user maps a column with.
+    ids or the answers' words. Raises ValueError for a missing column or value, an unknown label,
+    no data, or a map of a column that the task does not have. `remedy` is what the caller's user
+    maps a column with.
     """
     columns = columns or {}
+    known = (*task.columns, task.target)
+    for name in columns:
+        if name not in known:
+            raise ValueError(f"task {task.name!r} has no column {name!r}{suggest(name, known)}")
     split = split or task.splits[1]
     examples: list[Example] = []
     for index, row in enumerate(_read_rows(task, source, split, streaming=limit is not None)):

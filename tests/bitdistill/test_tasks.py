@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bitdistill.config import ConfigError, load_config
 from bitdistill.evals.examples import read_sets
 from bitdistill.tasks import TASKS, Task, get_task, load_examples
 
@@ -132,8 +133,27 @@ def test_a_missing_column(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         load_examples(SST2, write(tmp_path, "jsonl", [{"sentense": "a", "label": 1}]))
     assert str(caught.value) == (
-        "column 'sentence' is missing; the data has sentense, label; map it with columns.sentence"
+        "column 'sentence' is missing; the data has sentense, label; map it with "
+        "--set task.columns.sentence=NAME, its name in the data"
     )
+    load_config("tiny", ["task.columns.sentence=NAME"])  # what it says is a setting
+
+
+def test_a_map_of_no_column_is_refused(tmp_path: Path) -> None:
+    data = write(tmp_path, "jsonl", [{"sentence": "a", "label": 1}])
+    with pytest.raises(ValueError, match=r"task 'sst2' has no column 'sentense'; did you mean 's"):
+        load_examples(SST2, data, columns={"sentense": "sentence"})
+    with pytest.raises(ValueError, match=r"no column 'foo'; known: sentence, label"):
+        read_sets([], SST2, data, None, None, {"foo": "bar"})
+
+
+@pytest.mark.parametrize("field", ["{sentence!z}", "{sentence:d}", "{sentence:{width}}"])
+def test_a_prompt_that_no_text_can_fill_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=r"prompt '.*' cannot be filled in with texts \(.*; write"):
+        dataclasses.replace(SST2, prompt=f"{field}\nAnswer:")
+    with pytest.raises(ConfigError, match=r"^task: prompt "):
+        load_config("tiny", [f"task.prompt='{field}'", "task.inputs=[sentence]",
+                             "task.target=label", "task.labels=[a, b]"])  # fmt: skip
 
 
 def test_a_missing_column_of_an_evaluation_is_mapped_on_the_command_line(tmp_path: Path) -> None:
