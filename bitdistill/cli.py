@@ -197,7 +197,7 @@ def export(student: Path, target: str, out: Path, parity: bool, **options: Any) 
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--top-k", default=0, show_default=True, help="0 is no limit.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @click.option("--threads", type=click.IntRange(min=1))
 @click.option("--task-prompt", is_flag=True, help="Put the prompt into the task's template.")
 def generate(

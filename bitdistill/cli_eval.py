@@ -36,9 +36,26 @@ show_options = [
 ]
 
 
+def _at_most_one(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> str | None:
+    """Of an option that click would otherwise take the last of."""
+    if len(values) > 1:
+        raise click.BadParameter(
+            f"{' and '.join(map(repr, values))}: one run is of one task; evaluate each in a run of "
+            "its own, and append to one --out"
+        )
+    return values[0] if values else None
+
+
 @click.command("eval")
 @click.argument("directories", nargs=-1, required=True, type=FILE)
-@click.option("--task", help="A built-in task, or a YAML file [the first directory's own].")
+@click.option(
+    "--task",
+    multiple=True,
+    callback=_at_most_one,
+    help="A built-in task, or a YAML file [the first directory's own].",
+)
 @click.option("--data", type=FILE, multiple=True, help="A local file with the task's columns.")
 @click.option("--split", multiple=True, help="A split of the hub data set, or a data file's name.")
 @click.option("--limit", type=click.IntRange(min=1), help="Evaluate the first N examples.")
@@ -49,7 +66,7 @@ show_options = [
 @click.option("--speed/--no-speed", default=True, help="Measure tokens/s.  [default: speed]")
 @click.option("--baseline", multiple=True, type=click.Choice(BASELINES), help="Of the teacher.")
 @click.option("--llama-bench", type=FILE, help="A program that times the GGUF files given.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1))
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of prompt and answer.")
 @click.option(

@@ -144,6 +144,9 @@ def test_eval(cli: Callable[..., Done], artifact: Path, reviews: Path, tmp_path:
 
 def test_mistakes_in_eval(refused: Callable[..., str], artifact: Path, reviews: Path) -> None:
     assert "unknown task 'sst22'; did you mean" in refused("eval", artifact, "--task", "sst22")
+    message = refused("eval", artifact, "--task", "sst2", "--task", "qnli")
+    assert "'sst2' and 'qnli': one run is of one task; evaluate each in a run of its own" in message
+    assert "range x>=0" in refused("eval", artifact, "--seed", "-1")
     assert "(OfflineMode" in refused("eval", artifact)
     assert "is given twice" in refused("eval", artifact, artifact, "--data", reviews)
     message = refused("eval", artifact, "--data", reviews, "--column", "sentence=text")
@@ -191,6 +194,7 @@ def test_generate(
     message = refused("generate", student_dir("llama"), "the film", "--task-prompt")
     assert message == "this directory records no task; leave out --task-prompt"
     assert "range x>=1" in refused("generate", artifact, "the", "--max-new-tokens", "0")
+    assert "range x>=0" in refused("generate", artifact, "the", "--seed", "-1")
     assert refused("generate", artifact, "the", "--temperature", "-1")
     assert refused("generate", artifact, "the", "--top-p", "3")
 
