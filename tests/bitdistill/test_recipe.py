@@ -176,7 +176,8 @@ def test_a_summary_task(recipe: Callable[..., Config], tmp_path: Path) -> None:
 def test_data_that_is_wrong_destroys_nothing(recipe: Callable[..., Config], tmp_path: Path) -> None:
     out = tmp_path / "run"
     for column in ("sentence", "label"):
-        with pytest.raises(ValueError, match=f"'text' is missing; .*map it with columns.{column}"):
+        remedy = rf"map it with --set task\.columns\.{column}=NAME"
+        with pytest.raises(ValueError, match=f"'text' is missing; .*{remedy}"):
             train(recipe(f"task.columns={{{column}: text}}"), out, quiet=True)
     assert stages_of(out) == set()
     train(recipe(), out, quiet=True)
