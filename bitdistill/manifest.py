@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 FORMAT_VERSION = 1
@@ -108,11 +108,12 @@ def _missing(directory: Path) -> str:
 
 def check_sizes(directory: Path, manifest: dict[str, Any]) -> None:
     """Check that every file the manifest lists is there, inside, and of the size it had."""
-    root = directory.resolve()
     for name, entry in manifest.get("files", {}).items():
         path = directory / name
-        if not path.resolve().is_relative_to(root):
-            raise FormatError(f"{directory / MANIFEST} lists {name!r}, outside the directory")
+        if _leaves(name):
+            raise FormatError(
+                f"{directory / MANIFEST} lists {name!r}, outside the directory; make it again"
+            )
         if not path.is_file():
             raise FormatError(f"{path} is missing; make or copy the directory again")
         size = path.stat().st_size
@@ -121,6 +122,21 @@ def check_sizes(directory: Path, manifest: dict[str, Any]) -> None:
                 f"{path} has {size} bytes, its manifest says {entry['bytes']}: truncated or "
                 "altered; make or copy the directory again"
             )
+
+
+def _leaves(name: str) -> bool:
+    """Whether a name leads out of its directory, on any system.
+
+    Links are followed: every file in a Hugging Face cache is one, to where its content is kept.
+    """
+    path = PureWindowsPath(name)  # which knows both separators
+    return bool(path.anchor) or ".." in path.parts
+
+
+def weight_files(directory: Path, manifest: dict[str, Any]) -> list[Path]:
+    """The safetensors files that a manifest lists: another beside them is of no known origin."""
+    names = sorted(name for name in manifest["files"] if name.endswith(".safetensors"))
+    return [directory / name for name in names]
 
 
 def verify_files(directory: Path, manifest: dict[str, Any]) -> None:
@@ -138,35 +154,88 @@ def verify_files(directory: Path, manifest: dict[str, Any]) -> None:
 def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Build a directory beside `path`; rename it into place only if the body succeeds.
 
-    Raises FileExistsError when `path` exists and `force` is false. With `force`, the old directory
-    stays until the new one is complete, and only a directory that carries a manifest is replaced.
-    Everything is on the disk before the name changes, so a power cut leaves no half-written file
-    under a name that promises a whole one.
+    Raises FileExistsError when `path` exists and `force` is false, or while another process writes
+    to it. With `force`, the old directory stays until the new one is complete, and only a directory
+    that carries a manifest is replaced. A link stays, what it leads to is replaced. Everything is
+    on the disk before the name changes, so a power cut leaves no half-written file under a name
+    that promises a whole one.
     """
     import shutil
 
-    if any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
+    path = path.resolve()
+    _check_free(path, force)  # first, so that a refusal touches nothing
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path):
+        _finish_replacement(path)
+        _check_free(path, force)
+        partial = partial_of(path)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            _flush(partial)
+            if not path.exists():
+                partial.rename(path)
+            elif not _exchange(partial, path):
+                path.rename(_replaced(path))
+                partial.rename(path)
+                _finish_replacement(path)
+            _flush_file(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_free(path: Path, force: bool) -> None:
+    """FileExistsError unless a directory may take that place."""
+    if not path.name or any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
         raise FileExistsError(f"{path} cannot be a directory there; choose another --out")
-    _finish_replacement(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists; pass --force to replace it, or another --out")
     if path.exists() and not (path / MANIFEST).is_file() and any(path.iterdir()):
         raise FileExistsError(f"{path} was not written by bitdistill and will not be replaced")
-    partial = partial_of(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Within it no other process writes to `path`; FileExistsError where one does.
+
+    The lock is a file that is gone afterwards, beside the directory: what is inside gets renamed.
+    Windows needs none, where files that another process has open can be neither removed nor moved.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    file = path.with_name(path.name + ".lock.partial")
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield partial
-        _flush(partial)
-        if not path.exists():
-            partial.rename(path)
-        elif not _exchange(partial, path):
-            path.rename(_replaced(path))
-            partial.rename(path)
-            _finish_replacement(path)
-        _flush_file(path.parent)
+        busy = False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy = True
+        except OSError:
+            pass  # a file system without locks
+        if busy or not _is_at(descriptor, file):
+            raise FileExistsError(
+                f"{path} is being written by another process; wait until it ends, or choose "
+                "another --out"
+            )
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)  # while it is held: a later one is another file
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    """Whether an open file still has its name: who held the lock before has removed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def partial_of(path: Path) -> Path:

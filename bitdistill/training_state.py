@@ -128,7 +128,10 @@ class States:
     def _clear_unfinished(self) -> None:
         """Remove what a run that was killed had begun to write or to remove."""
         for unfinished in self.path.glob(f"{PREFIX}*.partial"):
-            shutil.rmtree(unfinished)
+            if unfinished.is_dir():
+                shutil.rmtree(unfinished)
+            else:
+                unfinished.unlink()  # its lock
 
     def _unwritten(self, step: int, error: Exception) -> str:
         states = saved_states(self.path)
