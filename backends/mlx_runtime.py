@@ -27,7 +27,7 @@ from bitdistill.backends.mlx_host_attention import HostCache, move_to_host
 from bitdistill.backends.mlx_layout import architecture, table_paths
 from bitdistill.backends.mlx_linear import TernaryLinear
 from bitdistill.decoder import DecoderSpec
-from bitdistill.manifest import FormatError
+from bitdistill.manifest import FormatError, weight_files
 from bitdistill.names import suggest
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -80,9 +80,9 @@ class KeyValueCache:
         return [array for layer in self.layers for array in layer.arrays]
 
 
-def read_tensors(path: Path) -> dict[str, mx.array]:
-    """All tensors of an artifact, lazily; FormatError for files that are not whole."""
-    files = sorted(path.glob("model*.safetensors"))
+def read_tensors(path: Path, manifest: dict[str, Any]) -> dict[str, mx.array]:
+    """All tensors of the listed files, lazily; FormatError for files that are not whole."""
+    files = [file for file in weight_files(path, manifest) if file.is_file()]
     if not files:
         raise FormatError(f"{path} has no model.safetensors; export the student again")
     tensors: dict[str, mx.array] = {}
@@ -125,10 +125,12 @@ class MlxRuntime(Runtime):
         _check("products", products, PRODUCTS)
         if dtype is not None:
             _check("dtype", dtype, DTYPES)
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be 1 or more, got {threads}")
         self.model = Model(ModelArgs("", architecture(self.spec)))
         self.model.dtype = None if dtype is None else DTYPES[dtype]
         try:
-            load_weights(self.model, read_tensors(path))
+            load_weights(self.model, read_tensors(path, manifest))
         except (ValueError, RuntimeError) as error:
             raise FormatError(f"{path}: {error}") from error
         self._head: HostHead | None = None

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
 from bitdistill import checkpoint
 from bitdistill.backends.base import Floats, Integers, Runtime
@@ -178,7 +178,7 @@ def _load(path: Path, manifest: dict[str, Any]) -> PreTrainedModel:
     if manifest:
         return checkpoint.load(path)
     family_of(AutoConfig.from_pretrained(path).model_type)  # ValueError for an unknown one
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return checkpoint.load_plain(path, torch.float32)
 
 
 def _floats(logits: torch.Tensor) -> Floats:

@@ -117,7 +117,7 @@ class StudentFiles:
     @cached_property
     def _index(self) -> dict[str, Path]:
         index: dict[str, Path] = {}
-        for file in sorted(self.path.glob("*.safetensors")):
+        for file in manifest.weight_files(self.path, self.manifest):
             with safe_open(file, "pt") as tensors:
                 index |= dict.fromkeys(tensors.keys(), file)
         return index
@@ -173,8 +173,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return AutoTokenizer.from_pretrained(path)
 
 
-def _all_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(path.glob("*.safetensors")):
+def _all_tensors(path: Path, content: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for file in manifest.weight_files(path, content):
         with safe_open(file, "pt") as tensors:
             for name in sorted(tensors.keys()):
                 yield name, tensors.get_tensor(name)
@@ -190,22 +190,48 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
     content = manifest.read_manifest(path)
     manifest.check_sizes(path, content)
     if content["kind"] == "teacher":
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        return load_plain(path, dtype, content)
+    if content["kind"] != "student":
+        raise manifest.FormatError(
+            f"{path} holds {manifest.an(content['kind'])}, which is no PyTorch model; load it with "
+            "bitdistill.backends.load"
+        )
     config_path = path / "config.json"
     model_type = json.loads(config_path.read_text("utf-8"))["model_type"]
     if not model_type.startswith(MODEL_TYPE_PREFIX):
         raise manifest.FormatError(f"{config_path} has model_type {model_type!r}, not a student's")
     model = empty_student(config_class(family_of(model_type)).from_pretrained(path))
-    load_tensors(model, path)
+    load_tensors(model, path, content)
     return cast(model, dtype).eval()
 
 
-def load_tensors(model: PreTrainedModel, path: Path) -> None:
-    """Copy every tensor of a directory into the model.
+def load_plain(
+    path: Path, dtype: torch.dtype, content: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """The model of a Hugging Face directory, in eval mode; FormatError without safetensors.
+
+    What `content`, a manifest, does not list must not be what transformers takes first.
+    """
+    whole = path / "model.safetensors"
+    if not whole.is_file() and not (path / f"{whole.name}.index.json").is_file():
+        raise manifest.FormatError(
+            f"{path} has no {whole.name}, and pickled weights are not read because they can run "
+            "code; save the model again with save_pretrained, or convert them to safetensors"
+        )
+    if content and whole.is_file() and whole.name not in content["files"]:
+        raise manifest.FormatError(
+            f"{path} has a {whole.name} that its manifest does not list; remove it, or make the "
+            "directory again"
+        )
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).eval()
+
+
+def load_tensors(model: PreTrainedModel, path: Path, content: dict[str, Any]) -> None:
+    """Copy every tensor of the files that a directory's manifest lists into the model.
 
     FormatError unless names and shapes are the model's, and all values floating-point ones.
     """
-    tensors = dict(_all_tensors(path))
+    tensors = dict(_all_tensors(path, content))
     expected = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         expected.pop("lm_head.weight")

@@ -135,7 +135,7 @@ def _leaves(name: str) -> bool:
 
 def weight_files(directory: Path, manifest: dict[str, Any]) -> list[Path]:
     """The safetensors files that a manifest lists: another beside them is of no known origin."""
-    names = sorted(name for name in manifest["files"] if name.endswith(".safetensors"))
+    names = sorted(name for name in manifest.get("files", {}) if name.endswith(".safetensors"))
     return [directory / name for name in names]
 
 

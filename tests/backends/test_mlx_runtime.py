@@ -198,6 +198,8 @@ def test_unknown_options_are_refused(mlx_artifact: Artifact) -> None:
         backends.load(path, dtype="float17")
     with pytest.raises(ValueError, match="products 'gpu' is not one of MLX's; did you mean 'cpu'"):
         backends.load(path, products="gpu")
+    with pytest.raises(ValueError, match="threads must be 1 or more, got 0"):
+        backends.load(path, threads=0)
 
 
 def test_metal_computes_in_the_files_type_on_packed_weights(
@@ -233,6 +235,18 @@ def test_altered_and_truncated_files_are_refused(mlx_artifact: Artifact, tmp_pat
     file.unlink()
     with pytest.raises(manifest.FormatError, match=r"has no model\.safetensors"):
         MlxRuntime(path, manifest.read_manifest(path))
+
+
+def test_weights_that_the_manifest_does_not_list_are_ignored(
+    mlx_artifact: Artifact, tmp_path: Path
+) -> None:
+    whole = mlx_artifact("llama", "paper", 8)[1]
+    path = shutil.copytree(whole, tmp_path / "copy")
+    gain = mx.load(str(path / "model.safetensors"))["model.norm.weight"]
+    mx.save_safetensors(str(path / "model_old.safetensors"), {"model.norm.weight": 0 * gain})
+    tokens = sequences(1, 6).tolist()
+    first, second = (backends.load(artifact).logits(tokens) for artifact in (whole, path))
+    assert np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("part", ["weight", "scales", "biases"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from bitdistill import backends, checkpoint
+from bitdistill import backends, checkpoint, manifest
 from bitdistill.backends.torch_runtime import TorchRuntime
 from bitdistill.quantize import BitLinear, ternarize
 
@@ -74,6 +76,30 @@ def test_a_teacher_directory_of_ours(
     checkpoint.save(tmp_path / "teacher", model, tokenizer, "teacher", {}, "card")
     logits = backends.load(tmp_path / "teacher").logits(TOKENS)[0]
     np.testing.assert_allclose(logits, whole(model, TOKENS[0]), atol=1e-4)
+
+
+def test_pickled_weights_are_not_read(plain_dir: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(plain_dir, tmp_path / "pickled")
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(manifest.FormatError, match=r"has no model\.safetensors, .* not read"):
+        backends.load(path)
+    manifest.write_manifest(path, "teacher", {})
+    with pytest.raises(manifest.FormatError, match=r"has no model\.safetensors, .* not read"):
+        checkpoint.load(path)
+
+
+def test_a_teachers_weights_are_those_that_its_manifest_lists(
+    plain_dir: Path, tmp_path: Path
+) -> None:
+    """transformers takes model.safetensors before the shards of an index."""
+    path = shutil.copytree(plain_dir, tmp_path / "shards")
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    (path / "model.safetensors.index.json").write_text("{}")
+    manifest.write_manifest(path, "teacher", {})
+    shutil.copy(plain_dir / "model.safetensors", path)
+    with pytest.raises(manifest.FormatError, match="its manifest does not list; remove it"):
+        backends.load(path)
 
 
 def test_storage_rounds_embedding_and_norms_and_nothing_else(

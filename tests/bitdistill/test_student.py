@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from bitdistill import checkpoint, manifest
+from bitdistill import checkpoint, exporters, manifest
 from bitdistill.decoder import LINEARS, DecoderSpec, config_class
 from bitdistill.quantize import BitLinear, bit_linears, ternarize
 from bitdistill.student import (
@@ -184,6 +185,24 @@ def test_a_lost_or_altered_gain_is_an_error(
     manifest.write_manifest(tmp_path, "student", content)
     with pytest.raises(manifest.FormatError, match=message):
         checkpoint.load(tmp_path)
+
+
+def test_weights_that_the_manifest_does_not_list_are_ignored(
+    student_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    path = shutil.copytree(student_dir("qwen3", "paper"), tmp_path / "copy")
+    gain = checkpoint.open_student(path).tensor(GAIN)
+    save_file({GAIN: torch.zeros(96)}, path / "zzz.safetensors")
+    assert torch.equal(checkpoint.load(path).get_parameter(GAIN), gain)
+    assert torch.equal(checkpoint.open_student(path).tensor(GAIN), gain)
+
+
+def test_an_artifact_is_no_pytorch_model(student_dir: Callable[..., Path], tmp_path: Path) -> None:
+    path = exporters.export(student_dir("qwen3"), "mlx", tmp_path / "artifact")
+    with pytest.raises(manifest.FormatError, match=r"holds an artifact, .*backends\.load"):
+        checkpoint.load(path)
 
 
 def test_truncated_weights_and_other_versions_are_refused(
