@@ -40,9 +40,12 @@ class RotaryTables:
 
     def __call__(self, positions: int) -> tuple[Floats, Floats]:
         """float32 (at least `positions`, D / 2) each."""
-        if len(self.tables[0]) < positions:
-            self.tables = self.spec.tables(2 * positions)
-        return self.tables
+        tables = self.tables  # another thread may put others there
+        if len(tables[0]) < positions:
+            tables = self.spec.tables(2 * positions)
+            if len(tables[0]) > len(self.tables[0]):
+                self.tables = tables
+        return tables
 
 
 class HostCache:

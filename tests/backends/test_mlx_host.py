@@ -125,3 +125,18 @@ def test_threads_end_with_their_runtime(mlx_artifact: Artifact) -> None:
     del runtime
     gc.collect()
     assert count() == before
+
+
+def test_rotary_tables_never_shrink_under_another_thread() -> None:
+    """While one thread makes a table, another makes a longer one."""
+    rotary = RotaryTables(RotarySpec((1.0, 0.1), 1.0))
+
+    class Interrupted(RotarySpec):
+        def tables(self, positions: int) -> Any:
+            if positions == 8:
+                rotary(100)
+            return super().tables(positions)
+
+    rotary.spec = Interrupted((1.0, 0.1), 1.0)
+    assert len(rotary(4)[0]) >= 4
+    assert len(rotary.tables[0]) >= 100
