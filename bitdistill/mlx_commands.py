@@ -23,7 +23,7 @@ TRUST = "--trust-remote-code"
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Run one of mlx-lm's COMMANDS. ValueError for the flag that runs code from a directory."""
-    if TRUST in arguments:
+    if any(_trusts(argument) for argument in arguments):
         raise ValueError(
             f"bitdistill runs no code from a model's directory; leave out {TRUST}, which our "
             f"models do not need here, or run mlx_lm.{command} itself"
@@ -35,15 +35,36 @@ def run(command: str, arguments: Sequence[str]) -> None:
     importlib.import_module(f"mlx_lm.{command}").main()
 
 
+def _trusts(argument: str) -> bool:
+    """Whether argparse may take an argument for TRUST: an unambiguous beginning is enough."""
+    name = argument.partition("=")[0]
+    return name.startswith("--trust") or (len(name) > len("--") and TRUST.startswith(name))
+
+
 def without_model_file(load_config: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    """mlx-lm's reader of config.json, less the `model_file` of our students."""
+    """mlx-lm's reader of config.json, less the `model_file` of our students.
+
+    It raises ValueError for a directory of ours that is not made for MLX; a teacher is any model.
+    """
 
     def load(path: Path) -> Any:
         config = load_config(path)
+        ours = (path / manifest.MANIFEST).is_file()
+        content = manifest.read_manifest(path) if ours else {}
+        if content.get("kind") == "student":
+            raise ValueError(
+                f"{path} is a training directory; export it first: bitdistill export {path} "
+                "--target mlx --out OUT"
+            )
+        if content.get("target", "mlx") != "mlx":
+            raise ValueError(
+                f"{path} is made for {content['target']}, not mlx; export the student with "
+                "--target mlx"
+            )
         if "bitdistill" in config:
             config.pop("model_file", None)
-        elif (path / manifest.MANIFEST).is_file():
-            _warn_half(manifest.read_manifest(path))
+        elif "target" in content:
+            _warn_half(content)
         return config
 
     return load

@@ -26,7 +26,7 @@ from mlx_parity import (
     with_altered,
 )
 
-from bitdistill import mlx_commands
+from bitdistill import exporters, manifest, mlx_commands
 from bitdistill.backends import mlx_architecture
 
 Artifact = Callable[..., tuple[Path, Path]]
@@ -228,3 +228,31 @@ def test_a_stock_model_in_half_precision_is_warned_about(mlx_artifact: Artifact)
     with pytest.warns(UserWarning, match="computes in float16.*--dtype float32 first"):
         read(half)
     assert "model_file" not in read(mlx_artifact("qwen3", "paper", 8)[1])
+
+
+def test_a_directory_that_is_not_made_for_mlx_is_explained(
+    mlx_artifact: Artifact, tmp_path: Path
+) -> None:
+    """But a teacher is a model like any other."""
+    from mlx_lm import utils
+
+    student = mlx_artifact("llama", "none", None)[0]
+    read = mlx_commands.without_model_file(utils.load_config)
+    with pytest.raises(ValueError, match=r"training directory; .*export .* --target mlx --out"):
+        read(student)
+    onnx = exporters.export(student, "onnx", tmp_path / "onnx")
+    with pytest.raises(ValueError, match="is made for onnx, not mlx; export the student"):
+        read(onnx)
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text('{"model_type": "llama"}')
+    manifest.write_manifest(teacher, "teacher", {})
+    assert read(teacher) == {"model_type": "llama"}
+
+
+@pytest.mark.parametrize("flag", ["--trust-remote-code", "--trust", "--tru", "--trust-remote=1"])
+def test_no_spelling_of_the_flag_runs_code(flag: str) -> None:
+    """argparse takes any beginning that is unambiguous."""
+    with pytest.raises(ValueError, match="runs no code from a model's directory"):
+        mlx_commands.run("generate", ["--model", "DIR", flag])
+    assert not any(map(mlx_commands._trusts, ["--train", "--temp", "--top-p", "--", "-t", "trust"]))
