@@ -9,7 +9,7 @@ quantiser does. The quantised models hold the embedding in fp16 and the head in 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -43,7 +43,7 @@ def export_stock(teacher: str | Path, kind: str, out: str | Path) -> Path:
     content = manifest.read_manifest(path, "teacher")
     spec, stop_tokens = _spec(path)
     with manifest.new_directory(out) as partial:
-        with _Tensors(path) as tensors, TensorFile(partial / DATA) as data:
+        with _Tensors(path, content) as tensors, TensorFile(partial / DATA) as data:
             graph = StockGraph(spec, KINDS[kind], tensors, data)
             ir.save(graph.build(), partial / MODEL)
         for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
@@ -58,7 +58,7 @@ def export_stock(teacher: str | Path, kind: str, out: str | Path) -> Path:
             "precision": kind,
             "teacher": manifest.fingerprint(content["files"]),
             "decoder": spec.to_json(),
-            "context": spec.context,
+            "context": graph.context,  # rotary tables end there
             "stop_tokens": stop_tokens,
             "parts": dict(data.parts),
         }
@@ -82,8 +82,8 @@ def _spec(path: Path) -> tuple[DecoderSpec, list[int]]:
 class _Tensors:
     """The tensors of a directory, in fp32, one at a time; none of them is ternary."""
 
-    def __init__(self, path: Path) -> None:
-        self.files = [safe_open(file, "pt") for file in sorted(path.glob("*.safetensors"))]
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.files = [safe_open(file, "pt") for file in manifest.weight_files(path, content)]
 
     def __enter__(self) -> _Tensors:
         return self

@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from bitdistill import backends, checkpoint, manifest
+from bitdistill.exporters import base
 from bitdistill.exporters.stock import BLOCK, export_stock, quantize_blocks
 
 TOKENS = [[1, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50], [7, 8, 9]]
@@ -106,3 +107,14 @@ def test_what_cannot_be_a_baseline(teacher_dir: Make, student_dir: Make, tmp_pat
     export_stock(teacher, "int4", tmp_path / "out")
     with pytest.raises(FileExistsError):
         export_stock(teacher, "int4", tmp_path / "out")
+
+
+def test_the_context_is_what_the_graph_has_angles_for(
+    teacher_dir: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "DEFAULT_CONTEXT", 64)  # the model's is 128
+    model = backends.load(export_stock(teacher_dir("qwen3"), "fp32", tmp_path / "out"))
+    assert model.context == 64
+    assert np.isfinite(model.logits([[5] * 64])[0]).all()
+    with pytest.raises(ValueError, match="65 tokens do not fit, there is room for 64"):
+        model.logits([[5] * 65])
