@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bitdistill.backends import kv_cache, onnx_probe
 from bitdistill.backends.base import Floats, Forward, Integers, Runtime, pad
 from bitdistill.backends.embedding_file import NAME, EmbeddingFile
-from bitdistill.backends.onnx_session import open_session
+from bitdistill.backends.onnx_session import InstallationError, open_session
 from bitdistill.decoder import DecoderSpec
 from bitdistill.manifest import FormatError
 
@@ -106,8 +106,8 @@ class OnnxRuntime(Runtime):
     A classifier's head knows the label tokens alone (the other words' logits are minus infinity),
     and its embedding is read from its file row by row.
 
-    Raises FormatError for a model file that is damaged, RuntimeError for an installation that
-    cannot run it; both say what to do. Warns of one that rounds less than the artifact says.
+    Raises FormatError for a model file that is damaged, InstallationError for an installation
+    that cannot run it; both say what to do. Warns of one that rounds less than the artifact says.
     """
 
     name = "onnx"
@@ -147,16 +147,17 @@ class OnnxRuntime(Runtime):
 
     def warm_up(self) -> None:
         """Run a chunk of a prompt and a step, which reads every weight and takes the memory."""
-        count = min(self.prefill_chunk, self.context - 1)
-        cache = self.new_cache(count + 1)
+        count = min(self.prefill_chunk, max(1, self.context - 1))
+        cache = self.new_cache(min(count + 1, self.context))
         self.step([0] * count, cache)
-        self.step([0], cache)
+        if count < cache.capacity:
+            self.step([0], cache)
 
     def _check_window(self) -> None:
         installed = tuple(int(part) for part in ort.__version__.split(".")[:2])
         windows = [layer.window for layer in self.spec.layers if layer.window is not None]
         if windows and min(windows) < self.context and installed < WINDOW_NEEDS:
-            raise RuntimeError(
+            raise InstallationError(
                 f"onnxruntime {ort.__version__} counts attention windows differently, and this "
                 "model has them; run: pip install -U 'onnxruntime>=1.24'"
             )

@@ -12,8 +12,12 @@ from bitdistill.manifest import FormatError
 ERRORS_ONLY = 3
 
 
+class InstallationError(RuntimeError):
+    """What is installed here cannot run the model; the message says what to install."""
+
+
 def open_session(model: Path, threads: int | None, custom: bool = True) -> ort.InferenceSession:
-    """A CPU session, with our operators if `custom`; FormatError or RuntimeError with a remedy."""
+    """A CPU session, with our operators if `custom`; FormatError or InstallationError."""
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     # A pattern for each length of prompt would take 2 MB more, and be kept.
@@ -35,7 +39,7 @@ def _register(options: ort.SessionOptions) -> None:
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:  # onnxruntime raises its own classes, derived from Exception
-        raise RuntimeError(
+        raise InstallationError(
             f"the custom operators in {library} cannot be loaded ({_first_line(error)}); "
             "reinstall bitdistill on this machine"
         ) from error
@@ -45,7 +49,7 @@ def _explain(model: Path, error: Exception) -> Exception:
     """What a failed load means, in one sentence with the remedy."""
     text = _first_line(error)
     if "is not a registered function/op" in text:
-        return RuntimeError(
+        return InstallationError(
             f"{model} uses an operator that this installation lacks ({text}); upgrade bitdistill "
             "and onnxruntime, or export the student again"
         )

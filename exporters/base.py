@@ -73,6 +73,10 @@ class Options:
         return context
 
 
+class ExportError(RuntimeError):
+    """What was written is not what was to be written; the message says what to do."""
+
+
 class Exporter(Protocol):
     """Write a runtime's own files into `out`; the result is merged into the manifest."""
 
@@ -225,6 +229,42 @@ def bits_per_weight(artifact: Path) -> str:
     return ", ".join(f"{part} {value:.3f}" for part, value in bits.items())
 
 
+_GENERATE = """```
+bitdistill generate DIRECTORY "your prompt"
+```
+
+```python
+from bitdistill import backends
+
+model = backends.load("DIRECTORY")
+prompt = model.tokenizer.encode("your prompt")
+print(model.tokenizer.decode(list(model.generate(prompt))))
+```
+"""
+_ANSWER = """This is a classifier: its head knows {answers} alone, each one token.
+It answers the task's whole prompt: `--task-prompt` puts a text into the template, where the task
+has one input.
+
+```
+bitdistill generate DIRECTORY "your text" --task-prompt --max-new-tokens 1
+```
+
+```python
+from bitdistill import backends
+
+model = backends.load("DIRECTORY")
+prompt = model.tokenizer.encode("your prompt")
+print(model.tokenizer.decode(list(model.generate(prompt, max_new_tokens=1))))
+```
+"""
+
+
+def _answers(content: dict[str, Any]) -> str:
+    """The labels of a classifier's task, for its card."""
+    *others, last = (f"`{label.strip()}`" for label in content["task"]["labels"])
+    return f"{', '.join(others)} and {last}"
+
+
 def card(content: dict[str, Any]) -> str:
     """The model card of an artifact, from its manifest."""
     runtime = {"onnx": "ONNX Runtime (CPU)", "mlx": "MLX"}.get(content["target"], content["target"])
@@ -234,7 +274,9 @@ def card(content: dict[str, Any]) -> str:
     mib = {k: v / 2**20 for k, v in content["parts"].items() if "bits" not in k}
     sizes = "\n".join(f"| {name} | {size:.2f} |" for name, size in mib.items())
     bits = "\n".join(f"| {k} | {v:.3f} |" for k, v in content["parts"].items() if "bits" in k)
-    extra = {**library, "pipeline_tag": "text-generation", "tags": "[bitdistill, ternary]"}
+    classifier = content.get("label_tokens") is not None
+    kind = "text-classification" if classifier else "text-generation"
+    extra = {**library, "pipeline_tag": kind, "tags": "[bitdistill, ternary]"}
     return f"""{header(content, **extra)}
 # A 1.58-bit model for {runtime}
 
@@ -246,18 +288,7 @@ Method: {content["method"]}. Task: {task}. Base model: {content["base_model"]}, 
 
 ## Run it
 
-```
-bitdistill generate DIRECTORY "your prompt"
-```
-
-```python
-from bitdistill import backends
-
-model = backends.load("DIRECTORY")
-prompt = model.tokenizer.encode("your prompt")
-print(model.tokenizer.decode(list(model.generate(prompt))))
-```
-
+{_ANSWER.format(answers=_answers(content)) if classifier else _GENERATE}
 {"## Load it elsewhere" if loaders else ""}
 
 {loaders}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bitdistill import tables
 from bitdistill.exporters import onnx_stock_tables as stock
+from bitdistill.exporters.base import ExportError
 from bitdistill.exporters.onnx_linears import BY_BLOCK, UNROUNDED
 from bitdistill.exporters.onnx_nodes import NodeBuilder
 from bitdistill.manifest import FormatError
@@ -128,7 +129,7 @@ def compare(
 ) -> dict[str, float]:
     """What rounding costs: the error of a row over its length, its `mean` and `largest`.
 
-    Raises RuntimeError where a value is further off than rounding explains.
+    Raises ExportError where a value is further off than rounding explains.
     """
     errors = []
     for start in range(0, len(table), CHUNK):
@@ -136,7 +137,7 @@ def compare(
         values, bound = _rows(stored, start, start + len(exact))
         difference = np.abs(values - exact)
         if bound is not None and (difference > bound).any():
-            raise RuntimeError(
+            raise ExportError(
                 "the embedding read back is not what was written; check the disk and export again"
             )
         length = np.linalg.norm(exact.astype(np.float64), axis=1)

@@ -24,7 +24,7 @@ from bitdistill.decoder import LINEARS, DecoderSpec
 from bitdistill.exporters import onnx_attention as attention
 from bitdistill.exporters import onnx_classifier as classifier
 from bitdistill.exporters import onnx_genai as genai
-from bitdistill.exporters.base import Options, Progress
+from bitdistill.exporters.base import ExportError, Options, Progress
 from bitdistill.exporters.onnx_graph import DecoderGraph
 from bitdistill.exporters.onnx_layout import stored_linears
 from bitdistill.exporters.onnx_linears import DEFAULT, OPERATORS
@@ -82,7 +82,7 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
     """Write model.onnx and model.onnx.data into `out`; the result is its part of the manifest.
 
     Raises ValueError for a model or option that this target cannot represent, FormatError when the
-    student holds tensors of another architecture, RuntimeError when what was written is not what
+    student holds tensors of another architecture, ExportError when what was written is not what
     the student says (a broken disk or a bug; the directory is discarded).
     """
     spec, ops = student.spec, options.ops or DEFAULT
@@ -234,11 +234,11 @@ def _one_scale(linear: str, scales: NDArray[np.float32]) -> float:
 
 
 def verify(student: StudentFiles, out: Path, reader: _Reader, ops: str) -> None:
-    """RuntimeError unless the written files hold every trit and scale of the student."""
+    """ExportError unless the written files hold every trit and scale of the student."""
     for name, trits, scale in read_linears(out, student.spec, ops):
         expected, expected_scale = student.ternary(name)
         if scale != expected_scale or not np.array_equal(trits, expected):
-            raise RuntimeError(
+            raise ExportError(
                 f"{name} read back from {out / DATA} is not what was written; check the disk "
                 "and export again"
             )

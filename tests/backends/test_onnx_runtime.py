@@ -16,6 +16,7 @@ from onnx_contract import TIGHT, error, flat, reference, sequences, violations
 
 from bitdistill import backends, exporters, manifest
 from bitdistill.backends import onnx_runtime, onnx_session
+from bitdistill.backends.onnx_session import InstallationError
 
 WIDE = {"kv_bits": 32}  # nothing of the cache is rounded
 Pair = Callable[..., tuple[Path, Path]]
@@ -204,6 +205,13 @@ def test_the_context_is_a_limit(onnx_pair: Pair, tmp_path: Path) -> None:
         runtime.step([7], cache)
 
 
+def test_a_context_of_one_token_is_warmed_up(onnx_pair: Pair, tmp_path: Path) -> None:
+    student, _ = onnx_pair("llama", "paper", 8)
+    artifact = exporters.export(student, "onnx", tmp_path / "short", context=1)
+    model = backends.load(artifact, warm=True)
+    assert len(list(model.generate([5], max_new_tokens=3, stop=()))) == 1
+
+
 @pytest.fixture
 def damaged(onnx_pair: Pair, tmp_path: Path) -> Path:
     """A copy of an artifact, to be damaged."""
@@ -245,7 +253,7 @@ def test_an_operator_of_another_version_is_explained(damaged: Path) -> None:
         node.op_type = node.op_type.replace("TernaryLinear", "TernaryMatrix")
 
     edit(damaged, rename)
-    with pytest.raises(RuntimeError, match="uses an operator that this installation lacks"):
+    with pytest.raises(InstallationError, match="uses an operator that this installation lacks"):
         backends.load(damaged, verify=False)
 
 
@@ -255,7 +263,7 @@ def test_a_library_that_cannot_be_loaded_is_explained(
     library = tmp_path / "libbitdistill_ops.so"
     library.write_bytes(b"not a library")
     monkeypatch.setattr(onnx_session, "library_path", lambda: library)
-    with pytest.raises(RuntimeError, match=r"cannot be loaded .*reinstall bitdistill"):
+    with pytest.raises(InstallationError, match=r"cannot be loaded .*reinstall bitdistill"):
         backends.load(damaged)
 
 
@@ -263,6 +271,6 @@ def test_an_old_onnxruntime_is_refused_where_windows_would_be_wrong(
     onnx_pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_runtime.ort, "__version__", "1.23.2")
-    with pytest.raises(RuntimeError, match=r"pip install -U 'onnxruntime>=1.24'"):
+    with pytest.raises(InstallationError, match=r"pip install -U 'onnxruntime>=1.24'"):
         backends.load(onnx_pair("gemma3_text", "paper", 8)[1])
     assert backends.load(onnx_pair("qwen3", "paper", 8)[1]).context == 128

@@ -221,3 +221,13 @@ def test_doctor(cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> No
     assert done.code == 1
     assert "BROKEN: no library here; pip install onnxruntime" in done.out
     assert done.err == "Error: something that is required is missing; see above\n"
+
+
+def test_an_installation_that_cannot_run_an_artifact(
+    refused: Callable[..., str], artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "libbitdistill_ops.so"
+    library.write_bytes(b"not a library")
+    monkeypatch.setattr("bitdistill.backends.onnx_session.library_path", lambda: library)
+    message = refused("generate", artifact, "the film")
+    assert message.endswith("; reinstall bitdistill on this machine")

@@ -143,3 +143,14 @@ def test_a_file_that_became_shorter(table: Any) -> None:
     table[1].rows(np.array([498]))
     with pytest.raises(manifest.FormatError, match="became shorter while in use; copy it again"):
         table[1].rows(np.array([499]))
+
+
+def test_the_card_is_a_classifiers(student: Path, classifier: Path, tmp_path: Path) -> None:
+    card = (classifier / "README.md").read_text()
+    assert "pipeline_tag: text-classification\n" in card
+    assert "its head knows `a`, `b` and `c` alone" in card
+    assert '"your text" --task-prompt --max-new-tokens 1' in card
+    assert "model.generate(prompt, max_new_tokens=1)" in card
+    whole = (exporters.export(student, "onnx", tmp_path / "whole") / "README.md").read_text()
+    assert "pipeline_tag: text-generation\n" in whole
+    assert "model.generate(prompt))" in whole
