@@ -218,13 +218,18 @@ class Model(nn.Module):
     def load_weights(self, file_or_weights: Any, strict: bool = True) -> Model:
         """Load, then take the type to compute in: `dtype`, else the file's own on Metal, or fp32.
 
+        The file's own is that of the ternary layers where they are in fp32: the embedding's table
+        can be in 16 bits for its size alone.
+
         Raises ValueError for half precision on an mlx whose kernels get it wrong, and for weights
         that are not ternary: for int8 activations one number is taken as the scale of a matrix.
         """
         super().load_weights(file_or_weights, strict)
-        check_ternary({p: m for p, m in self.named_modules() if isinstance(m, TernaryLinear)})
+        linears = {p: m for p, m in self.named_modules() if isinstance(m, TernaryLinear)}
+        check_ternary(linears)
         table = self.model.embed_tokens
-        stored = table.get("scales", table.weight).dtype
+        wide = any(linear.scales.dtype == mx.float32 for linear in linears.values())
+        stored = mx.float32 if wide else table.get("scales", table.weight).dtype
         self.dtype = self.dtype or (stored if mx.metal.is_available() else mx.float32)
         check_version(self.dtype)
         for module in {id(m): m for m in (table, self.head)}.values():

@@ -217,6 +217,18 @@ def test_metal_computes_in_the_files_type_on_packed_weights(
     assert backends.load(path, dtype="float32").model.dtype == mx.float32
 
 
+def test_metal_computes_in_fp32_where_the_layers_are(
+    mlx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedding of such an artifact is in 16 bits for its size alone."""
+    path = mlx_artifact("llama", "paper", None, options={"dtype": "float32"})[1]
+    stored = mx.load(str(path / "model.safetensors"))["model.embed_tokens.weight"]
+    assert stored.dtype == mx.float16
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    model = backends.load(path).model
+    assert model.dtype == model.model.embed_tokens.weight.dtype == mx.float32
+
+
 def test_altered_and_truncated_files_are_refused(mlx_artifact: Artifact, tmp_path: Path) -> None:
     path = shutil.copytree(mlx_artifact("llama", "paper", 8)[1], tmp_path / "copy")
     file = path / "model.safetensors"
