@@ -195,9 +195,14 @@ class DecoderSpec:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> DecoderSpec:
-        """The inverse of `to_json`, through JSON text or not."""
+        """The inverse of `to_json`, through JSON text or not; ValueError for odd rotary tables."""
         rotary = tuple(RotarySpec(tuple(r["frequencies"]), r["scale"]) for r in value["rotary"])
         layers = tuple(LayerSpec(**layer) for layer in value["layers"])
+        if any(2 * len(table.frequencies) != value["head_dim"] for table in rotary):
+            raise ValueError(
+                f"rotary tables are not of half the head size {value['head_dim']}, so the "
+                "decoder's description was altered; export the student again"
+            )
         return cls(**{**value, "rotary": rotary, "layers": layers})
 
 
@@ -277,7 +282,7 @@ def decoder_spec(config: Any) -> DecoderSpec:
         embedding_scale=config.hidden_size**0.5 if family.scaled_embedding else 1.0,
         tied=bool(config.tie_word_embeddings),
         qkv_bias=bias or family.qkv_bias,
-        output_bias=bias,
+        output_bias=bias and not family.qkv_bias,  # transformers ignores the setting there
         mlp_bias=bool(values.get("mlp_bias", False)),
         qk_norm=family.qk_norm,
         norm_style=extra["norm_style"],

@@ -315,3 +315,17 @@ def test_sixteen_bits_keep_angles_and_what_trits_are_taken_from(
     for layer, expected in zip(bit_linears(cast(student, torch.bfloat16)), trits, strict=True):
         assert torch.equal(ternarize(layer.weight)[0], expected)
     assert student.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_setting_that_qwen2_ignores_adds_no_bias(student_dir: Callable[..., Path]) -> None:
+    files = checkpoint.open_student(student_dir("qwen2", attention_bias=True))
+    for linear in LINEARS:
+        assert files.spec.has_bias(linear) == (f"model.layers.0.{linear}.bias" in files.names)
+    assert files.spec.has_bias("self_attn.q_proj")
+
+
+def test_rotary_tables_of_another_head_size_are_refused(student_dir: Callable[..., Path]) -> None:
+    value = checkpoint.open_student(student_dir("llama")).spec.to_json()
+    value["rotary"][0]["frequencies"] = value["rotary"][0]["frequencies"][:-1]
+    with pytest.raises(ValueError, match=r"not of half the head size 16, .* export the student"):
+        DecoderSpec.from_json(value)
