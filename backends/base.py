@@ -106,6 +106,8 @@ class Runtime(ABC):
 
     def logits(self, tokens: Sequence[Sequence[int]]) -> list[Floats]:
         """Logits float32 (T, V) of every position of each sequence, in one padded batch."""
+        if len(tokens) == 0:
+            return []
         lengths = [len(sequence) for sequence in tokens]
         rows = [(b, t) for b, length in enumerate(lengths) for t in range(length)]
         logits = self._padded(tokens, rows)

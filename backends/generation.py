@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitdistill.backends.sampling import checked_max
 from bitdistill.backends.search import Search
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def generate_batch(
 
     Prompts are batched by length. Generation ends at one of `stop` (None: the model's own), after
     `search.max_new_tokens`, when the context is full, or (greedy alone) when `ends` says so of the
-    new tokens. ValueError as in `Runtime.generate`.
+    new tokens. ValueError as in `Runtime.generate`, and for logits that hold NaN.
     """
     for prompt in prompts:
         runtime.check_tokens(prompt)
@@ -76,6 +77,7 @@ def _greedy(
     texts: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # the prompt that each row belongs to
     while True:
+        checked_max(logits)
         if len(texts[active[0]]) < search.min_new_tokens:
             logits[:, stops] = -np.inf
         tokens = logits.argmax(-1)
@@ -151,6 +153,7 @@ def _beams(
     searches = [_Beams(limit, [[]], np.zeros(1), []) for limit in limits]
     active = [(state, row, 1) for row, state in enumerate(searches)]  # search, first row, rows
     while True:
+        checked_max(logits)
         keep: list[int] = []
         tokens: list[int] = []
         following: list[tuple[_Beams, int, int]] = []

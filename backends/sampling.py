@@ -41,9 +41,7 @@ class Sampler:
 
         ValueError if they hold NaN, or if the largest is infinite and a token is to be drawn.
         """
-        largest = logits_V.max()
-        if np.isnan(largest):
-            raise ValueError("the model's logits hold NaN; its weights or input are damaged")
+        largest = checked_max(logits_V)
         if self.temperature == 0.0:
             return int(logits_V.argmax())
         if np.isinf(largest):
@@ -67,6 +65,14 @@ class Sampler:
             keep = _nucleus(logits_V, distances, weights, self.top_p)
             tokens, weights = tokens[keep], weights[keep]
         return tokens, weights
+
+
+def checked_max(logits: Logits) -> np.float32:
+    """The largest of logits of any shape; ValueError if one is NaN, which no token is chosen by."""
+    largest: np.float32 = logits.max()
+    if np.isnan(largest):
+        raise ValueError("the model's logits hold NaN; its weights or input are damaged")
+    return largest
 
 
 def _largest(logits_V: Logits, count: int) -> NDArray[np.intp]:

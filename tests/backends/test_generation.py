@@ -112,3 +112,15 @@ def test_limits_are_checked() -> None:
         Search(beams=0)
     with pytest.raises(ValueError, match="min_new_tokens 5 is not between 0 and max_new_tokens 4"):
         Search(4, 5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_logits_that_are_no_numbers_are_no_text(
+    runtime: Make, monkeypatch: pytest.MonkeyPatch, beams: int
+) -> None:
+    model = runtime("onnx", "qwen3")
+    step = type(model).step_rows
+    nan = np.float32(np.nan)
+    monkeypatch.setattr(model, "step_rows", lambda *given: step(model, *given) * nan)
+    with pytest.raises(ValueError, match="logits hold NaN; its weights or input are damaged"):
+        generate_batch(model, PROMPTS, Search(4, beams=beams), ())

@@ -111,6 +111,10 @@ def test_logits_of_padded_sequences() -> None:
         np.testing.assert_array_equal(logits, runtime.table[np.cumsum(sequence) % 97])
 
 
+def test_no_sequences_have_no_logits() -> None:
+    assert SumRuntime().logits([]) == []
+
+
 def greedy(runtime: SumRuntime, prompt: list[int], count: int) -> list[int]:
     tokens: list[int] = []
     for _ in range(count):
