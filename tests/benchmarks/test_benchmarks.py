@@ -129,7 +129,8 @@ def test_showcase(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Pa
             ("bitdistill-paper", "torch", 3, 12),
         ]
         compared = [r["artifact"] for r in records if r["metric"] == "agreement"]
-        wide = [f"{row} (cpu) (float64)" for row in ("bitnet-sft", "student", "student")]
+        runs = "sst2-movie-seed3", "sst2-movie-seed3-paper"  # where two are called student
+        wide = [f"{row} (cpu) (float64)" for row in ("bitnet-sft", *(f"{r}/student" for r in runs))]
         assert compared == wide
         records = [json.loads(line) for line in of_artifacts.read_text().splitlines()]
         agreed = [(r["artifact"], r["n"]) for r in records if r["metric"] == "agreement"]
