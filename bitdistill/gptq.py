@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitdistill.quantize import WEIGHT_EPS, ternary_scale
+from bitdistill.quantize import WEIGHT_EPS, round_to_bf16, ternary_scale
 
 DAMPING = 0.01  # of the mean of diag(H)
 BLOCK = 128  # columns whose errors are passed on at once
@@ -87,7 +87,7 @@ def gptq(weight_NK: Tensor, hessian_KK: Tensor) -> Rounded:
     order = hessian_KK.diagonal().argsort(descending=True)
     back = order.argsort()
     factor = inverse_factor(hessian_KK[order][:, order])
-    scales = (base * torch.tensor(FACTORS, device=base.device)).bfloat16().float()
+    scales = round_to_bf16(base * torch.tensor(FACTORS, device=base.device))
     found = round_columns(weight_NK[:, order], factor, scales)
     trits, values = (x[:, :, back] for x in found)
     errors = [

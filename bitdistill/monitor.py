@@ -13,7 +13,7 @@ from bitdistill.decoder import head_width
 from bitdistill.distributed import ALONE, World
 from bitdistill.hardware import Hardware
 from bitdistill.objective import Objective
-from bitdistill.quantize import WEIGHT_EPS, BitLinear, ternarize, ternary_scale
+from bitdistill.quantize import WEIGHT_EPS, BitLinear, round_to_bf16, ternarize, ternary_scale
 from bitdistill.student import layers_of
 
 # dense bf16 operations a second, by a part of the device's name
@@ -88,7 +88,7 @@ class Monitor:
         sums = torch.stack([weight.float().abs().sum() for weight in self._weights])
         totals = zip(self.world.sum(sums.tolist()), self._sizes, strict=True)
         means = torch.tensor([total / size for total, size in totals], device=sums.device)
-        return list(means.bfloat16().float())
+        return list(round_to_bf16(means))
 
     def _by_kind(self, counts: list[float]) -> ByKind:
         shares: ByKind = {}

@@ -89,11 +89,13 @@ def summaries(
         pad_token_id=tokenizer.pad_token_id or 0,
     )
     files = [folder / f"shard-{i:05d}.json" for i in range(-(-len(encoded) // SHARD))]
-    with world.phase():
+    own, teacher.generation_config = teacher.generation_config, GenerationConfig()
+    with world.phase():  # greedy, whatever penalties the model brings
         for number, file in enumerate(files):
             if number % world.size == world.rank and not file.exists():
                 part = encoded[number * SHARD : (number + 1) * SHARD]
                 _save(file, _write(teacher, part, limits, hardware))
+    teacher.generation_config = own
     teacher.cpu()
     answers = [said for file in files for said in json.loads(file.read_text(encoding="utf-8"))]
     pairs = zip(encoded, answers, strict=True)
@@ -122,19 +124,6 @@ def _write(
 ) -> list[list[int]]:
     """The teacher's greedy answers, each with the token that ended it, if one did."""
     teacher.to(hardware.device).eval()
-    own, teacher.generation_config = teacher.generation_config, GenerationConfig()
-    try:  # greedy, whatever penalties the model brings
-        return _answers(teacher, prompts, limits, hardware)
-    finally:
-        teacher.generation_config = own
-
-
-def _answers(
-    teacher: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    limits: GenerationConfig,
-    hardware: Hardware,
-) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while order:
