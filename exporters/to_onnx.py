@@ -88,7 +88,8 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
     spec, ops = student.spec, options.ops or DEFAULT
     check_supported(spec, options)
     context = options.resolve_context(spec.context)
-    labels = None if options.task is None else classifier.label_tokens(student, options.task)
+    task = None if options.task is None else classifier.find_task(student, options.task)
+    labels = None if task is None else classifier.label_tokens(student, task)
     reader = _Reader(student, progress)
     with TensorFile(out / DATA) as data:
         rows = (
@@ -113,7 +114,7 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
         genai.copy_library(out)
     verify(student, out, reader, ops)
     errors = classifier.errors(student, out) if labels else table_errors(student, out)
-    return {
+    content: dict[str, Any] = {
         "context": context,
         "ops": ops,
         "kernel_layout": packing.LAYOUTS[options.weight_bits] if ops == DEFAULT else None,
@@ -124,6 +125,7 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
         "embedding_error": errors,
         "parts": _parts(spec, data, out),
     }
+    return content if task is None else content | {"task": task.to_json()}
 
 
 def check_supported(spec: DecoderSpec, options: Options) -> None:
