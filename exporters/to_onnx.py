@@ -123,7 +123,7 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
         "kv_bits": graph.kv_bits,
         "storage": _storage(spec, ops, options.embed_bits, graph.kv_bits),
         "embedding_error": errors,
-        "parts": _parts(spec, data, out),
+        "parts": _parts(spec, data, labels, out),
     }
     return content if task is None else content | {"task": task.to_json()}
 
@@ -182,7 +182,9 @@ def _storage(spec: DecoderSpec, ops: str, embed_bits: int, kv_bits: int) -> dict
     return storage
 
 
-def _parts(spec: DecoderSpec, data: TensorFile, out: Path) -> dict[str, int | float]:
+def _parts(
+    spec: DecoderSpec, data: TensorFile, labels: list[int] | None, out: Path
+) -> dict[str, int | float]:
     """Bytes of each part; bits per ternary weight include scales, biases and padding."""
     names = ("body", "embedding", "head", "norms", "rotary")
     parts: dict[str, int | float] = {name: data.parts[name] for name in names}
@@ -190,7 +192,8 @@ def _parts(spec: DecoderSpec, data: TensorFile, out: Path) -> dict[str, int | fl
     files = [out / name for name in (MODEL, DATA, EMBEDDING_FILE)]
     parts["total"] = sum(file.stat().st_size for file in files if file.exists())
     parts["body_bits_per_weight"] = 8 * data.parts["body"] / weights
-    table = spec.vocabulary * spec.hidden * (1 if spec.tied else 2)
+    head = len(labels) if labels else 0 if spec.tied else spec.vocabulary
+    table = (spec.vocabulary + head) * spec.hidden
     parts["embedding_bits_per_weight"] = 8 * (data.parts["embedding"] + data.parts["head"]) / table
     return parts
 

@@ -46,6 +46,17 @@ def test_what_is_in_the_directory(classifier: Path) -> None:
     assert not any(list(tensor.dims) == [words, hidden] for tensor in graph.initializer)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_bits_a_weight_are_of_the_rows_there_are(
+    student_dir: Students, tmp_path: Path, tied: bool
+) -> None:
+    path = student_dir("llama", "paper", 8, task=TASK.to_json(), tie_word_embeddings=tied)
+    content = manifest.read_manifest(exporters.export(path, "onnx", tmp_path / "film", task="film"))
+    words = content["decoder"]["vocabulary"]
+    expected = (16 * words + 32 * 3) / (words + 3)
+    assert content["parts"]["embedding_bits_per_weight"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("trained", [None, TASK, Task("sum", "summary", "{x}", ("x",), "y")])
 def test_a_built_in_task_is_the_classifiers(
     student_dir: Students, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Task | None
