@@ -28,7 +28,7 @@ from bitdistill.exporters.base import ExportError, Options, Progress
 from bitdistill.exporters.onnx_graph import DecoderGraph
 from bitdistill.exporters.onnx_layout import stored_linears
 from bitdistill.exporters.onnx_linears import DEFAULT, OPERATORS
-from bitdistill.exporters.onnx_tables import STORAGE, compare, read_table
+from bitdistill.exporters.onnx_tables import STORAGE, check_finite, compare, read_table
 from bitdistill.exporters.onnx_tensors import TensorFile
 from bitdistill.manifest import FormatError
 
@@ -62,6 +62,7 @@ class _Reader:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         value: NDArray[np.float32] = self.student.tensor(name).numpy()
+        check_finite(name, value)
         self.unread.discard(name)
         self.step(name)
         return value
