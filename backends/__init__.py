@@ -42,7 +42,7 @@ def load(
     Raises FormatError for a directory that is incomplete, altered or of another format version,
     ValueError for an unknown backend or one that cannot run the directory.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # files are read later too, wherever the process is then
     manifest = _read(path)
     found = manifest["target"] if manifest.get("kind") == "artifact" else "torch"
     if verify:

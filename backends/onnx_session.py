@@ -39,9 +39,11 @@ def _register(options: ort.SessionOptions) -> None:
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:  # onnxruntime raises its own classes, derived from Exception
+        text = _first_line(error)
+        asked = "BITDISTILL_ISA=" in text
+        remedy = "change or unset that" if asked else "reinstall bitdistill on this machine"
         raise InstallationError(
-            f"the custom operators in {library} cannot be loaded ({_first_line(error)}); "
-            "reinstall bitdistill on this machine"
+            f"the custom operators in {library} cannot be loaded ({text}); {remedy}"
         ) from error
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bitdistill import manifest
 from bitdistill.decoder import (
+    LINEARS,
     MODEL_TYPE_PREFIX,
     DecoderSpec,
     config_class,
@@ -100,6 +101,20 @@ class FileRows:
         return part
 
 
+def tensor_shape(spec: DecoderSpec, name: str) -> tuple[int, ...]:
+    """The shape of a student's tensor, by its name."""
+    if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        return spec.vocabulary, spec.hidden
+    module, _, kind = name.rpartition(".")
+    part = ".".join(module.removesuffix(".norm").split(".")[3:])  # of model.layers.0.
+    if part not in LINEARS:
+        return (spec.head_dim if part in ("self_attn.q_norm", "self_attn.k_norm") else spec.hidden,)
+    rows, columns = spec.shape(part)
+    if module.endswith(".norm"):
+        return (columns,)
+    return (rows,) if kind == "bias" else (rows, columns)
+
+
 class StudentFiles:
     """A student directory opened for export: tensors are read one at a time, never all at once."""
 
@@ -132,14 +147,26 @@ class StudentFiles:
             raise manifest.FormatError(f"{self.path} has no tensor {name!r}: it is not complete")
         return self._index[name]
 
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        expected = tensor_shape(self.spec, name)
+        if shape != expected:
+            raise manifest.FormatError(
+                f"{self.path} holds {name!r} as {shape}, its config describes {expected}; it was "
+                "altered or written by another version"
+            )
+
     def tensor(self, name: str) -> Tensor:
-        """One tensor in fp32; FormatError if the directory lacks it."""
+        """One tensor in fp32; FormatError if the directory lacks it or it has another shape."""
         with safe_open(self._file_of(name), "pt") as tensors:
-            return tensors.get_tensor(name).float()
+            value = tensors.get_tensor(name).float()
+        self._check_shape(name, tuple(value.shape))
+        return value
 
     def rows(self, name: str) -> FileRows:
         """One matrix, whose rows are read in fp32 when they are asked for; else as `tensor`."""
-        return FileRows(self._file_of(name), name)
+        rows = FileRows(self._file_of(name), name)
+        self._check_shape(name, rows.shape)
+        return rows
 
     def ternary(self, linear: str) -> tuple[NDArray[np.int8], float]:
         """Trits (N, K) and scale of a linear, e.g. `model.layers.0.mlp.up_proj`."""

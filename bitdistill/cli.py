@@ -157,7 +157,7 @@ def recipes(name: str | None, parts: bool) -> None:
 @click.option("--weight-bits", default=2.0, show_default=True, help="2; onnx: also 1.6.")
 @click.option("--ops", help="onnx: custom (default), portable or integer.")
 @click.option("--with-library", is_flag=True, help="onnx: copy the operators in, for GenAI.")
-@click.option("--kv-bits", type=int, help="onnx: 32, 16 or 8, of keys and values  [16].")
+@click.option("--kv-bits", type=int, help="onnx: 32, 16 or 8, of keys and values  [16; stock: 32].")
 @click.option("--task", help="onnx: a classifier, whose head has this label task's answers alone.")
 @export_options
 @click.option("--context", type=int, help="Longest sequence [the model's, at most 8192].")

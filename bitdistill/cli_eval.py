@@ -242,7 +242,7 @@ def _baselines(
         out = store / "baselines" / teacher.hash / name
         if not out.exists():
             click.echo(f"{name}: made from {teacher.path}", err=True)
-            export_stock(teacher.path, name.removeprefix("onnx-"), out)
+            export_stock(teacher.path, name.removeprefix("onnx-"), out, teacher.manifest)
         found.append(out)
     return found
 

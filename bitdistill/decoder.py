@@ -251,6 +251,8 @@ def decoder_spec(config: Any) -> DecoderSpec:
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if values.get(cap) is not None:
             raise ValueError(f"{cap} is not supported")
+    if values.get("use_bidirectional_attention"):
+        raise ValueError("use_bidirectional_attention is not supported: a decoder's is causal")
     head_dim = head_width(config)
     kinds, rotary = _rotary(family, config)
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * (

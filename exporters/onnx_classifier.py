@@ -28,24 +28,27 @@ from bitdistill.tasks import Task, get_task
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def label_tokens(student: StudentFiles, name: str) -> list[int]:
-    """The token of every answer of a label task, in the order of its labels.
-
-    The student's own task is meant where the name is its, else a built-in one. Raises ValueError
-    for a task without labels, and for answers that are not one token each, all different.
-    """
+def find_task(student: StudentFiles, name: str) -> Task:
+    """The student's own task where the name is its, else a built-in one."""
     content = student.manifest.get("task")
     if content is not None and content["name"] == name:
-        task = Task.from_json(content)
-    else:
-        task = get_task(name)
+        return Task.from_json(content)
+    return get_task(name)
+
+
+def label_tokens(student: StudentFiles, task: Task) -> list[int]:
+    """The token of every answer of a label task, in the order of its labels.
+
+    Raises ValueError for a task without labels, and for answers that are not one token each, all
+    different.
+    """
     tokenizer = Tokenizer(student.path)
     answers = [tokenizer.encode(label, special=False) for label in task.labels]
     tokens = [answer[0] for answer in answers if len(answer) == 1]
     if not tokens or len(set(tokens)) < len(answers):
         raise ValueError(
-            f"task {name!r} has the answers {list(task.labels)}, in tokens {answers}: a head of "
-            "label tokens needs answers of one token each, all different; export without --task"
+            f"task {task.name!r} has the answers {list(task.labels)}, in tokens {answers}: a head "
+            "of label tokens needs answers of one token each, all different; export without --task"
         )
     return tokens
 

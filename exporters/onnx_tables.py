@@ -62,12 +62,20 @@ def store(
     return StoredTable(ops, bits, rows, columns, values)
 
 
+def check_finite(name: str, values: NDArray[np.float32]) -> None:
+    """ValueError for NaN or infinity."""
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds NaN or infinity; the training diverged")
+
+
 def as_float(name: str, table: tables.Rows, bits: int) -> NDArray[Any]:
-    """A table at 16 or 32 bits; ValueError for values that do not fit float16."""
+    """A table at 16 or 32 bits; ValueError for values that do not fit."""
     stored = np.empty(table.shape, np.float32 if bits == 32 else np.float16)
     for start in range(0, len(table), CHUNK):  # a table may be the largest tensor: no copy but this
+        rows = table[start : start + CHUNK]
+        check_finite(name, rows)
         with np.errstate(over="ignore"):
-            stored[start : start + CHUNK] = table[start : start + CHUNK]
+            stored[start : start + CHUNK] = rows
         if bits == 16 and not np.isfinite(stored[start : start + CHUNK]).all():
             raise ValueError(f"{name} holds values beyond float16; export with embed_bits=32")
     return stored

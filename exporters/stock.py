@@ -31,16 +31,19 @@ INT8_COMPUTE = 4  # MatMulNBits' accuracy_level: activations are quantised to 8 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 
 
-def export_stock(teacher: str | Path, kind: str, out: str | Path) -> Path:
+def export_stock(
+    teacher: str | Path, kind: str, out: str | Path, content: dict[str, Any] | None = None
+) -> Path:
     """Write a teacher's directory as a stock ONNX model of `kind`: fp32, int4 or int2.
 
-    FormatError where `teacher` holds something else, FileExistsError where `out` exists, ValueError
-    for an unknown kind.
+    `content` stands for the manifest that a Hugging Face directory lacks. FormatError where
+    `teacher` holds something else, FileExistsError where `out` exists, ValueError for an unknown
+    kind.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of baseline {kind!r}{suggest(kind, KINDS)}")
     path, out = Path(teacher), Path(out)
-    content = manifest.read_manifest(path, "teacher")
+    content = content or manifest.read_manifest(path, "teacher")
     spec, stop_tokens = _spec(path)
     with manifest.new_directory(out) as partial:
         with _Tensors(path, content) as tensors, TensorFile(partial / DATA) as data:

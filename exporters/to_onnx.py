@@ -28,7 +28,7 @@ from bitdistill.exporters.base import ExportError, Options, Progress
 from bitdistill.exporters.onnx_graph import DecoderGraph
 from bitdistill.exporters.onnx_layout import stored_linears
 from bitdistill.exporters.onnx_linears import DEFAULT, OPERATORS
-from bitdistill.exporters.onnx_tables import STORAGE, compare, read_table
+from bitdistill.exporters.onnx_tables import STORAGE, check_finite, compare, read_table
 from bitdistill.exporters.onnx_tensors import TensorFile
 from bitdistill.manifest import FormatError
 
@@ -62,6 +62,7 @@ class _Reader:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         value: NDArray[np.float32] = self.student.tensor(name).numpy()
+        check_finite(name, value)
         self.unread.discard(name)
         self.step(name)
         return value
@@ -88,7 +89,8 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
     spec, ops = student.spec, options.ops or DEFAULT
     check_supported(spec, options)
     context = options.resolve_context(spec.context)
-    labels = None if options.task is None else classifier.label_tokens(student, options.task)
+    task = None if options.task is None else classifier.find_task(student, options.task)
+    labels = None if task is None else classifier.label_tokens(student, task)
     reader = _Reader(student, progress)
     with TensorFile(out / DATA) as data:
         rows = (
@@ -113,7 +115,7 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
         genai.copy_library(out)
     verify(student, out, reader, ops)
     errors = classifier.errors(student, out) if labels else table_errors(student, out)
-    return {
+    content: dict[str, Any] = {
         "context": context,
         "ops": ops,
         "kernel_layout": packing.LAYOUTS[options.weight_bits] if ops == DEFAULT else None,
@@ -122,8 +124,9 @@ def write(student: StudentFiles, out: Path, options: Options, progress: Progress
         "kv_bits": graph.kv_bits,
         "storage": _storage(spec, ops, options.embed_bits, graph.kv_bits),
         "embedding_error": errors,
-        "parts": _parts(spec, data, out),
+        "parts": _parts(spec, data, labels, out),
     }
+    return content if task is None else content | {"task": task.to_json()}
 
 
 def check_supported(spec: DecoderSpec, options: Options) -> None:
@@ -180,7 +183,9 @@ def _storage(spec: DecoderSpec, ops: str, embed_bits: int, kv_bits: int) -> dict
     return storage
 
 
-def _parts(spec: DecoderSpec, data: TensorFile, out: Path) -> dict[str, int | float]:
+def _parts(
+    spec: DecoderSpec, data: TensorFile, labels: list[int] | None, out: Path
+) -> dict[str, int | float]:
     """Bytes of each part; bits per ternary weight include scales, biases and padding."""
     names = ("body", "embedding", "head", "norms", "rotary")
     parts: dict[str, int | float] = {name: data.parts[name] for name in names}
@@ -188,7 +193,8 @@ def _parts(spec: DecoderSpec, data: TensorFile, out: Path) -> dict[str, int | fl
     files = [out / name for name in (MODEL, DATA, EMBEDDING_FILE)]
     parts["total"] = sum(file.stat().st_size for file in files if file.exists())
     parts["body_bits_per_weight"] = 8 * data.parts["body"] / weights
-    table = spec.vocabulary * spec.hidden * (1 if spec.tied else 2)
+    head = len(labels) if labels else 0 if spec.tied else spec.vocabulary
+    table = (spec.vocabulary + head) * spec.hidden
     parts["embedding_bits_per_weight"] = 8 * (data.parts["embedding"] + data.parts["head"]) / table
     return parts
 

@@ -3,7 +3,10 @@ themselves."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,6 +268,19 @@ def test_a_library_that_cannot_be_loaded_is_explained(
     monkeypatch.setattr(onnx_session, "library_path", lambda: library)
     with pytest.raises(InstallationError, match=r"cannot be loaded .*reinstall bitdistill"):
         backends.load(damaged)
+
+
+def test_an_instruction_set_that_is_not_here_is_to_be_unset(damaged: Path) -> None:
+    """In a process of its own, which asks for the environment once."""
+    code = f"from bitdistill import backends; backends.load({str(damaged)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"BITDISTILL_ISA": "neon9"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    message = done.stderr.splitlines()[-1]
+    assert "InstallationError: the custom operators in " in message
+    assert "BITDISTILL_ISA=neon9 is not an instruction set" in message
+    assert message.endswith("; change or unset that")
 
 
 def test_an_old_onnxruntime_is_refused_where_windows_would_be_wrong(

@@ -219,6 +219,16 @@ def test_load_refuses_what_it_cannot_run(tmp_path: Path) -> None:
         backends.load(tmp_path)
 
 
+def test_a_directory_is_found_from_wherever_the_process_is_later(
+    student_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = student_dir("qwen3")
+    monkeypatch.chdir(student.parent)
+    model = backends.load(student.name)
+    monkeypatch.chdir(tmp_path)
+    assert model.tokenizer.decode(model.tokenizer.encode("the film")) == "the film"
+
+
 def test_a_missing_package_is_named_with_its_pip_command(tmp_path: Path) -> None:
     (tmp_path / "needs_absent.py").write_text("import absent_package\n")
     sys.path.insert(0, str(tmp_path))

@@ -192,6 +192,22 @@ def test_everything_at_once(
     )
 
 
+def test_baselines_of_a_hugging_face_model(
+    cli: Cli, reviews: Path, make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    make_teacher("llama").save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    done = cli(
+        "eval", tmp_path / "plain", "--task", "sst2", "--data", reviews, "--limit", "4",
+        "--baseline", "onnx-fp32", "--no-speed", "--format", "json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    torch_row, onnx_row = json.loads(done.out)
+    assert (torch_row["method"], torch_row["backend"]) == ("base", "torch")
+    assert (onnx_row["method"], onnx_row["backend"]) == ("base", "onnx")
+    assert onnx_row["Accuracy (%)"] == torch_row["Accuracy (%)"]
+
+
 def test_mistakes_in_a_report(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text("")
     assert refused("report", tmp_path / "r.jsonl") == (

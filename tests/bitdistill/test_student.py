@@ -221,6 +221,22 @@ def test_truncated_weights_and_other_versions_are_refused(
         checkpoint.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("use_bidirectional_attention", True),
+    ],
+)
+def test_what_no_decoder_of_ours_computes_is_refused(
+    student_dir: Callable[..., Path], setting: str, value: Any
+) -> None:
+    files = checkpoint.open_student(student_dir("gemma3_text", "paper", **{setting: value}))
+    with pytest.raises(ValueError, match=f"{setting} is not supported"):
+        _ = files.spec
+
+
 def test_unknown_architectures_are_refused() -> None:
     import transformers as hf
 

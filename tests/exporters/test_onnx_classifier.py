@@ -16,7 +16,7 @@ from bitdistill import backends, exporters, manifest
 from bitdistill.backends import embedding_file
 from bitdistill.evals import parity
 from bitdistill.evals.predict import predict
-from bitdistill.tasks import Example, Task
+from bitdistill.tasks import TASKS, Example, Task
 
 Students = Callable[..., Path]
 TASK = Task("film", "label", "{text} :", ("text",), "label", labels=("a", "b", "c"))
@@ -44,6 +44,35 @@ def test_what_is_in_the_directory(classifier: Path) -> None:
     graph = onnx.load(classifier / "model.onnx", load_external_data=False).graph
     assert graph.input[0].name == "embeddings"
     assert not any(list(tensor.dims) == [words, hidden] for tensor in graph.initializer)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bits_a_weight_are_of_the_rows_there_are(
+    student_dir: Students, tmp_path: Path, tied: bool
+) -> None:
+    path = student_dir("llama", "paper", 8, task=TASK.to_json(), tie_word_embeddings=tied)
+    content = manifest.read_manifest(exporters.export(path, "onnx", tmp_path / "film", task="film"))
+    words = content["decoder"]["vocabulary"]
+    expected = (16 * words + 32 * 3) / (words + 3)
+    assert content["parts"]["embedding_bits_per_weight"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("trained", [None, TASK, Task("sum", "summary", "{x}", ("x",), "y")])
+def test_a_built_in_task_is_the_classifiers(
+    student_dir: Students, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Task | None
+) -> None:
+    """Whatever the student was trained for: prompt and answers are what the head was made for."""
+    votes = Task("votes", "label", "{vote}?", ("vote",), "label", labels=("d", "e"))
+    monkeypatch.setitem(TASKS, "votes", votes)
+    path = student_dir("llama", "paper", 8, task=trained and trained.to_json())
+    out = exporters.export(path, "onnx", tmp_path / "out", task="votes")
+    content = manifest.read_manifest(out)
+    assert Task.from_json(content["task"]) == votes
+    tokenizer = backends.load(out).tokenizer
+    assert [tokenizer.decode([token]) for token in content["label_tokens"]] == ["d", "e"]
+    card = (out / "README.md").read_text()
+    assert "its head knows `d` and `e` alone" in card
+    assert "Task: votes." in card
 
 
 @pytest.mark.parametrize("tied", [True, False])
