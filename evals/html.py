@@ -165,6 +165,10 @@ def _disagreements(results: Sequence[Result], store: Path) -> Iterable[str]:
             rows[r.settings["predictions"]] = r
     for (task, split, examples), rows in parts.items():
         found = read_disagreements(store, examples, list(rows))
+        if found is None:
+            told = f"{task} {split}: not known, {store} does not hold the predictions of every row."
+            yield f"<p>{escape(told)}</p>"
+            continue
         yield (
             f"<details><summary>{escape(f'{task} {split}')}: {len(found)} examples on which rows "
             f"differ{f', the first {SHOWN} shown' if len(found) > SHOWN else ''}</summary>"

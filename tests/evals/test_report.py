@@ -180,8 +180,14 @@ def test_a_report_is_complete_and_fetches_nothing(report: Path) -> None:
 
 
 def test_a_report_without_its_store_says_so(tmp_path: Path) -> None:
-    write_report(RESULTS, tmp_path / "r.html", tmp_path / "none")
-    assert "Settings" in Page((tmp_path / "r.html").read_text()).texts
+    """It does not know that rows agree, which "0 examples" would say."""
+    kept = {"examples": "e", "predictions": "p.jsonl"}
+    write_report([result("accuracy", 90.0, settings=kept)], tmp_path / "r.html", tmp_path / "none")
+    page = Page((tmp_path / "r.html").read_text())
+    assert "Settings" in page.texts
+    told = f"not known, {tmp_path / 'none'} does not hold the predictions of every row."
+    assert f"sst2 validation: {told}" in page.texts
+    assert not any("examples on which rows differ" in text for text in page.texts)
 
 
 def browser() -> str:

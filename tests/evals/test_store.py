@@ -78,10 +78,10 @@ def test_disagreements(tmp_path: Path) -> None:
             log.append([{"i": i, "label": label} for i, label in enumerate(labels)])
             log.finish({})
     Store(tmp_path).keep_examples("e", [{"prompt": text} for text in "xyz"])
-    (found,) = read_disagreements(tmp_path, "e", ["a", "b"])
-    assert found == ({"prompt": "y"}, [{"i": 1, "label": 1}, {"i": 1, "label": 0}])
-    assert read_disagreements(tmp_path, "e", ["a", "missing"]) == []
-    assert read_disagreements(tmp_path, "missing", ["a", "b"]) == []
+    found = read_disagreements(tmp_path, "e", ["a", "b"])
+    assert found == [({"prompt": "y"}, [{"i": 1, "label": 1}, {"i": 1, "label": 0}])]
+    assert read_disagreements(tmp_path, "e", ["a", "missing"]) is None
+    assert read_disagreements(tmp_path, "missing", ["a", "b"]) is None
 
 
 # --- a run of 1,000 examples, killed again and again ----------------------------------------------
