@@ -253,7 +253,7 @@ def records(table: Table) -> list[dict[str, Any]]:
     for row in table.rows:
         record: dict[str, Any] = {
             name: getattr(row, name)
-            for name in ("model", "method", "backend", "precision", "artifact")
+            for name in ("model", "method", "backend", "precision", "variant", "seed", "artifact")
         }
         for column in table.columns:
             header, result = table.header(column), row.cells.get(column)

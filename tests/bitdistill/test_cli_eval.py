@@ -146,7 +146,7 @@ def test_a_summary_task_in_yaml(cli: Cli, artifact: Path, tmp_path: Path) -> Non
         json.loads(cli(*arguments, *more).out)[0]
         for more in ([], ["--beams", "3", "--min-new-tokens", "2", "--max-new-tokens", "4"])
     ]
-    assert list(found[0])[5:] == [
+    assert list(found[0])[7:] == [
         "BLEU (%)", "BLEU (%) stderr", "BLEU (%) low", "BLEU (%) high", "BLEU (%) n",
         "ROUGE-L (%)", "ROUGE-L (%) stderr", "ROUGE-L (%) low", "ROUGE-L (%) high",
         "ROUGE-L (%) n", "Perplexity", "Perplexity stderr", "Perplexity low", "Perplexity high",

@@ -116,6 +116,18 @@ def test_csv_and_json_hold_full_numbers_and_every_metric() -> None:
     assert (records[1]["ECE (%)"], records[1]["Token p95 (ms)"]) == (3.0, 1.25)
 
 
+def test_csv_and_json_tell_seeds_and_variants_apart() -> None:
+    """Runs that were evaluated one by one have artifacts of one name."""
+    changed = {"settings": {"variant": "no norms"}}
+    runs = [result("accuracy", 90.0 + s, seed=s, artifact_hash=str(s)) for s in (0, 1)]
+    runs.append(result("accuracy", 80.0, artifact_hash="2", **changed))
+    rows = csv.DictReader(io.StringIO(render(runs, "csv")))
+    assert [(row["seed"], row["variant"], row["Accuracy (%)"]) for row in rows] == [
+        ("0", "", "90.0"), ("1", "", "91.0"), ("0", "no norms", "80.0"),
+    ]  # fmt: skip
+    assert [row["seed"] for row in json.loads(render(runs, "json"))] == [0, 1, 0]
+
+
 def test_rich_tables_show_the_same_cells() -> None:
     from rich.console import Console
 
