@@ -31,8 +31,10 @@ def markdown(results: Sequence[Result], seeds: bool) -> str:
 
 def _markdown(grid: Grid) -> str:
     rule = ["---"] * grid.names + ["---:"] * (len(grid.header) - grid.names)
-    body = [[cell.replace("|", "\\|") for cell in row] for row in grid.rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (grid.header, rule, *body))
+    header, *body = (
+        [cell.replace("|", "\\|") for cell in line] for line in (grid.header, *grid.rows)
+    )
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *body))
 
 
 def _all_records(results: Sequence[Result], seeds: bool) -> list[dict[str, Any]]:

@@ -293,11 +293,12 @@ def rich_tables(results: Sequence[Result], *, seeds: bool = False) -> list[RichT
 
 def _rich(grid: Grid) -> RichTable:
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table as RichTable
 
     # narrow enough for a terminal of 80 columns
     shown = RichTable(
-        title=grid.title,
+        title=escape(grid.title),
         title_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
@@ -306,8 +307,8 @@ def _rich(grid: Grid) -> RichTable:
     for index, name in enumerate(grid.header):
         justify: Literal["left", "right"] = "left" if index < grid.names else "right"
         narrow = name.replace(" (", "\n(").replace(", ", ",\n")
-        shown.add_column(narrow, justify=justify, no_wrap=True)
+        shown.add_column(escape(narrow), justify=justify, no_wrap=True)
     for row in grid.rows:
         cells = (cell.replace("× (", "×\n(").replace(" ± ", "\n± ") for cell in row)
-        shown.add_row(*(cell.replace(", ", "\n") for cell in cells))
+        shown.add_row(*(escape(cell.replace(", ", "\n")) for cell in cells))
     return shown

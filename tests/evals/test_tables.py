@@ -139,6 +139,23 @@ def test_rich_tables_show_the_same_cells() -> None:
         assert part in text
 
 
+def test_names_are_shown_as_they_are() -> None:
+    """Brackets are no markup of a terminal, bars no columns of Markdown."""
+    from rich.console import Console
+
+    runs = [result("accuracy", 1.0), result("accuracy", 2.0, artifact_hash="2", task="a|b[c]")]
+    runs += [dataclasses.replace(r, artifact_hash="3", settings={"variant": "[no] [/norms]"})
+             for r in runs]  # fmt: skip
+    console = Console(file=io.StringIO(), width=200)
+    console.print(*rich_tables(runs))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("sst2 (validation), a|b[c] (validation)", "[no] [/norms]", "a|b[c] Accuracy"):
+        assert part in text
+    header, rule, *_ = render(runs, "markdown").splitlines()
+    assert r"| a\|b[c] Accuracy (%, n=872) |" in header
+    assert header.replace(r"\|", "").count("|") == rule.count("|")
+
+
 def test_summary_columns_come_in_the_order_of_the_paper() -> None:
     names = ["rougeLsum", "rouge1", "bleu", "rougeL", "rouge2"]
     header = render([result(name, 1.0) for name in names], "markdown").splitlines()[0]
