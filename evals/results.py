@@ -87,7 +87,7 @@ def read_jsonl(path: str | Path) -> list[Result]:
         raise ValueError(
             f"{path} is not UTF-8 text; give the file that `bitdistill eval --out` wrote"
         ) from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -52,6 +52,16 @@ def test_json_lines_round_trip_and_append(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    """And not at what else Unicode takes for the end of a line."""
+    named = result("accuracy", 90.0, details={"labels": ["a\u2028b", "c\u0085d\x1e"]})
+    write_jsonl([named, *RESULTS], tmp_path / "r.jsonl")
+    assert read_jsonl(tmp_path / "r.jsonl") == [named, *RESULTS]
+    windows = (tmp_path / "r.jsonl").read_bytes().replace(b"\n", b"\r\n")
+    (tmp_path / "windows.jsonl").write_bytes(windows)
+    assert read_jsonl(tmp_path / "windows.jsonl") == [named, *RESULTS]
+
+
 @pytest.mark.parametrize("line", ["{", '{"metric": "accuracy"}', "3"])
 def test_a_line_that_is_no_result_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "results.jsonl"
