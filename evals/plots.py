@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bitdistill.evals.results import Result
-from bitdistill.evals.seeds import EXACT
+from bitdistill.evals.seeds import EXACT, USUAL, Model, model_of
 from bitdistill.evals.tables import TASK_METRICS, Column, Row, Table, build
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -105,24 +105,30 @@ def _together(tables: Sequence[Table]) -> Table:
 
 
 def _token_figures(results: Sequence[Result]) -> dict[str, Any]:
-    """Scores of PyTorch students against the tokens they were trained on, teachers as lines."""
-    groups: dict[tuple[str, str, str], list[Result]] = {}
+    """Scores of PyTorch students against the tokens they were trained on, teachers as lines.
+
+    Of a model that was evaluated twice, the last; none in another precision than it was trained.
+    """
+    groups: dict[tuple[str, str, str], dict[tuple[Model, str], Result]] = {}
     for one in results:
-        if one.settings.get("training_tokens") is not None and one.metric in CURVES:
-            groups.setdefault((one.task, one.split, one.metric), []).append(one)
+        trained = one.settings.get("training_tokens") is not None and one.precision in USUAL
+        if trained and one.metric in CURVES:
+            own = groups.setdefault((one.task, one.split, one.metric), {})
+            own[model_of(one), one.variant] = one
     return {
-        "-".join((*key, "tokens")): _token_figure(group)
-        for key, group in groups.items()
-        if any(len(_lengths(own)) > 1 for own in _by_method(group).values())
+        "-".join((*key, "tokens")): _token_figure(list(models.values()))
+        for key, models in groups.items()
+        if any(len(_lengths(own)) > 1 for own in _by_method(models.values()).values())
     }
 
 
-def _by_method(group: Sequence[Result]) -> dict[str, list[Result]]:
-    """Students of each method."""
+def _by_method(group: Iterable[Result]) -> dict[str, list[Result]]:
+    """Students of each method, and of each variant of one."""
     found: dict[str, list[Result]] = {}
     for one in group:
         if one.student is not None:
-            found.setdefault(one.method, []).append(one)
+            name = f"{one.method}: {one.variant}" if one.variant else one.method
+            found.setdefault(name, []).append(one)
     return found
 
 
@@ -143,7 +149,7 @@ def _tokens(one: Result) -> int:
 
 
 def _token_figure(group: Sequence[Result]) -> Any:
-    """A line for each method through the means of its seeds at each length, a dot a seed."""
+    """A line for each method and variant through its seeds' means at each length, a dot a seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")

@@ -133,13 +133,14 @@ def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
     return sorted(rows, key=lambda r: (parts.index((r.task, r.split)), METRICS.index(r.metric)))
 
 
-def _model(r: Result) -> Model:
+def model_of(r: Result) -> Model:
+    """What makes two results those of one model, however often it was evaluated."""
     return r.seed, r.student or r.artifact_hash
 
 
 def _latest(own: Iterable[Result]) -> list[Result]:
     """The last result of each model."""
-    return list({_model(r): r for r in own}.values())
+    return list({model_of(r): r for r in own}.values())
 
 
 def _by_artifact(own: Sequence[Result]) -> dict[str, list[Result]]:
@@ -148,10 +149,10 @@ def _by_artifact(own: Sequence[Result]) -> dict[str, list[Result]]:
     By the name's last part where that tells a student's artifacts apart: `s0/onnx` and `s1/onnx`
     are one artifact of two seeds.
     """
-    whole = len({(_model(r), r.artifact) for r in own})
-    if whole == len({_model(r) for r in own}):
+    whole = len({(model_of(r), r.artifact) for r in own})
+    if whole == len({model_of(r) for r in own}):
         return {"": list(own)}
-    told = len({(_model(r), _last(r)) for r in own}) == whole
+    told = len({(model_of(r), _last(r)) for r in own}) == whole
     found: dict[str, list[Result]] = {}
     for r in own:
         found.setdefault(_last(r) if told else r.artifact, []).append(r)
