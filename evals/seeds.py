@@ -147,11 +147,13 @@ def _by_artifact(own: Sequence[Result]) -> dict[str, list[Result]]:
     """Results by artifact where a student has several, such as two exports; else all under "".
 
     By the name's last part where that tells a student's artifacts apart: `s0/onnx` and `s1/onnx`
-    are one artifact of two seeds.
+    are one artifact of two seeds. A directory has the name of its last evaluation, since names
+    depend on what else was evaluated.
     """
+    own = list({(model_of(r), r.artifact_hash): r for r in own}.values())
     whole = len({(model_of(r), r.artifact) for r in own})
     if whole == len({model_of(r) for r in own}):
-        return {"": list(own)}
+        return {"": own}
     told = len({(model_of(r), _last(r)) for r in own}) == whole
     found: dict[str, list[Result]] = {}
     for r in own:

@@ -141,6 +141,13 @@ def test_two_artifacts_of_a_student_are_rows_of_their_own() -> None:
     assert boolq["bitdistill (onnx-kv32)"] == 1
 
 
+def test_a_directory_may_be_evaluated_under_two_names() -> None:
+    """Alone it is `student`, beside those of other seeds `s0/student`."""
+    results = [scored(90.0 + s, s, artifact=f"s{s}/student") for s in (0, 1, 2)]
+    (row,) = seed_rows([*results, scored(93.0, 0, artifact="student")])
+    assert (row.label, [run.result.value for run in row.runs]) == ("bitdistill", [93.0, 91.0, 92.0])
+
+
 def test_evaluations_of_other_examples_are_not_mixed() -> None:
     """A short evaluation's difference, agreement and teacher say nothing of the whole."""
     short = [
