@@ -109,14 +109,14 @@ def _token_figures(results: Sequence[Result]) -> dict[str, Any]:
 
     Of a model that was evaluated twice, the last; none in another precision than it was trained.
     """
-    groups: dict[tuple[str, str, str], dict[tuple[Model, str], Result]] = {}
+    groups: dict[tuple[str, str, str, str], dict[tuple[Model, str], Result]] = {}
     for one in results:
         trained = one.settings.get("training_tokens") is not None and one.precision in USUAL
         if trained and one.metric in CURVES:
-            own = groups.setdefault((one.task, one.split, one.metric), {})
+            own = groups.setdefault((one.task, one.split, one.metric, one.answers), {})
             own[model_of(one), one.variant] = one
     return {
-        "-".join((*key, "tokens")): _token_figure(list(models.values()))
+        "-".join(filter(None, (*key, "tokens"))): _token_figure(list(models.values()))
         for key, models in groups.items()
         if any(len(_lengths(own)) > 1 for own in _by_method(models.values()).values())
     }
@@ -261,7 +261,7 @@ def _draw(axes: Any, row: Row, index: int, column: Column, memory: Column) -> No
 
 def label(row: Row) -> str:
     """A row's name in a picture."""
-    return f"{row.method}, {row.backend} {row.precision}".strip()
+    return f"{row.method}, {row.backend} {row.precision} {row.answers}".strip()
 
 
 def _save(figure: Any, target: Any, form: str) -> None:

@@ -55,6 +55,20 @@ class Result:
         """What was changed in the method, "" for nothing."""
         return str(self.settings.get("variant", ""))
 
+    @property
+    def answers(self) -> str:
+        """How answers were got, "" in the usual way: labels by likelihood, summaries greedily."""
+        options = self.settings.get("options", {})
+        search = {"beams": 1, "length_penalty": 1.0, "min_new_tokens": 0} | options.get(
+            "search", {}
+        )
+        words = ["said greedily"] if options.get("scoring") == "greedy" else []
+        if search["beams"] > 1:
+            words.append(f"{search['beams']} beams, length penalty {search['length_penalty']:g}")
+        if search["min_new_tokens"]:
+            words.append(f"at least {search['min_new_tokens']} tokens")
+        return ", ".join(words)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return dataclasses.asdict(self)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from bitdistill.evals.results import Result
 from bitdistill.names import suggest
@@ -78,12 +78,13 @@ class Row:
     artifact: str
     seed: int | None = None
     variant: str = ""
+    answers: str = ""
     cells: dict[Column, Result] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
         own = self.model, self.method, self.backend, self.precision
-        return *own, self.seed, self.variant
+        return *own, self.seed, self.variant, self.answers
 
     def takes(self, other: Row) -> bool:
         """Whether another row is the same method on other tasks."""
@@ -105,6 +106,8 @@ class Table:
         names = ["method", "backend"]
         if len({row.model for row in self.rows}) > 1:
             names.insert(0, "model")
+        if len({row.answers for row in self.rows}) > 1:  # not to be compared
+            names.append("answers")
         for name in ("precision", "variant", "seed", "artifact"):
             if self._apart([*names, name]) > self._apart(names):
                 names.append(name)
@@ -187,8 +190,8 @@ def _primary(columns: Sequence[Column]) -> list[Column]:
 def _by_artifact(results: Iterable[Result]) -> list[Row]:
     rows: dict[tuple[str, ...], Row] = {}
     for r in results:
-        key = (r.model, r.method, r.backend, r.precision, r.artifact_hash)
-        own = (r.model, r.method, r.backend, r.precision, r.artifact, r.seed, r.variant)
+        key = (r.model, r.method, r.backend, r.precision, r.artifact_hash, r.answers)
+        own = (r.model, r.method, r.backend, r.precision, r.artifact, r.seed, r.variant, r.answers)
         row = rows.setdefault(key, Row(*own))
         if r.metric in TASK_METRICS:
             row.cells[(r.task, r.split, r.metric)] = r
@@ -245,29 +248,6 @@ def grid(table: Table) -> Grid:
     ]
     parts = dict.fromkeys(f"{task} ({split})" for task, split, _ in table.columns if task)
     return Grid(", ".join(parts), len(table.identity), header, rows)
-
-
-def records(table: Table) -> list[dict[str, Any]]:
-    """Rows as numbers, for programs; a task metric brings stderr, n and a 95 % interval."""
-    found = []
-    for row in table.rows:
-        record: dict[str, Any] = {
-            name: getattr(row, name)
-            for name in ("model", "method", "backend", "precision", "variant", "seed", "artifact")
-        }
-        for column in table.columns:
-            header, result = table.header(column), row.cells.get(column)
-            record[header] = result.value if result else None
-            if column[0]:
-                low, high = (result.interval if result else None) or (None, None)
-                record[f"{header} stderr"] = result.stderr if result else None
-                record[f"{header} low"], record[f"{header} high"] = low, high
-                record[f"{header} n"] = result.n if result else None
-            elif column[2] in RATIOS:
-                ratio = table.ratio(row, column)
-                record[f"{header} ratio"] = ratio.value if ratio else None
-        found.append(record)
-    return found
 
 
 def grids(results: Sequence[Result], *, seeds: bool = False) -> list[Grid]:

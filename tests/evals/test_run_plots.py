@@ -203,6 +203,8 @@ def test_a_model_is_one_dot_and_a_variant_one_line() -> None:
     results[-1] = dataclasses.replace(results[-1], artifact_hash="bf16")
     less = {"training_tokens": 2000, "variant": "no norms"}
     results.append(dataclasses.replace(scored(50.0, 2000), settings=less))
+    said = {"training_tokens": 1000, "options": {"scoring": "greedy"}}  # is another figure
+    results.append(dataclasses.replace(scored(5.0, 1000), settings=said))
     axes = figures(results)["sst2-validation-accuracy-tokens"].axes[0]
     assert lines_of(axes)["bitdistill"] == [[1000, 83.0], [4000, 90.0]]
     assert lines_of(axes)["bitdistill: no norms"] == [[2000, 50.0]]

@@ -167,6 +167,19 @@ def test_evaluations_of_other_examples_are_not_mixed() -> None:
     assert [row.difference for row in seed_rows(asked)] == [None, None]
 
 
+def test_answers_got_in_another_way_are_not_mixed() -> None:
+    """Labels that were said are compared with those that a teacher said, of the same model."""
+    said = {"settings": {"options": {"scoring": "greedy"}}}
+    results = [*RESULTS, scored(40.0, 0, **said), scored(20.0, 1, **said)]
+    rows = {row.label: row for row in seed_rows(results)}
+    assert (rows["bitdistill"].mean, rows["bitdistill"].difference) == (90.5, -0.5)
+    own = rows["bitdistill (said greedily)"]
+    assert ([run.result.value for run in own.runs], own.difference) == ([40.0, 20.0], None)
+    rows = {row.label: row for row in seed_rows([*results, scored(50.0, 1, "fp16-sft", **said)])}
+    assert rows["bitdistill (said greedily)"].difference == -30.0
+    assert rows["fp16-sft"].mean == 91.0
+
+
 def test_variants_are_rows_of_their_own() -> None:
     """Of an ablation; each is compared with the teacher of its variant, else with the plain one."""
     own = {"settings": {"variant": "smaller teacher"}}

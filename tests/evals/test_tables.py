@@ -149,6 +149,26 @@ def test_rich_tables_show_the_same_cells() -> None:
         assert part in text
 
 
+def test_answers_got_in_another_way_have_rows_of_their_own() -> None:
+    """A label by likelihood beside one that was said, or beams beside greedy, are no comparison."""
+    said = {"settings": {"options": {"scoring": "greedy"}}}
+    usual = {"settings": {"options": {"scoring": "likelihood", "search": {"beams": 1}}}}
+    table = render([
+        result("accuracy", 90.0, **usual, **TEACHER), result("accuracy", 80.0, **usual),
+        result("accuracy", 10.0, **said),
+    ])  # fmt: skip
+    assert [line.split(" | ")[:4] for line in table.splitlines()[2:]] == [
+        ["| fp16-sft", "torch", "", "90.00 ± 0.50 |"],
+        ["| bitdistill", "onnx", "", "80.00 ± 0.50 |"],
+        ["| bitdistill", "onnx", "said greedily", "10.00 ± 0.50 |"],
+    ]  # fmt: skip
+    search = {"beams": 4, "length_penalty": 0.5, "min_new_tokens": 3}
+    (row,) = json.loads(
+        render([result("rougeL", 20.0, settings={"options": {"search": search}})], "json")
+    )
+    assert row["answers"] == "4 beams, length penalty 0.5, at least 3 tokens"
+
+
 def test_names_are_shown_as_they_are() -> None:
     """Brackets are no markup of a terminal, bars no columns of Markdown."""
     from rich.console import Console
