@@ -276,7 +276,7 @@ def _rich(grid: Grid) -> RichTable:
     from rich.markup import escape
     from rich.table import Table as RichTable
 
-    # narrow enough for a terminal of 80 columns
+    # narrow enough for a terminal of 80 columns; wider tables are folded, no digit is left out
     shown = RichTable(
         title=escape(grid.title),
         title_justify="left",
@@ -287,7 +287,7 @@ def _rich(grid: Grid) -> RichTable:
     for index, name in enumerate(grid.header):
         justify: Literal["left", "right"] = "left" if index < grid.names else "right"
         narrow = name.replace(" (", "\n(").replace(", ", ",\n")
-        shown.add_column(escape(narrow), justify=justify, no_wrap=True)
+        shown.add_column(escape(narrow), justify=justify, overflow="fold")
     for row in grid.rows:
         cells = (cell.replace("× (", "×\n(").replace(" ± ", "\n± ") for cell in row)
         shown.add_row(*(escape(cell.replace(", ", "\n")) for cell in cells))

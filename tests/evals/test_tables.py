@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bitdistill.evals import Result, read_jsonl, render, rich_tables, write_jsonl
+from bitdistill.evals import Result, read_jsonl, render, write_jsonl
 
 
 def result(metric: str, value: float, unit: str = "%", **other: Any) -> Result:
@@ -138,17 +138,6 @@ def test_csv_and_json_tell_seeds_and_variants_apart() -> None:
     assert [row["seed"] for row in json.loads(render(runs, "json"))] == [0, 1, 0]
 
 
-def test_rich_tables_show_the_same_cells() -> None:
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=80)
-    (table,) = rich_tables(RESULTS)
-    console.print(table)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("sst2 (validation)", "n=872)", "93.12", "± 0.50", "2.50×", "(1,050)", "–"):
-        assert part in text
-
-
 def test_answers_got_in_another_way_have_rows_of_their_own() -> None:
     """A label by likelihood beside one that was said, or beams beside greedy, are no comparison."""
     said = {"settings": {"options": {"scoring": "greedy"}}}
@@ -167,23 +156,6 @@ def test_answers_got_in_another_way_have_rows_of_their_own() -> None:
         render([result("rougeL", 20.0, settings={"options": {"search": search}})], "json")
     )
     assert row["answers"] == "4 beams, length penalty 0.5, at least 3 tokens"
-
-
-def test_names_are_shown_as_they_are() -> None:
-    """Brackets are no markup of a terminal, bars no columns of Markdown."""
-    from rich.console import Console
-
-    runs = [result("accuracy", 1.0), result("accuracy", 2.0, artifact_hash="2", task="a|b[c]")]
-    runs += [dataclasses.replace(r, artifact_hash="3", settings={"variant": "[no] [/norms]"})
-             for r in runs]  # fmt: skip
-    console = Console(file=io.StringIO(), width=200)
-    console.print(*rich_tables(runs))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("sst2 (validation), a|b[c] (validation)", "[no] [/norms]", "a|b[c] Accuracy"):
-        assert part in text
-    header, rule, *_ = render(runs, "markdown").splitlines()
-    assert r"| a\|b[c] Accuracy (%, n=872) |" in header
-    assert header.replace(r"\|", "").count("|") == rule.count("|")
 
 
 def test_summary_columns_come_in_the_order_of_the_paper() -> None:
