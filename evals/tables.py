@@ -86,6 +86,10 @@ class Row:
         own = self.model, self.method, self.backend, self.precision
         return *own, self.seed, self.variant, self.answers
 
+    @property
+    def name(self) -> str:
+        return self.artifact.rpartition("/")[2]  # without its parents
+
     def takes(self, other: Row) -> bool:
         """Whether another row is the same method on other tasks."""
         mine, theirs = ({c for c in row.cells if c[0]} for row in (self, other))
@@ -154,11 +158,12 @@ def build(results: Iterable[Result], *, complete: bool = False) -> list[Table]:
     """
     rows: list[Row] = []
     for row in _by_artifact(results):
-        same = next((other for other in rows if other.takes(row)), None)
-        if same is None:
+        fitting = [other for other in rows if other.takes(row)]
+        if not fitting:
             rows.append(row)
-        else:
-            same.cells |= {c: r for c, r in row.cells.items() if c not in same.cells}
+            continue
+        same = min(fitting, key=lambda other: other.name != row.name)  # of several exports
+        same.cells |= {c: r for c, r in row.cells.items() if c not in same.cells}
     if not rows:
         raise ValueError("there are no results to show; run `bitdistill eval` first")
     columns = _columns(rows)

@@ -138,6 +138,20 @@ def test_csv_and_json_tell_seeds_and_variants_apart() -> None:
     assert [row["seed"] for row in json.loads(render(runs, "json"))] == [0, 1, 0]
 
 
+def test_tasks_of_several_exports_are_not_mixed() -> None:
+    """In whatever order they come: the 8-bit export on one task stands beside itself on another."""
+    made = [("sst2", "a/onnx", 91.0), ("sst2", "a/onnx8", 90.0), ("qnli", "b/onnx8", 80.0),
+            ("qnli", "b/onnx", 81.0)]  # fmt: skip
+    table = render([
+        result("accuracy", value, task=task, artifact=name, artifact_hash=task + name)
+        for task, name, value in made
+    ])  # fmt: skip
+    assert [line.split("|")[3:6] for line in table.splitlines()[2:]] == [
+        [" a/onnx ", " 91.00 ± 0.50 ", " 81.00 ± 0.50 "],
+        [" a/onnx8 ", " 90.00 ± 0.50 ", " 80.00 ± 0.50 "],
+    ]
+
+
 def test_answers_got_in_another_way_have_rows_of_their_own() -> None:
     """A label by likelihood beside one that was said, or beams beside greedy, are no comparison."""
     said = {"settings": {"options": {"scoring": "greedy"}}}
