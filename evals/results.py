@@ -74,11 +74,11 @@ class Result:
         return dataclasses.asdict(self)
 
 
-def check_output(path: str | Path) -> None:
-    """FileExistsError where `write_jsonl` could not write, found before the long work."""
+def check_output(path: str | Path, option: str = "--out") -> None:
+    """FileExistsError where a file could not be written, found before the long work."""
     path = Path(path)
     if path.is_dir() or any(p.exists() and not p.is_dir() for p in path.parents):
-        raise FileExistsError(f"{path} cannot be a file there; choose another --out")
+        raise FileExistsError(f"{path} cannot be a file there; choose another {option}")
 
 
 def write_jsonl(results: Iterable[Result], path: str | Path) -> None:

@@ -199,8 +199,9 @@ def test_mistakes_in_a_report(refused: Callable[..., str], tmp_path: Path) -> No
     assert refused("report", tmp_path / "r.jsonl") == (
         "there are no results to show; run `bitdistill eval` first"
     )
-    message = refused("report", tmp_path / "r.jsonl", "--html", tmp_path / "r.jsonl" / "x")
-    assert "cannot be a file there" in message
+    for option in ("--html", "--plot"):
+        message = refused("report", tmp_path / "r.jsonl", option, tmp_path / "r.jsonl" / "x")
+        assert message.endswith(f"cannot be a file there; choose another {option}")
     assert "No such file" in refused("report", tmp_path / "none.jsonl")
 
 
