@@ -1,7 +1,6 @@
 """Tables, made from results alone, laid out as in the paper (arXiv 2510.13998, Tables 1 and 2).
 
     render(results, "markdown" | "csv" | "json" | "latex")    text
-    rich_tables(results)                                      for a terminal
     render(results, seeds=True)                               means over training seeds
 
 Rows are methods; columns are tasks, then speed and memory, ratios to the reference row first.
@@ -14,13 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
 
 from bitdistill.evals.results import Result
 from bitdistill.names import suggest
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
 
 MISSING = "–"
 CLASSIFICATION, SUMMARISATION = "Classification", "Summarisation"
@@ -79,12 +74,13 @@ class Row:
     seed: int | None = None
     variant: str = ""
     answers: str = ""
+    run: int = 0
     cells: dict[Column, Result] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
         own = self.model, self.method, self.backend, self.precision
-        return *own, self.seed, self.variant, self.answers
+        return *own, self.seed, self.variant, self.answers, self.run
 
     @property
     def name(self) -> str:
@@ -193,10 +189,14 @@ def _primary(columns: Sequence[Column]) -> list[Column]:
 
 
 def _by_artifact(results: Iterable[Result]) -> list[Row]:
+    """A row for each artifact; `run` counts the students that one seed gave for a task."""
     rows: dict[tuple[str, ...], Row] = {}
+    students: dict[Key, dict[str | None, int]] = {}
     for r in results:
+        trained = students.setdefault((r.model, r.method, r.seed, r.variant, r.task), {})
+        run = trained.setdefault(r.student, len(trained))
         key = (r.model, r.method, r.backend, r.precision, r.artifact_hash, r.answers)
-        own = (r.model, r.method, r.backend, r.precision, r.artifact, r.seed, r.variant, r.answers)
+        own = (*key[:4], r.artifact, r.seed, r.variant, r.answers, run)
         row = rows.setdefault(key, Row(*own))
         if r.metric in TASK_METRICS:
             row.cells[(r.task, r.split, r.metric)] = r
@@ -269,31 +269,3 @@ def render(results: Sequence[Result], format: str = "markdown", *, seeds: bool =
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}{suggest(format, FORMATS)}")
     return FORMATS[format](results, seeds)
-
-
-def rich_tables(results: Sequence[Result], *, seeds: bool = False) -> list[RichTable]:
-    """The tables for a terminal (rich)."""
-    return [_rich(shown) for shown in grids(results, seeds=seeds)]
-
-
-def _rich(grid: Grid) -> RichTable:
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table as RichTable
-
-    # narrow enough for a terminal of 80 columns; wider tables are folded, no digit is left out
-    shown = RichTable(
-        title=escape(grid.title),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,
-    )
-    for index, name in enumerate(grid.header):
-        justify: Literal["left", "right"] = "left" if index < grid.names else "right"
-        narrow = name.replace(" (", "\n(").replace(", ", ",\n")
-        shown.add_column(escape(narrow), justify=justify, overflow="fold")
-    for row in grid.rows:
-        cells = (cell.replace("× (", "×\n(").replace(" ± ", "\n± ") for cell in row)
-        shown.add_row(*(escape(cell.replace(", ", "\n")) for cell in cells))
-    return shown

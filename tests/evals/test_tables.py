@@ -152,6 +152,22 @@ def test_tasks_of_several_exports_are_not_mixed() -> None:
     ]
 
 
+def test_artifacts_stand_with_their_student() -> None:
+    """A seed that was trained twice for a task: the second student's artifact is in its row."""
+    made = [("sst2", "torch", "s", 90.0), ("sst2", "onnx", "s", 89.0), ("qnli", "torch", "q", 80.0),
+            ("qnli", "torch", "again", 70.0), ("qnli", "onnx", "again", 71.0)]  # fmt: skip
+    table = render([
+        result("accuracy", value, task=task, backend=backend, student=student,
+               artifact_hash=backend + student)
+        for task, backend, student, value in made
+    ])  # fmt: skip
+    lines = [line.split("|")[2:5] for line in table.splitlines()[2:]]
+    assert [[cell.strip()[:5] for cell in cells] for cells in lines] == [
+        ["torch", "90.00", "80.00"], ["onnx", "89.00", "–"],
+        ["torch", "–", "70.00"], ["onnx", "–", "71.00"],
+    ]  # fmt: skip
+
+
 def test_answers_got_in_another_way_have_rows_of_their_own() -> None:
     """A label by likelihood beside one that was said, or beams beside greedy, are no comparison."""
     said = {"settings": {"options": {"scoring": "greedy"}}}
