@@ -113,7 +113,7 @@ def _token_figures(results: Sequence[Result]) -> dict[str, Any]:
     for one in results:
         trained = one.settings.get("training_tokens") is not None and one.precision in USUAL
         if trained and one.metric in CURVES:
-            own = groups.setdefault((one.task, one.split, one.metric, one.answers), {})
+            own = groups.setdefault((one.asked, one.split, one.metric, one.answers), {})
             own[model_of(one), one.variant] = one
     return {
         "-".join(filter(None, (*key, "tokens"))): _token_figure(list(models.values()))
@@ -171,7 +171,7 @@ def _token_figure(group: Sequence[Result]) -> Any:
         axes.scatter(tokens, values, color=color, marker=marker, s=8)
     unit = f" ({group[0].unit})" if group[0].unit else ""
     axes.set_xlabel("training tokens, stages 2 and 3")
-    axes.set_ylabel(f"{group[0].task} {group[0].split}: {TASK_METRICS[group[0].metric]}{unit}")
+    axes.set_ylabel(f"{group[0].asked} {group[0].split}: {TASK_METRICS[group[0].metric]}{unit}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     return figure
 

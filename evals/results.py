@@ -56,6 +56,11 @@ class Result:
         return str(self.settings.get("variant", ""))
 
     @property
+    def asked(self) -> str:
+        """The task, with its version where that is not the first: another prompt, other figures."""
+        return self.task if self.task_version == 1 else f"{self.task}-v{self.task_version}"
+
+    @property
     def answers(self) -> str:
         """How answers were got, "" in the usual way: labels by likelihood, summaries greedily."""
         options = self.settings.get("options", {})

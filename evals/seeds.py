@@ -113,7 +113,7 @@ def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
     by_place: dict[Place, list[Result]] = {}
     for r in found:
         if r.metric in METRICS and not r.precision.endswith(EXACT):
-            key = (r.task, r.split, r.metric, r.method, r.backend, r.variant, r.precision)
+            key = (r.asked, r.split, r.metric, r.method, r.backend, r.variant, r.precision)
             by_place.setdefault((*key, r.answers), []).append(r)
     if not by_place:
         raise ValueError("there are no scores to show by seed; run `bitdistill eval` first")
@@ -184,7 +184,7 @@ def _run(mine: Result, teachers: Sequence[Result], found: Iterable[Result]) -> S
 
 
 def _kind_of(r: Result) -> tuple[str, ...]:
-    return r.task, r.split, r.method, r.backend, r.variant, r.answers
+    return r.asked, r.split, r.method, r.backend, r.variant, r.answers
 
 
 def _same_examples(one: Result, other: Result) -> bool:

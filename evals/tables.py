@@ -193,13 +193,13 @@ def _by_artifact(results: Iterable[Result]) -> list[Row]:
     rows: dict[tuple[str, ...], Row] = {}
     students: dict[Key, dict[str | None, int]] = {}
     for r in results:
-        trained = students.setdefault((r.model, r.method, r.seed, r.variant, r.task), {})
+        trained = students.setdefault((r.model, r.method, r.seed, r.variant, r.asked), {})
         run = trained.setdefault(r.student, len(trained))
         key = (r.model, r.method, r.backend, r.precision, r.artifact_hash, r.answers)
         own = (*key[:4], r.artifact, r.seed, r.variant, r.answers, run)
         row = rows.setdefault(key, Row(*own))
         if r.metric in TASK_METRICS:
-            row.cells[(r.task, r.split, r.metric)] = r
+            row.cells[(r.asked, r.split, r.metric)] = r
         elif r.metric in MACHINE_METRICS or r.metric in RATIOS.values():
             row.cells[("", "", r.metric)] = r
     return list(rows.values())

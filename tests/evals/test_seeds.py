@@ -213,3 +213,17 @@ def test_published_ablations_are_read() -> None:
 def test_nothing_to_show() -> None:
     with pytest.raises(ValueError, match="no scores"):
         seed_rows([scored(1.0, 0, metric="size_on_disk", unit="MiB")])
+
+
+def test_versions_of_a_task_are_not_mixed() -> None:
+    """Another prompt or other answers: neither one mean nor one column, nor compared."""
+    results = [*RESULTS, scored(60.0, 0, task_version=2), scored(95.0, 0, "gguf", task_version=2)]
+    rows = {(row.task, row.label): row for row in seed_rows(results)}
+    assert rows["sst2", "bitdistill"].mean == 90.5
+    second = rows["sst2-v2", "bitdistill"]
+    assert (second.mean, second.difference) == (60.0, None)
+    header, _, *lines = render(results[-3:], "markdown").splitlines()
+    assert "| sst2 Accuracy (%, n=200) | sst2-v2 Accuracy (%, n=200) |" in header
+    assert [line.split("|")[-3:-1] for line in lines] == [
+        [" 80.00 ± 1.00 ", " – "], [" – ", " 60.00 ± 1.00 "], [" – ", " 95.00 ± 1.00 "],
+    ]  # fmt: skip
