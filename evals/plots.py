@@ -29,7 +29,7 @@ TICK_SHARE = 0.12  # of an axis, which a number beside it needs
 ONE_LENGTH = 1.05  # counts of tokens within this factor are of one length of training
 STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
          "svg.fonttype": "path", "svg.hashsalt": "bitdistill", "axes.grid": True,
-         "grid.color": "#dddddd", "axes.axisbelow": True}  # fmt: skip
+         "grid.color": "#dddddd", "axes.axisbelow": True, "text.parse_math": False}  # fmt: skip
 
 
 def plot(results: Sequence[Result], prefix: str | Path, *, seeds: bool = False) -> list[Path]:
