@@ -211,7 +211,7 @@ def _figure(table: Table, column: Column, memory: Column) -> Any:
         _logarithmic(axes, "y")
     for index, row in enumerate(table.rows):
         if column in row.cells and memory in row.cells:
-            _draw(axes, row, index, column, memory)
+            _draw(axes, table, index, column, memory)
     axes.set_xlabel(table.header(memory) + (" over a bare process" if "memory" in memory else ""))
     axes.set_ylabel(table.header(column))
     axes.margins(x=0.15, y=0.15)
@@ -238,8 +238,9 @@ def _logarithmic(axes: Any, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _draw(axes: Any, row: Row, index: int, column: Column, memory: Column) -> None:
+def _draw(axes: Any, table: Table, index: int, column: Column, memory: Column) -> None:
     """One row's point, with its 95 % interval, or the range of its repeats."""
+    row = table.rows[index]
     result = row.cells[column]
     low, high = result.interval or result.details.get("range") or (result.value, result.value)
     bars = [[max(0.0, result.value - low)], [max(0.0, high - result.value)]]
@@ -255,13 +256,19 @@ def _draw(axes: Any, row: Row, index: int, column: Column, memory: Column) -> No
         elinewidth=0.8,
         capsize=3,
         linestyle="none",
-        label=label(row),
+        label=label(table, row),
     )
 
 
-def label(row: Row) -> str:
-    """A row's name in a picture."""
-    return f"{row.method}, {row.backend} {row.precision} {row.answers}".strip()
+def label(table: Table, row: Row) -> str:
+    """A row's name in a picture, with what else tells it from others in the table."""
+    words = [row.method, f"{row.backend} {row.precision}".strip()]
+    for name in table.identity:
+        if name == "seed":
+            words.append("" if row.seed is None else f"seed {row.seed}")
+        elif name not in ("method", "backend", "precision"):
+            words.append(getattr(row, name))
+    return ", ".join(filter(None, words))
 
 
 def _save(figure: Any, target: Any, form: str) -> None:
