@@ -104,7 +104,7 @@ def evaluate(
     from bitdistill import evals
 
     atexit.register(gc.freeze)  # a search for cycles in all that was imported would end each run
-    _check_outputs(out, plot, html)
+    _check_outputs(out=out, plot=plot, html=html)
     search = {key: options.pop(key) for key in ("beams", "length_penalty", "min_new_tokens")}
     limit = options.pop("max_new_tokens")
     chosen, files, mapping = _task_of(task, data, columns)
@@ -143,7 +143,7 @@ def report(
     """
     from bitdistill import evals
 
-    _check_outputs(plot, html)
+    _check_outputs(plot=plot, html=html)
     found = [result for path in results for result in evals.read_jsonl(path)]
     _show(found, form, plot, html, store, seeds=seeds)
 
@@ -159,17 +159,17 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
     """
     from bitdistill import evals
 
-    _check_outputs(out)
+    _check_outputs(out=out)
     for path in evals.plot_runs(runs, out):
         click.echo(path)
 
 
-def _check_outputs(*paths: Path | None) -> None:
+def _check_outputs(**paths: Path | None) -> None:
     from bitdistill import evals
 
-    for path in paths:
+    for option, path in paths.items():
         if path is not None:
-            evals.check_output(path)
+            evals.check_output(path, f"--{option}")
 
 
 def _show(

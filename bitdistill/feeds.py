@@ -21,7 +21,7 @@ from bitdistill.distributed import World
 from bitdistill.encoding import encode_examples
 from bitdistill.mixtures import Mixtures
 from bitdistill.schema import Config, Distillation, Pretraining, Training
-from bitdistill.tasks import Task
+from bitdistill.tasks import Task, check_beginnings
 from bitdistill.written import Written
 
 
@@ -39,6 +39,7 @@ def task_batches(
 ) -> TaskBatches:
     """A stage's examples, shared by the devices of a run; and mixtures, or what was written."""
     task, length = config.task.resolve(), settings.max_length
+    check_beginnings(task, _answers(task, tokenizer))
     examples = task_examples(config.task, config.seed)
     fresh: Fresh | None = written
     times = settings.mixtures if isinstance(settings, Distillation) else 0
@@ -87,10 +88,15 @@ def candidates(settings: Training, task: Task, tokenizer: Tokenizer) -> list[int
     """
     if settings.candidates == "vocabulary":
         return None
-    ids = [tokenizer(label, add_special_tokens=False).input_ids for label in task.labels]
+    ids = _answers(task, tokenizer)
     if not ids or any(len(tokens) != 1 for tokens in ids):
         raise ValueError(
             f"candidates=labels needs labels of one token each; task {task.name!r} has "
             f"{dict(zip(task.labels, ids, strict=True)) or 'none'}: use candidates=vocabulary"
         )
     return [tokens[0] for tokens in ids]
+
+
+def _answers(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
+    """The token ids of a label task's answers."""
+    return [tokenizer(label, add_special_tokens=False).input_ids for label in task.labels]

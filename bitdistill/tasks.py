@@ -7,6 +7,7 @@ guesses a prompt again. The prompts of the GLUE tasks are those of lm-evaluation
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -165,6 +166,21 @@ def shorten(prompt: list[int], suffix: Sequence[int], room: int) -> list[int]:
         return prompt
     kept = min(len(suffix), room)
     return prompt[: room - kept] + prompt[len(prompt) - kept :]
+
+
+def check_beginnings(task: Task, answers: Sequence[Sequence[int]]) -> None:
+    """ValueError where the tokens of one answer of a label task begin another's.
+
+    The longer one is never the likelier, and nothing teaches a model where the shorter one ends.
+    """
+    in_order = sorted((list(ids), label) for ids, label in zip(answers, task.labels, strict=True))
+    for (short, first), (long, second) in itertools.pairwise(in_order):
+        if long[: len(short)] == short:
+            raise ValueError(
+                f"the tokens of answer {first!r} of task {task.name!r} begin those of {second!r}, "
+                "which can then never be the likelier one; choose other answer words (01, 02, ... "
+                "for numbers)"
+            )
 
 
 def get_task(name: str) -> Task:

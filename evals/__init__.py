@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from bitdistill.evals.results import Result, check_output, read_jsonl, write_jsonl
     from bitdistill.evals.run_plots import plot_runs
     from bitdistill.evals.runner import run
-    from bitdistill.evals.tables import render, rich_tables
+    from bitdistill.evals.tables import render
+    from bitdistill.evals.terminal import rich_tables
 
 _HOME = {
     "run": "runner",
@@ -28,7 +29,7 @@ _HOME = {
     "read_jsonl": "results",
     "write_jsonl": "results",
     "render": "tables",
-    "rich_tables": "tables",
+    "rich_tables": "terminal",
     "report": "parity",
     "task_prompts": "parity",
     "verdict": "parity",

@@ -61,8 +61,11 @@ class TimedProcess:
 
     def _ask(self, request: str, key: str) -> dict[str, Any]:
         assert self._process is not None
-        self._process.stdin.write(request.encode() + b"\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(request.encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:  # it ended while other rows had their turns
+            raise self._process.failure() from None
         return self._answer(self._process, key)
 
     def end(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from bitdistill.evals.results import Result
 from bitdistill.evals.seeds import seed_records
-from bitdistill.evals.tables import Grid, build, grids, records
+from bitdistill.evals.tables import RATIOS, Grid, Table, build, grids
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -31,8 +31,10 @@ def markdown(results: Sequence[Result], seeds: bool) -> str:
 
 def _markdown(grid: Grid) -> str:
     rule = ["---"] * grid.names + ["---:"] * (len(grid.header) - grid.names)
-    body = [[cell.replace("|", "\\|") for cell in row] for row in grid.rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (grid.header, rule, *body))
+    header, *body = (
+        [cell.replace("|", "\\|") for cell in line] for line in (grid.header, *grid.rows)
+    )
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *body))
 
 
 def _all_records(results: Sequence[Result], seeds: bool) -> list[dict[str, Any]]:
@@ -44,8 +46,40 @@ def _all_records(results: Sequence[Result], seeds: bool) -> list[dict[str, Any]]
     return [
         ({"table": table.title} if named else {}) | record
         for table in tables
-        for record in records(table)
+        for record in _records(table)
     ]
+
+
+def _records(table: Table) -> list[dict[str, Any]]:
+    """Rows as numbers, for programs; a task metric brings stderr, n and a 95 % interval."""
+    found = []
+    for row in table.rows:
+        record: dict[str, Any] = {
+            name: getattr(row, name)
+            for name in (
+                "model",
+                "method",
+                "backend",
+                "precision",
+                "variant",
+                "answers",
+                "seed",
+                "artifact",
+            )
+        }
+        for column in table.columns:
+            header, result = table.header(column), row.cells.get(column)
+            record[header] = result.value if result else None
+            if column[0]:
+                low, high = (result.interval if result else None) or (None, None)
+                record[f"{header} stderr"] = result.stderr if result else None
+                record[f"{header} low"], record[f"{header} high"] = low, high
+                record[f"{header} n"] = result.n if result else None
+            elif column[2] in RATIOS:
+                ratio = table.ratio(row, column)
+                record[f"{header} ratio"] = ratio.value if ratio else None
+        found.append(record)
+    return found
 
 
 def comma_separated(results: Sequence[Result], seeds: bool) -> str:

@@ -137,7 +137,7 @@ def _comparison(r: Result) -> list[str]:
         alone = f"{details['only_first']} / {details['only_second']}"
         p = f"{details['p_mcnemar']:.3g}"
     return [
-        name_of(r), name_of(details["against"]), f"{r.task} {r.split}",
+        name_of(r), name_of(details["against"]), f"{r.asked} {r.split}",
         TASK_METRICS[details["of"]], f"{r.value:+.2f}", f"{low:+.2f} to {high:+.2f}",
         p_paired, alone, p,
     ]  # fmt: skip
@@ -152,7 +152,7 @@ def _confusions(results: Sequence[Result]) -> Iterable[str]:
         other = any(row[-1] for row in matrix)
         width = len(labels) + other
         rows = [[label, *map(str, row[:width])] for label, row in zip(labels, matrix, strict=True)]
-        yield f"<details><summary>{escape(name_of(r))}, {escape(f'{r.task} {r.split}')}</summary>"
+        yield f"<details><summary>{escape(name_of(r))}, {escape(f'{r.asked} {r.split}')}</summary>"
         yield _table(["", *labels, *["other"] * other], rows) + "</details>"
 
 
@@ -161,10 +161,14 @@ def _disagreements(results: Sequence[Result], store: Path) -> Iterable[str]:
     parts: dict[tuple[str, str, str], dict[str, Result]] = {}
     for r in results:
         if "predictions" in r.settings:
-            rows = parts.setdefault((r.task, r.split, r.settings["examples"]), {})
+            rows = parts.setdefault((r.asked, r.split, r.settings["examples"]), {})
             rows[r.settings["predictions"]] = r
     for (task, split, examples), rows in parts.items():
         found = read_disagreements(store, examples, list(rows))
+        if found is None:
+            told = f"{task} {split}: not known, {store} does not hold the predictions of every row."
+            yield f"<p>{escape(told)}</p>"
+            continue
         yield (
             f"<details><summary>{escape(f'{task} {split}')}: {len(found)} examples on which rows "
             f"differ{f', the first {SHOWN} shown' if len(found) > SHOWN else ''}</summary>"
@@ -203,11 +207,11 @@ def _settings(results: Sequence[Result]) -> Iterable[str]:
     yield "<h2>Settings</h2>"
     seen = set()
     for r in results:
-        if r.metric == "difference" or (r.artifact_hash, r.task, r.split) in seen:
+        if r.metric == "difference" or (r.artifact_hash, r.asked, r.split) in seen:
             continue
-        seen.add((r.artifact_hash, r.task, r.split))
+        seen.add((r.artifact_hash, r.asked, r.split))
         keys = ("artifact_hash", "student", "seed", "task_version", "machine", "versions")
         shown = {key: getattr(r, key) for key in keys} | {"settings": r.settings}
         text = escape(json.dumps(shown, indent=1, ensure_ascii=False, default=str))
-        title = f"{name_of(r)}, {r.task} {r.split}"
+        title = f"{name_of(r)}, {r.asked} {r.split}"
         yield f"<details><summary>{escape(title)}</summary><pre>{text}</pre></details>"

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bitdistill.evals.results import Result
-from bitdistill.evals.seeds import EXACT
+from bitdistill.evals.seeds import EXACT, USUAL, Model, model_of
 from bitdistill.evals.tables import TASK_METRICS, Column, Row, Table, build
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -29,7 +29,7 @@ TICK_SHARE = 0.12  # of an axis, which a number beside it needs
 ONE_LENGTH = 1.05  # counts of tokens within this factor are of one length of training
 STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
          "svg.fonttype": "path", "svg.hashsalt": "bitdistill", "axes.grid": True,
-         "grid.color": "#dddddd", "axes.axisbelow": True}  # fmt: skip
+         "grid.color": "#dddddd", "axes.axisbelow": True, "text.parse_math": False}  # fmt: skip
 
 
 def plot(results: Sequence[Result], prefix: str | Path, *, seeds: bool = False) -> list[Path]:
@@ -105,24 +105,30 @@ def _together(tables: Sequence[Table]) -> Table:
 
 
 def _token_figures(results: Sequence[Result]) -> dict[str, Any]:
-    """Scores of PyTorch students against the tokens they were trained on, teachers as lines."""
-    groups: dict[tuple[str, str, str], list[Result]] = {}
+    """Scores of PyTorch students against the tokens they were trained on, teachers as lines.
+
+    Of a model that was evaluated twice, the last; none in another precision than it was trained.
+    """
+    groups: dict[tuple[str, str, str, str], dict[tuple[Model, str], Result]] = {}
     for one in results:
-        if one.settings.get("training_tokens") is not None and one.metric in CURVES:
-            groups.setdefault((one.task, one.split, one.metric), []).append(one)
+        trained = one.settings.get("training_tokens") is not None and one.precision in USUAL
+        if trained and one.metric in CURVES:
+            own = groups.setdefault((one.asked, one.split, one.metric, one.answers), {})
+            own[model_of(one), one.variant] = one
     return {
-        "-".join((*key, "tokens")): _token_figure(group)
-        for key, group in groups.items()
-        if any(len(_lengths(own)) > 1 for own in _by_method(group).values())
+        "-".join(filter(None, (*key, "tokens"))): _token_figure(list(models.values()))
+        for key, models in groups.items()
+        if any(len(_lengths(own)) > 1 for own in _by_method(models.values()).values())
     }
 
 
-def _by_method(group: Sequence[Result]) -> dict[str, list[Result]]:
-    """Students of each method."""
+def _by_method(group: Iterable[Result]) -> dict[str, list[Result]]:
+    """Students of each method, and of each variant of one."""
     found: dict[str, list[Result]] = {}
     for one in group:
         if one.student is not None:
-            found.setdefault(one.method, []).append(one)
+            name = f"{one.method}: {one.variant}" if one.variant else one.method
+            found.setdefault(name, []).append(one)
     return found
 
 
@@ -143,7 +149,7 @@ def _tokens(one: Result) -> int:
 
 
 def _token_figure(group: Sequence[Result]) -> Any:
-    """A line for each method through the means of its seeds at each length, a dot a seed."""
+    """A line for each method and variant through its seeds' means at each length, a dot a seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
@@ -165,7 +171,7 @@ def _token_figure(group: Sequence[Result]) -> Any:
         axes.scatter(tokens, values, color=color, marker=marker, s=8)
     unit = f" ({group[0].unit})" if group[0].unit else ""
     axes.set_xlabel("training tokens, stages 2 and 3")
-    axes.set_ylabel(f"{group[0].task} {group[0].split}: {TASK_METRICS[group[0].metric]}{unit}")
+    axes.set_ylabel(f"{group[0].asked} {group[0].split}: {TASK_METRICS[group[0].metric]}{unit}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     return figure
 
@@ -205,7 +211,7 @@ def _figure(table: Table, column: Column, memory: Column) -> Any:
         _logarithmic(axes, "y")
     for index, row in enumerate(table.rows):
         if column in row.cells and memory in row.cells:
-            _draw(axes, row, index, column, memory)
+            _draw(axes, table, index, column, memory)
     axes.set_xlabel(table.header(memory) + (" over a bare process" if "memory" in memory else ""))
     axes.set_ylabel(table.header(column))
     axes.margins(x=0.15, y=0.15)
@@ -232,8 +238,9 @@ def _logarithmic(axes: Any, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _draw(axes: Any, row: Row, index: int, column: Column, memory: Column) -> None:
+def _draw(axes: Any, table: Table, index: int, column: Column, memory: Column) -> None:
     """One row's point, with its 95 % interval, or the range of its repeats."""
+    row = table.rows[index]
     result = row.cells[column]
     low, high = result.interval or result.details.get("range") or (result.value, result.value)
     bars = [[max(0.0, result.value - low)], [max(0.0, high - result.value)]]
@@ -249,13 +256,19 @@ def _draw(axes: Any, row: Row, index: int, column: Column, memory: Column) -> No
         elinewidth=0.8,
         capsize=3,
         linestyle="none",
-        label=label(row),
+        label=label(table, row),
     )
 
 
-def label(row: Row) -> str:
-    """A row's name in a picture."""
-    return f"{row.method}, {row.backend} {row.precision}".strip()
+def label(table: Table, row: Row) -> str:
+    """A row's name in a picture, with what else tells it from others in the table."""
+    words = [row.method, f"{row.backend} {row.precision}".strip()]
+    for name in table.identity:
+        if name == "seed":
+            words.append("" if row.seed is None else f"seed {row.seed}")
+        elif name not in ("method", "backend", "precision"):
+            words.append(getattr(row, name))
+    return ", ".join(filter(None, words))
 
 
 def _save(figure: Any, target: Any, form: str) -> None:

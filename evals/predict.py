@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from bitdistill.backends.search import Search
-from bitdistill.tasks import Example, Task, shorten
+from bitdistill.tasks import Example, Task, check_beginnings, shorten
 
 if TYPE_CHECKING:
     from bitdistill.backends.base import Runtime
@@ -97,13 +97,15 @@ def predict(
 
     `encoded` is `encode` of the same task and examples, where that was done before.
     `progress(done, total)` is called as examples are finished. Raises ValueError when the answer
-    leaves no room for a prompt, when two answers have the same tokens, or for scores that are not
-    finite.
+    leaves no room for a prompt, when two answers have the same tokens or, where likelihood decides,
+    one begins another, or for scores that are not finite.
     """
     options = options or Options()
     encoded = encoded or encode(runtime.tokenizer, task, examples)
     answers = encoded.answers
     _check_answers(task, answers)
+    if options.scoring == "likelihood":
+        check_beginnings(task, answers)
     room = max(map(len, answers)) if answers else options.search.max_new_tokens
     longest = options.max_length
     limit = runtime.context if longest is None else min(longest, runtime.context)

@@ -55,16 +55,35 @@ class Result:
         """What was changed in the method, "" for nothing."""
         return str(self.settings.get("variant", ""))
 
+    @property
+    def asked(self) -> str:
+        """The task, with its version where that is not the first: another prompt, other figures."""
+        return self.task if self.task_version == 1 else f"{self.task}-v{self.task_version}"
+
+    @property
+    def answers(self) -> str:
+        """How answers were got, "" in the usual way: labels by likelihood, summaries greedily."""
+        options = self.settings.get("options", {})
+        search = {"beams": 1, "length_penalty": 1.0, "min_new_tokens": 0} | options.get(
+            "search", {}
+        )
+        words = ["said greedily"] if options.get("scoring") == "greedy" else []
+        if search["beams"] > 1:
+            words.append(f"{search['beams']} beams, length penalty {search['length_penalty']:g}")
+        if search["min_new_tokens"]:
+            words.append(f"at least {search['min_new_tokens']} tokens")
+        return ", ".join(words)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return dataclasses.asdict(self)
 
 
-def check_output(path: str | Path) -> None:
-    """FileExistsError where `write_jsonl` could not write, found before the long work."""
+def check_output(path: str | Path, option: str = "--out") -> None:
+    """FileExistsError where a file could not be written, found before the long work."""
     path = Path(path)
     if path.is_dir() or any(p.exists() and not p.is_dir() for p in path.parents):
-        raise FileExistsError(f"{path} cannot be a file there; choose another --out")
+        raise FileExistsError(f"{path} cannot be a file there; choose another {option}")
 
 
 def write_jsonl(results: Iterable[Result], path: str | Path) -> None:
@@ -87,7 +106,7 @@ def read_jsonl(path: str | Path) -> list[Result]:
         raise ValueError(
             f"{path} is not UTF-8 text; give the file that `bitdistill eval --out` wrote"
         ) from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -24,7 +24,7 @@ USUAL = ("", "fp32", "1.58-bit")  # precisions that go without saying; "" in old
 EXACT = " in fp64"  # how the precision of a row that only serves as a floor ends
 METRICS = [m for m in TASK_METRICS if m not in (*SECONDARY, "agreement", "bleu", "rougeLsum")]
 HEADER = ["Task", "Metric", "Method", "Mean", "Seeds", "Δ FP16", "95 %", "fp64 flips"]
-Place = tuple[str, str, str, str, str, str, str]  # the first fields of a SeedRow
+Place = tuple[str, str, str, str, str, str, str, str]  # the first fields of a SeedRow
 Model = tuple[int | None, str]  # its seed, and its student's fingerprint or its own hash
 
 
@@ -54,6 +54,7 @@ class SeedRow:
     backend: str
     variant: str = ""
     precision: str = ""
+    answers: str = ""
     artifact: str = ""  # where a student has several that differ in nothing else
     runs: list[SeedRun] = field(default_factory=list)
 
@@ -63,6 +64,7 @@ class SeedRow:
         said = self.backend == "torch" or self.artifact.startswith(self.backend)
         words = [] if said else [self.backend]
         words += [self.precision] if self.precision not in USUAL else []
+        words += [self.answers] if self.answers else []
         words += [self.artifact] if self.artifact else []
         name = f"{self.method} ({', '.join(words)})" if words else self.method
         return f"{name}: {self.variant}" if self.variant else name
@@ -111,20 +113,19 @@ def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
     by_place: dict[Place, list[Result]] = {}
     for r in found:
         if r.metric in METRICS and not r.precision.endswith(EXACT):
-            key = (r.task, r.split, r.metric, r.method, r.backend, r.variant, r.precision)
-            by_place.setdefault(key, []).append(r)
+            key = (r.asked, r.split, r.metric, r.method, r.backend, r.variant, r.precision)
+            by_place.setdefault((*key, r.answers), []).append(r)
     if not by_place:
         raise ValueError("there are no scores to show by seed; run `bitdistill eval` first")
-    teachers: dict[tuple[str, str, str, str], list[Result]] = {}
-    for (*part, method, backend, variant, precision), own in by_place.items():
+    teachers: dict[tuple[str, ...], list[Result]] = {}
+    for (*part, method, backend, variant, precision, answers), own in by_place.items():
         if (method, backend) == (TEACHER, "torch") and precision in USUAL:
-            task, split, metric = part
-            teachers.setdefault((task, split, metric, variant), []).extend(_latest(own))
+            teachers.setdefault((*part, answers, variant), []).extend(_latest(own))
     rows = []
     for place, own in by_place.items():
-        task, split, metric, _, _, variant, _ = place
-        theirs = teachers.get((task, split, metric, variant))
-        theirs = theirs or teachers.get((task, split, metric, ""), [])
+        *_, variant, _, answers = place
+        asked = (*place[:3], answers)
+        theirs = teachers.get((*asked, variant)) or teachers.get((*asked, ""), [])
         for artifact, some in _by_artifact(own).items():
             models = sorted(_latest(some), key=lambda r: (r.seed is None, r.seed or 0))
             runs = [_run(mine, theirs, found) for mine in models]
@@ -133,25 +134,28 @@ def seed_rows(results: Iterable[Result]) -> list[SeedRow]:
     return sorted(rows, key=lambda r: (parts.index((r.task, r.split)), METRICS.index(r.metric)))
 
 
-def _model(r: Result) -> Model:
+def model_of(r: Result) -> Model:
+    """What makes two results those of one model, however often it was evaluated."""
     return r.seed, r.student or r.artifact_hash
 
 
 def _latest(own: Iterable[Result]) -> list[Result]:
     """The last result of each model."""
-    return list({_model(r): r for r in own}.values())
+    return list({model_of(r): r for r in own}.values())
 
 
 def _by_artifact(own: Sequence[Result]) -> dict[str, list[Result]]:
     """Results by artifact where a student has several, such as two exports; else all under "".
 
     By the name's last part where that tells a student's artifacts apart: `s0/onnx` and `s1/onnx`
-    are one artifact of two seeds.
+    are one artifact of two seeds. A directory has the name of its last evaluation, since names
+    depend on what else was evaluated.
     """
-    whole = len({(_model(r), r.artifact) for r in own})
-    if whole == len({_model(r) for r in own}):
-        return {"": list(own)}
-    told = len({(_model(r), _last(r)) for r in own}) == whole
+    own = list({(model_of(r), r.artifact_hash): r for r in own}.values())
+    whole = len({(model_of(r), r.artifact) for r in own})
+    if whole == len({model_of(r) for r in own}):
+        return {"": own}
+    told = len({(model_of(r), _last(r)) for r in own}) == whole
     found: dict[str, list[Result]] = {}
     for r in own:
         found.setdefault(_last(r) if told else r.artifact, []).append(r)
@@ -179,8 +183,8 @@ def _run(mine: Result, teachers: Sequence[Result], found: Iterable[Result]) -> S
     return run
 
 
-def _kind_of(r: Result) -> tuple[str, str, str, str, str]:
-    return r.task, r.split, r.method, r.backend, r.variant
+def _kind_of(r: Result) -> tuple[str, ...]:
+    return r.asked, r.split, r.method, r.backend, r.variant, r.answers
 
 
 def _same_examples(one: Result, other: Result) -> bool:
@@ -238,6 +242,7 @@ def seed_records(results: Sequence[Result]) -> list[dict[str, Any]]:
             "backend": row.backend,
             "variant": row.variant,
             "precision": row.precision,
+            "answers": row.answers,
             "artifact": row.artifact,
             "mean": row.mean,
             "n": max(run.result.n for run in row.runs),

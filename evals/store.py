@@ -129,19 +129,19 @@ def _sort(lines: Sequence[Record]) -> tuple[dict[int, Record], Record | None]:
 
 def read_disagreements(
     folder: Path, examples: str, files: Sequence[str]
-) -> list[tuple[Record, list[Record]]]:
+) -> list[tuple[Record, list[Record]]] | None:
     """(example, record of each file) where the predictions in `files` are not all the same.
 
-    Empty where the store in `folder` does not hold the examples and all of the files.
+    None where the store in `folder` does not hold the examples and all of the files.
     """
     asked = folder / f"{examples}.examples.json"
     if not asked.is_file():
-        return []
+        return None
     questions: list[Record] = json.loads(asked.read_text(encoding="utf-8"))
     outcomes = [read_complete(folder / file, len(questions)) for file in files]
     columns = [outcome["records"] for outcome in outcomes if outcome is not None]
     if len(columns) < len(files):
-        return []
+        return None
     rows = zip(questions, map(list, zip(*columns, strict=True)), strict=True)
     return [
         (question, records)

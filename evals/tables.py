@@ -1,7 +1,6 @@
 """Tables, made from results alone, laid out as in the paper (arXiv 2510.13998, Tables 1 and 2).
 
     render(results, "markdown" | "csv" | "json" | "latex")    text
-    rich_tables(results)                                      for a terminal
     render(results, seeds=True)                               means over training seeds
 
 Rows are methods; columns are tasks, then speed and memory, ratios to the reference row first.
@@ -14,13 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
 
 from bitdistill.evals.results import Result
 from bitdistill.names import suggest
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
 
 MISSING = "–"
 CLASSIFICATION, SUMMARISATION = "Classification", "Summarisation"
@@ -78,12 +73,18 @@ class Row:
     artifact: str
     seed: int | None = None
     variant: str = ""
+    answers: str = ""
+    run: int = 0
     cells: dict[Column, Result] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
         own = self.model, self.method, self.backend, self.precision
-        return *own, self.seed, self.variant
+        return *own, self.seed, self.variant, self.answers, self.run
+
+    @property
+    def name(self) -> str:
+        return self.artifact.rpartition("/")[2]  # without its parents
 
     def takes(self, other: Row) -> bool:
         """Whether another row is the same method on other tasks."""
@@ -105,6 +106,8 @@ class Table:
         names = ["method", "backend"]
         if len({row.model for row in self.rows}) > 1:
             names.insert(0, "model")
+        if len({row.answers for row in self.rows}) > 1:  # not to be compared
+            names.append("answers")
         for name in ("precision", "variant", "seed", "artifact"):
             if self._apart([*names, name]) > self._apart(names):
                 names.append(name)
@@ -151,11 +154,12 @@ def build(results: Iterable[Result], *, complete: bool = False) -> list[Table]:
     """
     rows: list[Row] = []
     for row in _by_artifact(results):
-        same = next((other for other in rows if other.takes(row)), None)
-        if same is None:
+        fitting = [other for other in rows if other.takes(row)]
+        if not fitting:
             rows.append(row)
-        else:
-            same.cells |= {c: r for c, r in row.cells.items() if c not in same.cells}
+            continue
+        same = min(fitting, key=lambda other: other.name != row.name)  # of several exports
+        same.cells |= {c: r for c, r in row.cells.items() if c not in same.cells}
     if not rows:
         raise ValueError("there are no results to show; run `bitdistill eval` first")
     columns = _columns(rows)
@@ -185,13 +189,17 @@ def _primary(columns: Sequence[Column]) -> list[Column]:
 
 
 def _by_artifact(results: Iterable[Result]) -> list[Row]:
+    """A row for each artifact; `run` counts the students that one seed gave for a task."""
     rows: dict[tuple[str, ...], Row] = {}
+    students: dict[Key, dict[str | None, int]] = {}
     for r in results:
-        key = (r.model, r.method, r.backend, r.precision, r.artifact_hash)
-        own = (r.model, r.method, r.backend, r.precision, r.artifact, r.seed, r.variant)
+        trained = students.setdefault((r.model, r.method, r.seed, r.variant, r.asked), {})
+        run = trained.setdefault(r.student, len(trained))
+        key = (r.model, r.method, r.backend, r.precision, r.artifact_hash, r.answers)
+        own = (*key[:4], r.artifact, r.seed, r.variant, r.answers, run)
         row = rows.setdefault(key, Row(*own))
         if r.metric in TASK_METRICS:
-            row.cells[(r.task, r.split, r.metric)] = r
+            row.cells[(r.asked, r.split, r.metric)] = r
         elif r.metric in MACHINE_METRICS or r.metric in RATIOS.values():
             row.cells[("", "", r.metric)] = r
     return list(rows.values())
@@ -247,29 +255,6 @@ def grid(table: Table) -> Grid:
     return Grid(", ".join(parts), len(table.identity), header, rows)
 
 
-def records(table: Table) -> list[dict[str, Any]]:
-    """Rows as numbers, for programs; a task metric brings stderr, n and a 95 % interval."""
-    found = []
-    for row in table.rows:
-        record: dict[str, Any] = {
-            name: getattr(row, name)
-            for name in ("model", "method", "backend", "precision", "artifact")
-        }
-        for column in table.columns:
-            header, result = table.header(column), row.cells.get(column)
-            record[header] = result.value if result else None
-            if column[0]:
-                low, high = (result.interval if result else None) or (None, None)
-                record[f"{header} stderr"] = result.stderr if result else None
-                record[f"{header} low"], record[f"{header} high"] = low, high
-                record[f"{header} n"] = result.n if result else None
-            elif column[2] in RATIOS:
-                ratio = table.ratio(row, column)
-                record[f"{header} ratio"] = ratio.value if ratio else None
-        found.append(record)
-    return found
-
-
 def grids(results: Sequence[Result], *, seeds: bool = False) -> list[Grid]:
     """The tables for people; `seeds`: one over training seeds instead (seeds.py)."""
     from bitdistill.evals.seeds import seed_grid
@@ -284,30 +269,3 @@ def render(results: Sequence[Result], format: str = "markdown", *, seeds: bool =
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}{suggest(format, FORMATS)}")
     return FORMATS[format](results, seeds)
-
-
-def rich_tables(results: Sequence[Result], *, seeds: bool = False) -> list[RichTable]:
-    """The tables for a terminal (rich)."""
-    return [_rich(shown) for shown in grids(results, seeds=seeds)]
-
-
-def _rich(grid: Grid) -> RichTable:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table as RichTable
-
-    # narrow enough for a terminal of 80 columns
-    shown = RichTable(
-        title=grid.title,
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,
-    )
-    for index, name in enumerate(grid.header):
-        justify: Literal["left", "right"] = "left" if index < grid.names else "right"
-        narrow = name.replace(" (", "\n(").replace(", ", ",\n")
-        shown.add_column(narrow, justify=justify, no_wrap=True)
-    for row in grid.rows:
-        cells = (cell.replace("× (", "×\n(").replace(" ± ", "\n± ") for cell in row)
-        shown.add_row(*(cell.replace(", ", "\n") for cell in cells))
-    return shown

@@ -146,7 +146,7 @@ def test_a_summary_task_in_yaml(cli: Cli, artifact: Path, tmp_path: Path) -> Non
         json.loads(cli(*arguments, *more).out)[0]
         for more in ([], ["--beams", "3", "--min-new-tokens", "2", "--max-new-tokens", "4"])
     ]
-    assert list(found[0])[5:] == [
+    assert list(found[0])[8:] == [
         "BLEU (%)", "BLEU (%) stderr", "BLEU (%) low", "BLEU (%) high", "BLEU (%) n",
         "ROUGE-L (%)", "ROUGE-L (%) stderr", "ROUGE-L (%) low", "ROUGE-L (%) high",
         "ROUGE-L (%) n", "Perplexity", "Perplexity stderr", "Perplexity low", "Perplexity high",
@@ -154,6 +154,8 @@ def test_a_summary_task_in_yaml(cli: Cli, artifact: Path, tmp_path: Path) -> Non
     ]  # fmt: skip
     assert found[0]["Perplexity"] > 1
     assert found[0] != found[1]
+    said = "3 beams, length penalty 1, at least 2 tokens"
+    assert [record["answers"] for record in found] == ["", said]
 
 
 @pytest.mark.slow
@@ -213,8 +215,9 @@ def test_mistakes_in_a_report(refused: Callable[..., str], tmp_path: Path) -> No
     assert refused("report", tmp_path / "r.jsonl") == (
         "there are no results to show; run `bitdistill eval` first"
     )
-    message = refused("report", tmp_path / "r.jsonl", "--html", tmp_path / "r.jsonl" / "x")
-    assert "cannot be a file there" in message
+    for option in ("--html", "--plot"):
+        message = refused("report", tmp_path / "r.jsonl", option, tmp_path / "r.jsonl" / "x")
+        assert message.endswith(f"cannot be a file there; choose another {option}")
     assert "No such file" in refused("report", tmp_path / "none.jsonl")
 
 

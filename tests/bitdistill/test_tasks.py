@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from bitdistill.config import ConfigError, load_config
+from bitdistill.distributed import World
 from bitdistill.evals.examples import read_sets
-from bitdistill.tasks import TASKS, Task, get_task, load_examples
+from bitdistill.feeds import task_batches
+from bitdistill.tasks import TASKS, Task, check_beginnings, get_task, load_examples
 
 ROWS = [
     {"review": "not good", "verdict": 0},
@@ -233,3 +235,19 @@ def test_no_network_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_a_task_survives_json(task: Task) -> None:
     assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
+
+
+def test_answers_that_begin_one_another(tokenizer: Any, tmp_path: Path) -> None:
+    """Stars from 1 to 10, in a vocabulary of digits; found before anything is trained."""
+    stars = [str(i) for i in range(1, 11)]
+    data = write(tmp_path, "jsonl", [{"review": "not good", "stars": star} for star in stars])
+    task = {"name": "stars", "prompt": "{review}:", "inputs": ["review"], "target": "stars",
+            "labels": [f" {star}" for star in stars], "train": str(data)}  # fmt: skip
+    config = load_config("tiny", [f"task={json.dumps(task)}"])
+    with pytest.raises(ValueError, match=r"answer ' 1' of task 'stars' begin those of ' 10'"):
+        task_batches(config, config.distill, tokenizer, World())
+    task["labels"] = [f" {star:0>2}" for star in stars]
+    config = load_config("tiny", [f"task={json.dumps(task)}"])
+    answers = [tokenizer.encode(label) for label in config.task.labels]
+    assert {len(ids) for ids in answers} == {3}
+    check_beginnings(config.task.resolve(), answers)

@@ -141,6 +141,23 @@ def test_a_row_that_dies_is_explained(tmp_path: Path, monkeypatch: pytest.Monkey
     row.close()
 
 
+@pytest.mark.parametrize("turn", ["start", "repeat"])
+def test_a_row_that_died_before_its_turn_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turn: str
+) -> None:
+    """The system takes the memory that rows loaded side by side are short of at any time."""
+    body = "import os\nprint('{\"prefill_tokens\": 8}', flush=True)\nos.kill(os.getpid(), 9)\n"
+    (tmp_path / "sleeper.py").write_text(body)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    row = alternate.TimedProcess(job(tmp_path), module="sleeper")
+    row.start()
+    assert row._process is not None
+    row._process.popen.wait()
+    with pytest.raises(WorkerError, match=r"was killed \(signal 9\), most likely for lack of"):
+        getattr(row, turn)()
+    row.close()
+
+
 def program(path: Path, body: str) -> str:
     path.write_text(f"#!{sys.executable}\n{body}")
     path.chmod(0o755)

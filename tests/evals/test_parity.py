@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from invented import Make
 
-from bitdistill.evals.parity import compare
-from bitdistill.evals.parity_logits import make_sequences
+from bitdistill.evals.parity import compare, task_prompts
+from bitdistill.evals.parity_logits import PROMPTS, make_sequences
+from bitdistill.tasks import TASKS
 
 
 def noisy(logits: list[Any], size: float, flips: float, seed: int) -> list[Any]:
@@ -86,3 +89,15 @@ def test_sequences_are_seeded_and_within_the_context(table_runtime: Any) -> None
     assert sequences[:-2] != make_sequences(runtime, [], seed=4)
     assert max(map(len, sequences)) == 20
     assert runtime.tokenizer.decode(sequences[-2]) == prompts[0][-20:]
+
+
+def test_prompts_are_those_at_hand(make: Make, data: Path, tmp_path: Path) -> None:
+    """None where a student was trained without validation data, or it is not here."""
+    assert task_prompts(make("student", validation=str(data)))[:2] == [
+        "text 0\nMood:", "text 1\nMood:",
+    ]  # fmt: skip
+    assert len(task_prompts(make("tiny", task=TASKS["tiny"].to_json(), validation=None))) == PROMPTS
+    assert task_prompts(make("own", validation=None)) == []
+    assert task_prompts(make("hub", task=TASKS["sst2"].to_json(), validation=None)) == []
+    assert task_prompts(make("moved", validation=str(tmp_path / "none.jsonl"))) == []
+    assert task_prompts(make("none", task=None)) == []

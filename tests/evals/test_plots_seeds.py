@@ -85,6 +85,16 @@ def test_variants_of_an_ablation_are_rows() -> None:
     assert lines["difference to the teacher, paired 95 %"] == [([87.0, 91.0], [1, 1])]
 
 
+def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = [scored(90.0, 0, settings={"variant": "labels at $1 and $x^"})]
+    (axes,) = seed_figures(results)["accuracy-seeds"].axes
+    (name,) = axes.get_yticklabels()
+    assert name.get_text() == "bitdistill: labels at $1 and $x^"
+    assert not name.get_parse_math()
+    assert plot([scored(90.0, 0, task="$x^$")], tmp_path / "p", seeds=True)
+
+
 def test_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     paths = plot(RESULTS, tmp_path / "p", seeds=True)

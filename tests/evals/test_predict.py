@@ -13,7 +13,7 @@ from bitdistill.backends.search import Search
 from bitdistill.evals.predict import Options, encode, match_answer, predict, truncate
 from bitdistill.tasks import Example, Task
 
-LABELS = Task("letters", "label", "{text}", ("text",), "label", ("ab", "c", "abz"))
+LABELS = Task("letters", "label", "{text}", ("text",), "label", ("ab", "c", "bcz"))
 SHORT = Options(search=Search(6))
 SUMMARY = Task("short", "summary", "{text}", ("text",), "summary", max_new_tokens=6)
 
@@ -83,6 +83,21 @@ def test_answers_with_the_same_tokens_are_refused(table_runtime: Any) -> None:
         predict(table_runtime(), task, examples("a"))
 
 
+def test_an_answer_that_begins_another_is_refused(table_runtime: Any) -> None:
+    """A model that is sure to say "abz" finds "ab" likelier still."""
+    runtime = table_runtime()
+    runtime.table[:] = 0.0
+    for letter, after in ("qa", "ab", "bz"):
+        ids = runtime.tokenizer.encode(letter + after, special=False)
+        runtime.table[ids[0], ids[1]] = 9.0
+    shorter, longer = runtime.score([([17], [1, 2]), ([17], [1, 2, 26])])
+    assert longer < shorter < 0
+    task = dataclasses.replace(LABELS, labels=("abz", "c", "ab"))
+    message = r"tokens of answer 'ab' of task 'letters' begin those of 'abz', .*; choose other"
+    with pytest.raises(ValueError, match=message):
+        predict(runtime, task, examples("q"))
+
+
 def test_scores_that_are_not_finite_are_refused(table_runtime: Any) -> None:
     runtime = table_runtime()
     runtime.table[:] = np.nan
@@ -130,7 +145,8 @@ def test_labels_by_greedy_generation(table_runtime: Any) -> None:
         ids = runtime.tokenizer.encode(letter + after, special=False)
         runtime.table[ids[0], ids[1]] = 5.0
     options = Options(scoring="greedy")
-    got = predict(runtime, LABELS, examples("q", "x", "z"), options)
+    task = dataclasses.replace(LABELS, labels=("ab", "c", "abz"))
+    got = predict(runtime, task, examples("q", "x", "z"), options)
     assert [(r["text"], r["label"]) for r in got.records] == [("abz", 2), ("xxx", -1), ("c  ", 1)]
 
 

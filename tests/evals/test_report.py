@@ -74,6 +74,26 @@ def test_what_a_picture_says() -> None:
     assert points == [[[400.0, 91.0]], [[80.0, 90.2]]]
 
 
+def test_rows_of_a_picture_are_told_apart_as_in_a_table() -> None:
+    """Seeds, variants and exports of one method."""
+    pytest.importorskip("matplotlib")
+    from bitdistill.evals.plots import figures
+
+    rows: list[dict[str, Any]] = [
+        {"seed": 0}, {"seed": 1}, {"settings": {"variant": "no norms"}},
+        {"seed": None, "method": "base"},
+    ]  # fmt: skip
+    found = figures([
+        result(metric, 80.0, unit, artifact_hash=str(i), **row)
+        for i, row in enumerate(rows)
+        for metric, unit in (("accuracy", "%"), ("memory", "MiB"))
+    ])["sst2-validation-accuracy"].axes[0]  # fmt: skip
+    assert [text.get_text() for text in found.get_legend().get_texts()] == [
+        "bitdistill, onnx, seed 0", "bitdistill, onnx, seed 1",
+        "bitdistill, onnx, no norms, seed 0", "base, onnx",
+    ]  # fmt: skip
+
+
 def test_label_and_summary_tasks_share_a_picture_of_speed() -> None:
     pytest.importorskip("matplotlib")
     from bitdistill.evals.plots import figures
@@ -180,8 +200,14 @@ def test_a_report_is_complete_and_fetches_nothing(report: Path) -> None:
 
 
 def test_a_report_without_its_store_says_so(tmp_path: Path) -> None:
-    write_report(RESULTS, tmp_path / "r.html", tmp_path / "none")
-    assert "Settings" in Page((tmp_path / "r.html").read_text()).texts
+    """It does not know that rows agree, which "0 examples" would say."""
+    kept = {"examples": "e", "predictions": "p.jsonl"}
+    write_report([result("accuracy", 90.0, settings=kept)], tmp_path / "r.html", tmp_path / "none")
+    page = Page((tmp_path / "r.html").read_text())
+    assert "Settings" in page.texts
+    told = f"not known, {tmp_path / 'none'} does not hold the predictions of every row."
+    assert f"sst2 validation: {told}" in page.texts
+    assert not any("examples on which rows differ" in text for text in page.texts)
 
 
 def browser() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterable
@@ -167,7 +168,8 @@ def test_short_runs_are_kept_whole(runs: list[Path], tmp_path: Path) -> None:
 
 def scored(value: float, tokens: int, method: str = "bitdistill", **other: Any) -> Any:
     fields: dict[str, Any] = {
-        "backend": "torch", "method": method, "student": None if method == "fp16-sft" else "s",
+        "backend": "torch", "method": method, "artifact_hash": f"{method}{tokens}",
+        "student": None if method == "fp16-sft" else f"{method}{tokens}",
         "interval": (value - 1, value + 1), "settings": {"training_tokens": tokens},
     }  # fmt: skip
     return result(other.pop("metric", "accuracy"), value, **(fields | other))
@@ -190,6 +192,23 @@ def test_scores_against_training_tokens() -> None:
     dots, _ = axes.collections
     assert dots.get_offsets().tolist() == [[1000, 80.0], [4005, 88.0], [4005, 90.0]]
     assert axes.get_xscale() == "log"
+
+
+def test_a_model_is_one_dot_and_a_variant_one_line() -> None:
+    """However often it was evaluated; and what trained it otherwise is no point of its line."""
+    pytest.importorskip("matplotlib")
+    results = [scored(80.0, 1000), scored(84.0, 1000, seed=1), scored(90.0, 4000)]
+    results.append(scored(82.0, 1000))  # the first once more
+    results += [scored(92.0, 50, "fp16-sft"), scored(60.0, 50, "fp16-sft", precision="bf16")]
+    results[-1] = dataclasses.replace(results[-1], artifact_hash="bf16")
+    less = {"training_tokens": 2000, "variant": "no norms"}
+    results.append(dataclasses.replace(scored(50.0, 2000), settings=less))
+    said = {"training_tokens": 1000, "options": {"scoring": "greedy"}}  # is another figure
+    results.append(dataclasses.replace(scored(5.0, 1000), settings=said))
+    axes = figures(results)["sst2-validation-accuracy-tokens"].axes[0]
+    assert lines_of(axes)["bitdistill"] == [[1000, 83.0], [4000, 90.0]]
+    assert lines_of(axes)["bitdistill: no norms"] == [[2000, 50.0]]
+    assert [y for _, y in lines_of(axes)["fp16-sft"]] == [92.0, 92.0]
 
 
 def test_seeds_of_one_length_are_no_curve() -> None:

@@ -141,6 +141,13 @@ def test_two_artifacts_of_a_student_are_rows_of_their_own() -> None:
     assert boolq["bitdistill (onnx-kv32)"] == 1
 
 
+def test_a_directory_may_be_evaluated_under_two_names() -> None:
+    """Alone it is `student`, beside those of other seeds `s0/student`."""
+    results = [scored(90.0 + s, s, artifact=f"s{s}/student") for s in (0, 1, 2)]
+    (row,) = seed_rows([*results, scored(93.0, 0, artifact="student")])
+    assert (row.label, [run.result.value for run in row.runs]) == ("bitdistill", [93.0, 91.0, 92.0])
+
+
 def test_evaluations_of_other_examples_are_not_mixed() -> None:
     """A short evaluation's difference, agreement and teacher say nothing of the whole."""
     short = [
@@ -158,6 +165,19 @@ def test_evaluations_of_other_examples_are_not_mixed() -> None:
     asked = [scored(92.0, 0, "fp16-sft", settings={"examples": "a"}),
              scored(80.0, 0, settings={"examples": "b"})]  # fmt: skip
     assert [row.difference for row in seed_rows(asked)] == [None, None]
+
+
+def test_answers_got_in_another_way_are_not_mixed() -> None:
+    """Labels that were said are compared with those that a teacher said, of the same model."""
+    said = {"settings": {"options": {"scoring": "greedy"}}}
+    results = [*RESULTS, scored(40.0, 0, **said), scored(20.0, 1, **said)]
+    rows = {row.label: row for row in seed_rows(results)}
+    assert (rows["bitdistill"].mean, rows["bitdistill"].difference) == (90.5, -0.5)
+    own = rows["bitdistill (said greedily)"]
+    assert ([run.result.value for run in own.runs], own.difference) == ([40.0, 20.0], None)
+    rows = {row.label: row for row in seed_rows([*results, scored(50.0, 1, "fp16-sft", **said)])}
+    assert rows["bitdistill (said greedily)"].difference == -30.0
+    assert rows["fp16-sft"].mean == 91.0
 
 
 def test_variants_are_rows_of_their_own() -> None:
@@ -193,3 +213,17 @@ def test_published_ablations_are_read() -> None:
 def test_nothing_to_show() -> None:
     with pytest.raises(ValueError, match="no scores"):
         seed_rows([scored(1.0, 0, metric="size_on_disk", unit="MiB")])
+
+
+def test_versions_of_a_task_are_not_mixed() -> None:
+    """Another prompt or other answers: neither one mean nor one column, nor compared."""
+    results = [*RESULTS, scored(60.0, 0, task_version=2), scored(95.0, 0, "gguf", task_version=2)]
+    rows = {(row.task, row.label): row for row in seed_rows(results)}
+    assert rows["sst2", "bitdistill"].mean == 90.5
+    second = rows["sst2-v2", "bitdistill"]
+    assert (second.mean, second.difference) == (60.0, None)
+    header, _, *lines = render(results[-3:], "markdown").splitlines()
+    assert "| sst2 Accuracy (%, n=200) | sst2-v2 Accuracy (%, n=200) |" in header
+    assert [line.split("|")[-3:-1] for line in lines] == [
+        [" 80.00 ± 1.00 ", " – "], [" – ", " 60.00 ± 1.00 "], [" – ", " 95.00 ± 1.00 "],
+    ]  # fmt: skip

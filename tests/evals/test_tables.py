@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bitdistill.evals import Result, read_jsonl, render, rich_tables, write_jsonl
+from bitdistill.evals import Result, read_jsonl, render, write_jsonl
 
 
 def result(metric: str, value: float, unit: str = "%", **other: Any) -> Result:
@@ -50,6 +50,16 @@ def test_json_lines_round_trip_and_append(tmp_path: Path) -> None:
     assert (first["metric"], first["value"], first["n"], first["stderr"]) == (
         "accuracy", 93.125, 872, 0.5,
     )  # fmt: skip
+
+
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    """And not at what else Unicode takes for the end of a line."""
+    named = result("accuracy", 90.0, details={"labels": ["a\u2028b", "c\u0085d\x1e"]})
+    write_jsonl([named, *RESULTS], tmp_path / "r.jsonl")
+    assert read_jsonl(tmp_path / "r.jsonl") == [named, *RESULTS]
+    windows = (tmp_path / "r.jsonl").read_bytes().replace(b"\n", b"\r\n")
+    (tmp_path / "windows.jsonl").write_bytes(windows)
+    assert read_jsonl(tmp_path / "windows.jsonl") == [named, *RESULTS]
 
 
 @pytest.mark.parametrize("line", ["{", '{"metric": "accuracy"}', "3"])
@@ -116,15 +126,66 @@ def test_csv_and_json_hold_full_numbers_and_every_metric() -> None:
     assert (records[1]["ECE (%)"], records[1]["Token p95 (ms)"]) == (3.0, 1.25)
 
 
-def test_rich_tables_show_the_same_cells() -> None:
-    from rich.console import Console
+def test_csv_and_json_tell_seeds_and_variants_apart() -> None:
+    """Runs that were evaluated one by one have artifacts of one name."""
+    changed = {"settings": {"variant": "no norms"}}
+    runs = [result("accuracy", 90.0 + s, seed=s, artifact_hash=str(s)) for s in (0, 1)]
+    runs.append(result("accuracy", 80.0, artifact_hash="2", **changed))
+    rows = csv.DictReader(io.StringIO(render(runs, "csv")))
+    assert [(row["seed"], row["variant"], row["Accuracy (%)"]) for row in rows] == [
+        ("0", "", "90.0"), ("1", "", "91.0"), ("0", "no norms", "80.0"),
+    ]  # fmt: skip
+    assert [row["seed"] for row in json.loads(render(runs, "json"))] == [0, 1, 0]
 
-    console = Console(file=io.StringIO(), width=80)
-    (table,) = rich_tables(RESULTS)
-    console.print(table)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("sst2 (validation)", "n=872)", "93.12", "± 0.50", "2.50×", "(1,050)", "–"):
-        assert part in text
+
+def test_tasks_of_several_exports_are_not_mixed() -> None:
+    """In whatever order they come: the 8-bit export on one task stands beside itself on another."""
+    made = [("sst2", "a/onnx", 91.0), ("sst2", "a/onnx8", 90.0), ("qnli", "b/onnx8", 80.0),
+            ("qnli", "b/onnx", 81.0)]  # fmt: skip
+    table = render([
+        result("accuracy", value, task=task, artifact=name, artifact_hash=task + name)
+        for task, name, value in made
+    ])  # fmt: skip
+    assert [line.split("|")[3:6] for line in table.splitlines()[2:]] == [
+        [" a/onnx ", " 91.00 ± 0.50 ", " 81.00 ± 0.50 "],
+        [" a/onnx8 ", " 90.00 ± 0.50 ", " 80.00 ± 0.50 "],
+    ]
+
+
+def test_artifacts_stand_with_their_student() -> None:
+    """A seed that was trained twice for a task: the second student's artifact is in its row."""
+    made = [("sst2", "torch", "s", 90.0), ("sst2", "onnx", "s", 89.0), ("qnli", "torch", "q", 80.0),
+            ("qnli", "torch", "again", 70.0), ("qnli", "onnx", "again", 71.0)]  # fmt: skip
+    table = render([
+        result("accuracy", value, task=task, backend=backend, student=student,
+               artifact_hash=backend + student)
+        for task, backend, student, value in made
+    ])  # fmt: skip
+    lines = [line.split("|")[2:5] for line in table.splitlines()[2:]]
+    assert [[cell.strip()[:5] for cell in cells] for cells in lines] == [
+        ["torch", "90.00", "80.00"], ["onnx", "89.00", "–"],
+        ["torch", "–", "70.00"], ["onnx", "–", "71.00"],
+    ]  # fmt: skip
+
+
+def test_answers_got_in_another_way_have_rows_of_their_own() -> None:
+    """A label by likelihood beside one that was said, or beams beside greedy, are no comparison."""
+    said = {"settings": {"options": {"scoring": "greedy"}}}
+    usual = {"settings": {"options": {"scoring": "likelihood", "search": {"beams": 1}}}}
+    table = render([
+        result("accuracy", 90.0, **usual, **TEACHER), result("accuracy", 80.0, **usual),
+        result("accuracy", 10.0, **said),
+    ])  # fmt: skip
+    assert [line.split(" | ")[:4] for line in table.splitlines()[2:]] == [
+        ["| fp16-sft", "torch", "", "90.00 ± 0.50 |"],
+        ["| bitdistill", "onnx", "", "80.00 ± 0.50 |"],
+        ["| bitdistill", "onnx", "said greedily", "10.00 ± 0.50 |"],
+    ]  # fmt: skip
+    search = {"beams": 4, "length_penalty": 0.5, "min_new_tokens": 3}
+    (row,) = json.loads(
+        render([result("rougeL", 20.0, settings={"options": {"search": search}})], "json")
+    )
+    assert row["answers"] == "4 beams, length penalty 0.5, at least 3 tokens"
 
 
 def test_summary_columns_come_in_the_order_of_the_paper() -> None:
