@@ -140,7 +140,7 @@ def test_wrong_data_for_training(
     start += ["base.enabled=false", "--set"]
     data = tmp_path / "data.csv"
     messages = {
-        "sentence,label\na,5\n": "example 0 has label 5, task 'sst2' has 0..1 (negative, positive)",
+        "sentence,label\na,5\n": "example 0 has label '5', task 'sst2' has 0..1 (negative, pos",
         "text,label\na,1\n": "column 'sentence' is missing; the data has text, label; map it",
         "sentence,label\n": "holds no examples",
         "": "is empty; give a file with at least one example",

@@ -100,6 +100,20 @@ def test_null_and_na_are_text_in_a_csv(tmp_path: Path) -> None:
     assert [e.prompt.split("\n")[0] for e in examples] == ["null", "NA", "None"]
 
 
+def test_cells_of_a_csv_are_the_text_that_stands_there(tmp_path: Path) -> None:
+    """No column is taken for numbers, whatever its first ten thousand rows hold."""
+    file = tmp_path / "orders.csv"
+    text = '"He said ""007"",\nor 1.50"'
+    rows = ["007,1,12", "1.50,01,12", f"{text},0,12", *["1e5,1,12"] * 12_000, "5,positive,B12"]
+    file.write_text("\ufeffsentence,label,shelf\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    inputs = [example.inputs[0] for example in load_examples(SST2, file)]
+    assert inputs[:4] == ["007", "1.50", 'He said "007",\nor 1.50', "1e5"]
+    assert inputs[-1] == "5"
+    long = "word " * 40_000
+    file.write_text(f"sentence,label\n{long},1\n\n", encoding="utf-8")
+    assert load_examples(SST2, file)[0].inputs == (long.strip(),)
+
+
 def test_summaries(tmp_path: Path) -> None:
     rows = [{"document": "A long {story}.", "summary": " Short. ", "other": 1}]
     examples = load_examples(
@@ -169,7 +183,10 @@ def test_a_missing_column_of_an_evaluation_is_mapped_on_the_command_line(tmp_pat
         ("a.jsonl", b"\n", "holds no examples"),
         ("a.csv", b"sentence,label\n", "holds no examples"),
         ("a.jsonl", b'{"sentence": "a", "label": 1}\nnot json\n', "(line 2: Expecting value"),
-        ("a.csv", b'sentence,label\na,1\n"open,1\n', "cannot be read as csv (Error tokenizing"),
+        ("a.csv", b'sentence,label\na,1\n"open,1\n', "read as csv (unexpected end of data"),
+        ("a.csv", b"sentence,label\ngood,really,1\n", "(line 2: 3 cells, the header has 2; a text"),
+        ("a.csv", b"sentence,label\na,1\ngood\n", "(line 3: 1 cells, the header has 2; a text"),
+        ("a.csv", b"label,sentence,sentence\n1,a,b\n", "(two columns are called 'sentence')"),
         ("a.csv", b"sentence,label\n\xff\xfe,1\n", "cannot be read as csv ("),
         ("a.parquet", b"PAR1 no more", "cannot be read as parquet ("),
         ("a.txt", b"text", "a.txt: unknown format; use .jsonl, .json, .csv, .parquet"),
