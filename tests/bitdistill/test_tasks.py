@@ -94,6 +94,17 @@ def test_words_win_over_ids(tmp_path: Path) -> None:
     assert found == [0, 2, 1, 2, 0]
 
 
+def test_ids_are_refused_where_the_answers_are_numbers(tmp_path: Path) -> None:
+    """Ids 0..2 of the answers 1..3 would otherwise be one answer too low, and no error."""
+    stars = dataclasses.replace(SST2, name="stars", labels=(" 1", " 2", " 3"), hub=None)
+    rows = [{"sentence": "a", "label": value} for value in (2, 1, 0)]
+    with pytest.raises(ValueError, match=r"example 2 has label 0, .* has \(1, 2, 3\); fix"):
+        load_examples(stars, write(tmp_path, "jsonl", rows))
+    codes = dataclasses.replace(SST2, name="codes", labels=(" 01", " 02"), hub=None)
+    rows = [{"sentence": "a", "label": value} for value in (1, 2.0, "01")]
+    assert [e.label for e in load_examples(codes, write(tmp_path, "jsonl", rows))] == [0, 1, 0]
+
+
 def test_null_and_na_are_text_in_a_csv(tmp_path: Path) -> None:
     rows = [{"sentence": text, "label": 1} for text in ("null", "NA", "None")]
     examples = load_examples(SST2, write(tmp_path, "csv", rows))
