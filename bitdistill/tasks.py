@@ -235,9 +235,15 @@ def _example(task: Task, index: int, row: Row, columns: dict[str, str], remedy: 
                 f"column {name!r} is missing; the data has {', '.join(row)}; map it with "
                 f"{remedy.format(column)}"
             )
-        if row[name] is None:
+        value = row[name]
+        if value is None or (value == "" and column == task.target and task.kind == "summary"):
             raise ValueError(f"example {index} has no value in column {name!r}; fix the data")
-        values[column] = row[name]
+        if isinstance(value, bytes | list | dict):
+            raise ValueError(
+                f"example {index} has a {type(value).__name__} in column {name!r}, not text; map "
+                "another column, or write the text into the data"
+            )
+        values[column] = value
     inputs = tuple(str(values[c]).strip() for c in task.columns)
     prompt = task.fill(inputs)
     if task.kind == "summary":

@@ -154,6 +154,20 @@ def test_a_missing_value(column: str, tmp_path: Path) -> None:
         load_examples(SST2, write(tmp_path, "jsonl", rows))
 
 
+def test_an_empty_summary_is_a_missing_one(tmp_path: Path) -> None:
+    data = write(tmp_path, "csv", [{"article": "a", "highlights": ""}])
+    with pytest.raises(ValueError, match="example 0 has no value in column 'highlights'; fix"):
+        load_examples(TASKS["cnn_dailymail"], data)
+
+
+@pytest.mark.parametrize("value", [["a", "b"], {"text": "a"}, b"a"])
+def test_what_is_no_text_is_not_written_out_as_python(value: Any, tmp_path: Path) -> None:
+    data = write(tmp_path, "parquet", [{"sentence": value, "label": 1}])
+    name = type(value).__name__
+    with pytest.raises(ValueError, match=f"example 0 has a {name} in column 'sentence', not text"):
+        load_examples(SST2, data)
+
+
 def test_a_missing_column(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         load_examples(SST2, write(tmp_path, "jsonl", [{"sentense": "a", "label": 1}]))
