@@ -16,6 +16,7 @@ from typing import Any
 
 Row = dict[str, Any]
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+OWN_SOURCES = ("task", "tiny")  # of a corpus, whatever files have these names
 COMPRESSED = (".gz", ".zst")  # of JSON lines, in a corpus
 
 SAMPLES = 256  # blocks of a large file that are hashed
@@ -39,10 +40,12 @@ def form_of(file: Path) -> str:
 
 
 def is_local(source: str) -> bool:
-    """Whether a corpus source is a file, a folder or a pattern rather than a hub data set."""
+    """Whether a corpus source is a file, a folder or a pattern: no hub data set, none of ours."""
     path = Path(source)
     endings = (*LOCAL_FORMATS, *COMPRESSED)
-    return path.suffix.lower() in endings or "*" in source or path.exists()
+    return source not in OWN_SOURCES and (
+        path.suffix.lower() in endings or "*" in source or path.exists()
+    )
 
 
 def local_files(source: str) -> list[Path]:
