@@ -27,8 +27,8 @@ from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.quantize import BitLinear
 from bitdistill.schema import Config, Distillation
+from bitdistill.sources import is_local
 from bitdistill.student import make_student
-from bitdistill.tasks import load_examples
 from bitdistill.teacher import ModelError, check_model, check_teacher, load_model
 from bitdistill.training import Fit
 
@@ -49,14 +49,12 @@ def check_packages(config: Config) -> list[str]:
     return needed
 
 
-def _check_texts(config: Config) -> None:
-    """Read a first validation example and the first text of every corpus source."""
-    data = config.task
-    if data.validation is not None:
-        load_examples(data.resolve(), data.validation, limit=1, columns=data.columns)
+def _check_hub(config: Config) -> None:
+    """Read the first text of every corpus source on the hub."""
     if config.base.enabled or config.pretrain.enabled:
         for name in config.corpus.sources:
-            open_source(name, config.corpus, config.task, config.seed).next()
+            if not is_local(name):
+                open_source(name, config.corpus, config.task, config.seed).next()
 
 
 def _parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -115,7 +113,7 @@ def dry_run(config: Config) -> str:
         check_model(config.model)
     check_sources(config)
     base, tokenizer = load_model(config.model, config.seed)
-    _check_texts(config)
+    _check_hub(config)
     settings = config.distill
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-text token; set eos_token in its config")

@@ -219,7 +219,7 @@ def test_a_hub_corpus_goes_on_by_its_own_state(
 
 
 def test_sources_are_checked_before_anything_else(tmp_path: Path) -> None:
-    settings = [f"corpus.sources=[tiny, '{tmp_path}/*.jsonl']"]
+    settings = [f"corpus.sources=[tiny, '{tmp_path}/*.jsonl']", "corpus.column=body"]
     with pytest.raises(FileNotFoundError, match=r"\*.jsonl does not exist"):
         check_sources(load_config("tiny", settings))
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
