@@ -121,7 +121,7 @@ def train(
     if dry_run:
         from bitdistill.dry_run import dry_run as check
 
-        click.echo(check(config))
+        click.echo(check(config, out, until))
         return
     from bitdistill.hardware import start_compilers
 

@@ -167,6 +167,9 @@ def test_a_dry_run_finds_what_a_run_would_meet(refused: Callable[..., str], tmp_
     assert "has no column 'text', only txt" in refused(*dry, "task.limit_train=4", *corpus)
     validation = f"task={{name: tiny, validation: {tmp_path / 'x.jsonl'}}}"
     assert "column 'sentence' is missing" in refused(*dry, validation)
+    assert refused(*dry[:-1], "--until", "studnet").startswith("no stage 'studnet' in this run; it")
+    below = tmp_path / "x.jsonl" / "run"
+    assert refused(*dry[:2], "--out", below).endswith("a directory there; choose another --out")
     assert not (tmp_path / "run").exists()
 
 
