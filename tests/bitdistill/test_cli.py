@@ -69,6 +69,26 @@ def test_python_m_bitdistill() -> None:
     assert done.stdout.endswith(f"{bitdistill.__version__}\n")
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """`bitdistill recipes NAME | head`."""
+    command = [sys.executable, "-P", "-m", "bitdistill", "recipes", "tiny"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
+def test_a_damaged_file_is_one_line(artifact: Path, tmp_path: Path) -> None:
+    """`datasets` would log what it raises, between a user and the message."""
+    file = tmp_path / "a.parquet"
+    file.write_bytes(b"PAR1, but no more")
+    command = [sys.executable, "-P", "-m", "bitdistill", "eval", artifact, "--data", file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stderr.count("\n") == 1
+    assert "a.parquet cannot be read as parquet (" in done.stderr
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 
