@@ -111,9 +111,11 @@ class TorchRuntime(Runtime):
     def step(self, tokens: Sequence[int], cache: TorchCache) -> Floats:
         """Feed tokens of one sequence; float32 (V,) logits of the last."""
         self.check_tokens(tokens, cache.capacity - cache.length)
-        output = self.model(
-            input_ids=torch.tensor([list(tokens)], device=self.device),
-            past_key_values=cache.cache,
+        output = self.model(  # by place: transformers changes the name of its cache
+            torch.tensor([list(tokens)], device=self.device),
+            None,
+            None,
+            cache.cache,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -140,10 +142,10 @@ class TorchRuntime(Runtime):
 
     def _feed_rows(self, tokens_RT: torch.Tensor, at_RT: torch.Tensor, rows: TorchRows) -> Floats:
         output = self.model(
-            input_ids=tokens_RT,
-            attention_mask=rows.mask_RT,
-            position_ids=at_RT,
-            past_key_values=rows.cache,
+            tokens_RT,
+            rows.mask_RT,
+            at_RT,
+            rows.cache,
             use_cache=True,
             logits_to_keep=1,
         )

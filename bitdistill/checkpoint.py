@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -56,12 +56,19 @@ def save(
 ) -> None:
     """Write a teacher or student directory: weights, config, tokenizer, card, manifest.
 
-    `kind` is `teacher` or `student`; `content` becomes the manifest. FileExistsError if it exists.
+    `kind` is `teacher` or `student`; `content` becomes the manifest. FileExistsError if it exists,
+    OSError where there is no room.
     What training ends an answer with ends a generation too, whatever the base model says of it.
     """
     model.generation_config.eos_token_id = ends_of(model, tokenizer) or None
     with manifest.new_directory(path) as partial:
-        model.save_pretrained(partial)
+        try:
+            model.save_pretrained(partial)
+        except SafetensorError as error:  # which is no OSError
+            raise OSError(
+                f"{path} could not be written ({error}); make room or choose another --out, and go "
+                "on with --resume"
+            ) from error
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         manifest.write_manifest(partial, kind, content)

@@ -39,7 +39,8 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except EXPECTED as error:
-            if isinstance(error, RuntimeError) and not _is_ours(error):
+            foreign = isinstance(error, RuntimeError) and not _is_ours(error)
+            if foreign or isinstance(error, BrokenPipeError):  # `| head`: click ends quietly
                 raise
             message = str(error) or type(error).__name__
             raise click.ClickException(message) from error
@@ -53,6 +54,7 @@ def _quiet_libraries() -> None:
     """Third-party chatter does not belong between a user and a result."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs what it then raises
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -121,7 +123,7 @@ def train(
     if dry_run:
         from bitdistill.dry_run import dry_run as check
 
-        click.echo(check(config))
+        click.echo(check(config, out, until))
         return
     from bitdistill.hardware import start_compilers
 

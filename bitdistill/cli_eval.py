@@ -105,6 +105,9 @@ def evaluate(
 
     atexit.register(gc.freeze)  # a search for cycles in all that was imported would end each run
     _check_outputs(out=out, plot=plot, html=html)
+    _check_report(html, out, *data)
+    if out is not None and out.exists():
+        evals.read_jsonl(out)  # what is appended to must be results
     search = {key: options.pop(key) for key in ("beams", "length_penalty", "min_new_tokens")}
     limit = options.pop("max_new_tokens")
     chosen, files, mapping = _task_of(task, data, columns)
@@ -144,6 +147,7 @@ def report(
     from bitdistill import evals
 
     _check_outputs(plot=plot, html=html)
+    _check_report(html, *results)
     found = [result for path in results for result in evals.read_jsonl(path)]
     _show(found, form, plot, html, store, seeds=seeds)
 
@@ -170,6 +174,14 @@ def _check_outputs(**paths: Path | None) -> None:
     for option, path in paths.items():
         if path is not None:
             evals.check_output(path, f"--{option}")
+
+
+def _check_report(html: Path | None, *read: Path | None) -> None:
+    """A report is written anew: it must not take the place of what it is made from."""
+    if html is not None and html.resolve() in {path.resolve() for path in read if path is not None}:
+        raise click.BadParameter(
+            f"{html} is read or appended to; write the report to another file", param_hint="--html"
+        )
 
 
 def _show(

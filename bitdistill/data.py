@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from bitdistill.corpus import Steps
+from bitdistill.documents import open_source
 from bitdistill.encoding import Encoded
 from bitdistill.schema import Config
 from bitdistill.schema_data import TaskData
 from bitdistill.sequences import Sequences
-from bitdistill.sources import is_local, local_files
+from bitdistill.sources import is_local
 from bitdistill.tasks import Example, load_examples, some_of
 
 Batch = dict[str, Tensor]
@@ -229,13 +230,21 @@ def number_documents(pieces: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def check_sources(config: Config) -> None:
-    """FileNotFoundError for a local file that some stage would miss, maybe hours from now."""
-    for file in (config.task.train, config.task.validation):
+    """FileNotFoundError or ValueError for what some stage, or evaluation, could not read.
+
+    That may be hours from now. A first validation example and the first text of every local corpus
+    source are read; training examples are read at once by the first stage.
+    """
+    data = config.task
+    for file in (data.train, data.validation):
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"data file {file} does not exist; check the path")
+    if data.validation is not None:
+        load_examples(data.resolve(), data.validation, limit=1, columns=data.columns)
     if config.base.enabled or config.pretrain.enabled:
+        unshuffled = config.corpus.model_copy(update={"shuffle": 0})  # a block may be a whole file
         for source in filter(is_local, config.corpus.sources):
-            local_files(source)
+            open_source(source, unshuffled, data, config.seed).next()
 
 
 def task_examples(data: TaskData, seed: int = 0) -> list[Example]:

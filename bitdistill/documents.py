@@ -13,7 +13,7 @@ from typing import Any
 
 from bitdistill.readers import Files, JsonLines, Parquet, Reader, Streamed, Texts, column_of
 from bitdistill.schema_data import Corpus, TaskData
-from bitdistill.sources import file_rows, file_stream, form_of, hub_stream, is_local, local_files
+from bitdistill.sources import file_rows, form_of, hub_stream, is_local, local_files
 from bitdistill.tasks import load_examples, some_of
 
 
@@ -133,9 +133,7 @@ def _file_reader(file: Path, column: str) -> Reader:
     form = form_of(file)
     if form == "parquet":
         return Parquet(file, column)
-    if form == "csv":
-        return Streamed(str(file), column, lambda: file_stream(file, form))
-    if file.suffix.lower() == ".json" and _is_array(file):
+    if form == "csv" or (file.suffix.lower() == ".json" and _is_array(file)):
         return Texts(lambda: (column_of(str(file), row, column) for row in file_rows(file)))
     return JsonLines(file, column)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from bitdistill.config import dump_config
 from bitdistill.cost import STATE_BYTES, costs, describe, enabled_stages, stage_tokens
-from bitdistill.data import TaskBatches, check_sources
+from bitdistill.data import TaskBatches
 from bitdistill.distributed import World
 from bitdistill.documents import open_source
 from bitdistill.feeds import candidates, task_batches
@@ -27,8 +27,9 @@ from bitdistill.objective import make_objective
 from bitdistill.progress import Reporter
 from bitdistill.quantize import BitLinear
 from bitdistill.schema import Config, Distillation
+from bitdistill.sources import is_local
+from bitdistill.stages import LAST, directory_of, plan
 from bitdistill.student import make_student
-from bitdistill.tasks import load_examples
 from bitdistill.teacher import ModelError, check_model, check_teacher, load_model
 from bitdistill.training import Fit
 
@@ -49,14 +50,12 @@ def check_packages(config: Config) -> list[str]:
     return needed
 
 
-def _check_texts(config: Config) -> None:
-    """Read a first validation example and the first text of every corpus source."""
-    data = config.task
-    if data.validation is not None:
-        load_examples(data.resolve(), data.validation, limit=1, columns=data.columns)
+def _check_hub(config: Config) -> None:
+    """Read the first text of every corpus source on the hub."""
     if config.base.enabled or config.pretrain.enabled:
         for name in config.corpus.sources:
-            open_source(name, config.corpus, config.task, config.seed).next()
+            if not is_local(name):
+                open_source(name, config.corpus, config.task, config.seed).next()
 
 
 def _parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -105,17 +104,17 @@ def _one_step(
     return seconds, tokens, terms, _peak_bytes(fit.hardware.device)
 
 
-def dry_run(config: Config) -> str:
-    """Everything a run depends on, checked; a report for a person.
+def dry_run(config: Config, out: str | Path | None = None, until: str = LAST) -> str:
+    """Everything that a run with these arguments depends on, checked; a report for a person.
 
-    Raises what the run itself would raise: ModelError, ValueError, FileNotFoundError, ImportError.
+    Raises what the run itself would raise: ModelError, ValueError, OSError, ImportError.
     """
     packages = check_packages(config)
     if config.model.source != "tiny":
         check_model(config.model)
-    check_sources(config)
+    plan(config, directory_of(config, out), until)
     base, tokenizer = load_model(config.model, config.seed)
-    _check_texts(config)
+    _check_hub(config)
     settings = config.distill
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-text token; set eos_token in its config")

@@ -79,8 +79,11 @@ def read_manifest(directory: Path, kind: str | None = None) -> dict[str, Any]:
             f"{directory} has format version {version}, this bitdistill reads {FORMAT_VERSION}; "
             "make it again, or install the version that wrote it"
         )
-    if kind is not None and manifest.get("kind") != kind:
-        raise FormatError(f"{directory} holds {an(manifest.get('kind'))}, expected {an(kind)}")
+    for key, form in (("kind", str), ("files", dict)):  # without files nothing would be compared
+        if not isinstance(manifest.get(key), form):
+            raise FormatError(f"{path} has no {key}: altered; make or copy the directory again")
+    if kind is not None and manifest["kind"] != kind:
+        raise FormatError(f"{directory} holds {an(manifest['kind'])}, expected {an(kind)}")
     return manifest
 
 

@@ -2,8 +2,8 @@
 
 Local parquet and JSON lines files are read here, because they can be entered in the middle: a
 parquet file at a row group, JSON lines at a byte. Compressed JSON lines have to be decompressed up
-to the position, but nothing before it is parsed. CSV files and hub data sets go through `datasets`,
-whose streams have a state of their own.
+to the position, but nothing before it is parsed. CSV files are parsed from their beginning. Hub
+data sets go through `datasets`, whose streams have a state of their own.
 
 Neither torch nor transformers is imported: worker processes start with this (corpus_worker.py).
 """

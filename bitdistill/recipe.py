@@ -26,18 +26,17 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from bitdistill import checkpoint, manifest, training_state
 from bitdistill.cards import model_card
 from bitdistill.config import dump_config
-from bitdistill.data import Batch, Batches, check_sources
+from bitdistill.data import Batch, Batches
 from bitdistill.distributed import World, collect, skeleton
 from bitdistill.feeds import calibration, candidates, corpus_batches, seed_of, task_batches
 from bitdistill.hardware import Hardware, TrainingError, start_compilers
 from bitdistill.initialise import initialise
-from bitdistill.inputs import Inputs
 from bitdistill.int8 import weights_to_int8
 from bitdistill.objective import make_objective
 from bitdistill.prefetch import prefetched
 from bitdistill.progress import Reporter
 from bitdistill.schema import Config, Distillation, Training
-from bitdistill.stages import LAST, Stage, describe, fingerprint, plan_stages
+from bitdistill.stages import LAST, Stage, describe, directory_of, fingerprint, plan
 from bitdistill.student import (
     make_student,
     measure_gains,
@@ -67,13 +66,7 @@ class Recipe:
         until: str = LAST,
     ) -> None:
         self.config, self.out, self.resume, self.until = config, out, resume, until
-        if any(p.exists() and not p.is_dir() for p in (out, *out.parents)):
-            raise FileExistsError(f"{out} cannot be a directory there; choose another --out")
-        check_sources(config)
-        self.inputs = Inputs(config)
-        self.stages = plan_stages(config, out, self.inputs)
-        if until not in self.stages:
-            raise ValueError(f"no stage {until!r} in this run; it has {', '.join(self.stages)}")
+        self.inputs, self.stages = plan(config, out, until)
         out.mkdir(parents=True, exist_ok=True)
         self.world = World.from_environment()
         log = out / "log.jsonl" if self.world.main else None
@@ -286,5 +279,4 @@ def train(
     Raises TrainingError, ConfigError, ModelError or FormatError with the remedy; what is complete
     stays, and a later call continues after it.
     """
-    out = Path("runs") / config.name if out is None else Path(out)
-    return Recipe(config, out, resume=resume, quiet=quiet, until=until).run()
+    return Recipe(config, directory_of(config, out), resume=resume, quiet=quiet, until=until).run()

@@ -6,6 +6,7 @@ user needs to know which file or data set it was, and what to do.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ from typing import Any
 
 Row = dict[str, Any]
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+OWN_SOURCES = ("task", "tiny")  # of a corpus, whatever files have these names
 COMPRESSED = (".gz", ".zst")  # of JSON lines, in a corpus
 
 SAMPLES = 256  # blocks of a large file that are hashed
+LONGEST_CELL = (1 << 31) - 1  # characters; Python's own limit is below an article's
 
 
 def form_of(file: Path) -> str:
@@ -37,10 +40,12 @@ def form_of(file: Path) -> str:
 
 
 def is_local(source: str) -> bool:
-    """Whether a corpus source is a file, a folder or a pattern rather than a hub data set."""
+    """Whether a corpus source is a file, a folder or a pattern: no hub data set, none of ours."""
     path = Path(source)
     endings = (*LOCAL_FORMATS, *COMPRESSED)
-    return path.suffix.lower() in endings or "*" in source or path.exists()
+    return source not in OWN_SOURCES and (
+        path.suffix.lower() in endings or "*" in source or path.exists()
+    )
 
 
 def local_files(source: str) -> list[Path]:
@@ -103,16 +108,8 @@ class Stream:
 
 def file_stream(file: Path, form: str, *, streaming: bool = True) -> Stream:
     """A local file through `datasets`."""
-    # a review that says "null" or "NA" is text, not a missing value
-    options = {"keep_default_na": False} if form == "csv" else {}
-    return Stream(
-        _reading_file(file, form),
-        form,
-        data_files=str(file),
-        split="train",
-        streaming=streaming,
-        **options,
-    )
+    guard = _reading_file(file, form)
+    return Stream(guard, form, data_files=str(file), split="train", streaming=streaming)
 
 
 def hub_stream(
@@ -163,6 +160,8 @@ def file_rows(source: str | Path, *, streaming: bool = False) -> Iterator[Row]:
         raise ValueError(f"{file} is empty; give a file with at least one example")
     if file.suffix.lower() == ".jsonl":
         return _json_lines(file)
+    if form == "csv":
+        return _csv_rows(file)
     return file_stream(file, form, streaming=streaming).rows()
 
 
@@ -181,6 +180,30 @@ def _json_lines(file: Path) -> Iterator[Row]:
                     f"{file} cannot be read as json (line {number}: {error}); correct the file"
                 ) from error
             yield row
+
+
+def _csv_rows(file: Path) -> Iterator[Row]:
+    """Rows one by one, each cell the text that stands there: "007", "null" and "1.50" are words.
+
+    A line with more or fewer cells than the header is an error, not a shifted or cut row.
+    """
+    csv.field_size_limit(LONGEST_CELL)
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            lines = csv.reader(stream, strict=True)
+            header = next(filter(None, lines), [])
+            twice = next((name for name in header if name and header.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two columns are called {twice!r}")
+            for cells in filter(None, lines):
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"line {lines.line_num}: {len(cells)} cells, the header has {len(header)}; "
+                        "a text with commas stands in quotes"
+                    )
+                yield dict(zip(header, cells, strict=True))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{file} cannot be read as csv ({error}); correct the file") from error
 
 
 def hub_rows(

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bitdistill import __version__, manifest
+from bitdistill.data import check_sources
 from bitdistill.inputs import Inputs
 from bitdistill.schema import Config
 from bitdistill.teacher import licence_of, name_of
@@ -76,6 +77,23 @@ def plan_stages(config: Config, out: Path, inputs: Inputs) -> dict[str, Stage]:
     parts = ("model", "seed", "task", "student", *guide, "distill", "method")
     plan.append(Stage(LAST, "student", config.method, parts, last, out))
     return {stage.name: stage for stage in plan if stage is not None}
+
+
+def plan(config: Config, out: Path, until: str) -> tuple[Inputs, dict[str, Stage]]:
+    """What a run reads, and its stages; the error of one that cannot begin, or has no `until`."""
+    if any(p.exists() and not p.is_dir() for p in (out, *out.parents)):
+        raise FileExistsError(f"{out} cannot be a directory there; choose another --out")
+    check_sources(config)
+    inputs = Inputs(config)
+    stages = plan_stages(config, out, inputs)
+    if until not in stages:
+        raise ValueError(f"no stage {until!r} in this run; it has {', '.join(stages)}")
+    return inputs, stages
+
+
+def directory_of(config: Config, out: str | Path | None) -> Path:
+    """The directory of a run: as given, or runs/NAME."""
+    return Path("runs") / config.name if out is None else Path(out)
 
 
 def fingerprint(stage: Stage, config: Config, inputs: Inputs) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -250,9 +251,15 @@ def _example(task: Task, index: int, row: Row, columns: dict[str, str], remedy: 
                 f"column {name!r} is missing; the data has {', '.join(row)}; map it with "
                 f"{remedy.format(column)}"
             )
-        if row[name] is None:
+        value = row[name]
+        if value is None or (value == "" and column == task.target and task.kind == "summary"):
             raise ValueError(f"example {index} has no value in column {name!r}; fix the data")
-        values[column] = row[name]
+        if isinstance(value, bytes | list | dict):
+            raise ValueError(
+                f"example {index} has a {type(value).__name__} in column {name!r}, not text; map "
+                "another column, or write the text into the data"
+            )
+        values[column] = value
     inputs = tuple(str(values[c]).strip() for c in task.columns)
     prompt = task.fill(inputs)
     if task.kind == "summary":
@@ -262,25 +269,30 @@ def _example(task: Task, index: int, row: Row, columns: dict[str, str], remedy: 
 
 
 def _label(task: Task, index: int, value: Any) -> int:
-    """The label id of a word or number, as files hold them: "Positive", 1, 1.0, "1"."""
+    """The label id of a word or number, as files hold them: "Positive", 1, 1.0, "1".
+
+    Where the answers are numbers themselves, a number is one of them and never an id.
+    """
     words = [label.strip().lower() for label in task.labels]
-    text = str(value).strip().lower()  # a CSV of True and False has booleans
+    text = str(value).strip().lower()  # True and False are booleans in many files
     if text in words:
         return words.index(text)
-    label = _integer(text)
-    if str(label) in words:  # a column of numbers with gaps is read as floats
-        return words.index(str(label))
-    if label is None or not 0 <= label < len(words):
+    number, numbers = _number(text), [_number(word) for word in words]
+    if number is not None and number in numbers:  # a column with gaps has become one of floats
+        return numbers.index(number)
+    ids = range(0 if any(n is not None for n in numbers) else len(words))
+    if number is None or number not in ids:
         raise ValueError(
             f"example {index} has label {value!r}, task {task.name!r} has "
-            f"0..{len(words) - 1} ({', '.join(words)}); fix the data or map the label column"
+            f"{f'0..{len(words) - 1} ' if ids else ''}({', '.join(words)}); fix the data or map "
+            "the label column"
         )
-    return label
+    return int(number)
 
 
-def _integer(text: str) -> int | None:
+def _number(text: str) -> float | None:
     try:
         number = float(text)
     except ValueError:
         return None
-    return int(number) if number.is_integer() else None
+    return number if math.isfinite(number) else None

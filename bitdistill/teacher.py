@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bitdistill.decoder import family_of
+from bitdistill.decoder import MODEL_TYPE_PREFIX, family_of
 from bitdistill.schema import Config
 from bitdistill.schema_data import Model
 from bitdistill.student import layers_of
@@ -55,6 +55,11 @@ def load_model(model: Model, seed: int = 0) -> tuple[PreTrainedModel, Tokenizer]
     source, options = _address(model)
     config = _attempt(AutoConfig, model, source, options)
     family_of(config.model_type)
+    if config.model_type.startswith(MODEL_TYPE_PREFIX):
+        raise ModelError(
+            f"model {model.source} is a ternary student, not a base model or teacher; give the "
+            "model that it was made from, or a teacher directory"
+        )
     tokenizer = _attempt(AutoTokenizer, model, source, options)
     precise = options | {"dtype": torch.float32, "output_loading_info": True}
     loaded, report = _attempt(AutoModelForCausalLM, model, source, precise)

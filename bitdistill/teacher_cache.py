@@ -145,7 +145,10 @@ class TeacherCache:
                 tensors |= {f"{key}:{name}": x.contiguous() for name, x in said.items()}
         file = self.path / f"shard-{number:05d}.safetensors"
         partial = file.with_name(file.name + ".partial")
-        save_file(tensors, partial)
+        try:
+            save_file(tensors, partial)
+        except SafetensorError as error:  # which is no OSError
+            raise OSError(f"{file} could not be written ({error}); make room there") from error
         partial.replace(file)
 
     def attach(self, batch: Batch) -> Batch:

@@ -18,9 +18,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from bitdistill.backends.search import Search
+from bitdistill.names import suggest
 from bitdistill.tasks import Example, Task, check_beginnings, shorten
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ class Options:
     scoring: Scoring = "likelihood"
     search: Search = field(default_factory=Search)
     perplexity: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scoring not in get_args(Scoring):
+            known = suggest(self.scoring, get_args(Scoring))
+            raise ValueError(f"unknown scoring {self.scoring!r}{known}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Options:

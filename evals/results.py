@@ -91,13 +91,17 @@ def write_jsonl(results: Iterable[Result], path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(r.to_json(), ensure_ascii=False, allow_nan=False) for r in results]
+    whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")  # else edited by hand
     with path.open("a", encoding="utf-8") as stream:
+        stream.write("" if whole else "\n")
         stream.write("".join(line + "\n" for line in lines))
 
 
 def read_jsonl(path: str | Path) -> list[Result]:
     """The results in a file; ValueError names the file and the line that is not one."""
     results = []
+    if not Path(path).exists():
+        raise FileNotFoundError(f"results file {path} does not exist; check the path")
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; give the file that `bitdistill eval --out` wrote")
     try:

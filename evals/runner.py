@@ -97,6 +97,7 @@ def run(
     directories = open_directories(paths, device, floor)
     program = _llama_bench(directories, llama_bench) if speed else None
     task = choose_task(directories, task)
+    _check_options(task, scoring, search)
     sets = read_sets(directories, task, data, split, limit, columns)
     if max_length is None:  # the same prompts for every row, also where one context is shorter
         max_length = min((d.context for d in directories if d.context), default=None)
@@ -126,6 +127,20 @@ def run(
 
     by_split = [list(column) for column in zip(*rows, strict=True)]
     return summarise(Measured(directories, task, sets, by_split, speeds, seed, settings))
+
+
+def _check_options(task: Task, scoring: Scoring, search: dict[str, Any] | None) -> None:
+    """ValueError for what a task of this kind would leave unused."""
+    if task.kind == "label" and search:
+        raise ValueError(
+            f"beams, length penalty and new tokens are of summaries, and task {task.name!r} has "
+            "labels; leave them out"
+        )
+    if task.kind == "summary" and scoring == "greedy":
+        raise ValueError(
+            f"scoring is of label tasks, and the summaries of task {task.name!r} are generated "
+            "anyway; leave it out"
+        )
 
 
 def _llama_bench(directories: Sequence[Directory], name: str | Path | None) -> Path | None:

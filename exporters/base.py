@@ -30,6 +30,7 @@ EXPORTERS = {
     "mlx": "bitdistill.exporters.to_mlx:write",
 }
 DEFAULT_CONTEXT = 8192
+DTYPES = ("float16", "bfloat16", "float32")
 # fields of Options that few targets have
 OPTIONAL = ("activation_bits", "dtype", "model_file", "ops", "with_library", "task", "kv_bits")
 INHERITED = ("family", "method", "task", "base_model", "licence", "seed")
@@ -128,6 +129,10 @@ def _checked(target: str, exporter: Any, given: dict[str, Any]) -> Options:
             raise ValueError(
                 f"{target} has no option {name}; leave it out, or choose another target"
             )
+    if options.activation_bits not in ("trained", 8, None):
+        raise ValueError(f"activation_bits must be 8 or None, got {options.activation_bits!r}")
+    if options.dtype not in (None, *DTYPES):
+        raise ValueError(f"unknown dtype {options.dtype!r}{suggest(options.dtype, DTYPES)}")
     if options.kv_bits is not None:
         _check_bits(target, "kv_bits", options.kv_bits, exporter.KV_BITS)
     if options.ops is not None and options.ops not in exporter.OPS:

@@ -47,6 +47,17 @@ def test_a_student_runs_as_it_was_trained(student_dir: Callable[..., Path], fami
     assert runtime.context == 128
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
+def test_generation_says_nothing_of_what_transformers_will_rename(
+    student_dir: Callable[..., Path], family: str
+) -> None:
+    runtime = backends.load(student_dir(family, "paper", None))
+    assert len(list(runtime.generate(TOKENS[0], max_new_tokens=3, stop=()))) == 3
+    _, rows = runtime.start_rows(TOKENS, 1)
+    assert runtime.step_rows([5, 6], rows).shape == (2, runtime.vocabulary)
+
+
 def test_decoding_with_the_cache_is_the_full_forward(student_dir: Callable[..., Path]) -> None:
     runtime = backends.load(student_dir("gemma3_text", "paper", None))
     full = runtime.logits(TOKENS[:1])[0]

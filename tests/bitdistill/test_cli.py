@@ -69,6 +69,26 @@ def test_python_m_bitdistill() -> None:
     assert done.stdout.endswith(f"{bitdistill.__version__}\n")
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """`bitdistill recipes NAME | head`."""
+    command = [sys.executable, "-P", "-m", "bitdistill", "recipes", "tiny"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
+def test_a_damaged_file_is_one_line(artifact: Path, tmp_path: Path) -> None:
+    """`datasets` would log what it raises, between a user and the message."""
+    file = tmp_path / "a.parquet"
+    file.write_bytes(b"PAR1, but no more")
+    command = [sys.executable, "-P", "-m", "bitdistill", "eval", artifact, "--data", file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stderr.count("\n") == 1
+    assert "a.parquet cannot be read as parquet (" in done.stderr
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 
@@ -140,7 +160,7 @@ def test_wrong_data_for_training(
     start += ["base.enabled=false", "--set"]
     data = tmp_path / "data.csv"
     messages = {
-        "sentence,label\na,5\n": "example 0 has label 5, task 'sst2' has 0..1 (negative, positive)",
+        "sentence,label\na,5\n": "example 0 has label '5', task 'sst2' has 0..1 (negative, pos",
         "text,label\na,1\n": "column 'sentence' is missing; the data has text, label; map it",
         "sentence,label\n": "holds no examples",
         "": "is empty; give a file with at least one example",
@@ -167,6 +187,9 @@ def test_a_dry_run_finds_what_a_run_would_meet(refused: Callable[..., str], tmp_
     assert "has no column 'text', only txt" in refused(*dry, "task.limit_train=4", *corpus)
     validation = f"task={{name: tiny, validation: {tmp_path / 'x.jsonl'}}}"
     assert "column 'sentence' is missing" in refused(*dry, validation)
+    assert refused(*dry[:-1], "--until", "studnet").startswith("no stage 'studnet' in this run; it")
+    below = tmp_path / "x.jsonl" / "run"
+    assert refused(*dry[:2], "--out", below).endswith("a directory there; choose another --out")
     assert not (tmp_path / "run").exists()
 
 
@@ -182,5 +205,5 @@ def test_outputs_that_cannot_be_written_are_found_first(
         assert refused(*export) == refused(*export, "--force") == expected
     for out in (tmp_path, file / "below"):
         message = refused("eval", artifact, "--data", file, "--out", out)
-        assert message == f"{out} cannot be a file there; choose another --out"
+        assert message == f"{out} cannot be a file there; choose another path"
     assert file.read_text() == "text"

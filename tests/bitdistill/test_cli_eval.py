@@ -218,7 +218,22 @@ def test_mistakes_in_a_report(refused: Callable[..., str], tmp_path: Path) -> No
     for option in ("--html", "--plot"):
         message = refused("report", tmp_path / "r.jsonl", option, tmp_path / "r.jsonl" / "x")
         assert message.endswith(f"cannot be a file there; choose another {option}")
-    assert "No such file" in refused("report", tmp_path / "none.jsonl")
+    none = tmp_path / "none.jsonl"
+    assert refused("report", none) == f"results file {none} does not exist; check the path"
+
+
+def test_nothing_is_written_over_results_or_appended_to_data(
+    refused: Callable[..., str], artifact: Path, reviews: Path, tmp_path: Path
+) -> None:
+    results, before = tmp_path / "r.jsonl", reviews.read_text()
+    results.write_text("")
+    message = "r.jsonl is read or appended to; write the report to another file"
+    assert message in refused("report", results, "--html", results)
+    asked = ["eval", artifact, "--data", reviews, "--no-speed"]
+    assert message in refused(*asked, "--out", results, "--html", results)
+    assert "is read or appended to" in refused(*asked, "--html", reviews)
+    assert f"{reviews}, line 1 is not a result (" in refused(*asked, "--out", reviews)
+    assert (results.read_text(), reviews.read_text()) == ("", before)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared/data beside the checkout")

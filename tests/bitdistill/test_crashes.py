@@ -24,6 +24,8 @@ from short_runs import advance, settings, weights
 
 from bitdistill import manifest
 from bitdistill.hardware import TrainingError
+from bitdistill.recipe import train
+from bitdistill.schema import Config
 from bitdistill.training import Fit
 from bitdistill.training_state import saved_states
 
@@ -169,6 +171,18 @@ def test_no_room_for_a_file(start: Callable[..., Fit], share: float) -> None:
     fit.save()
     size = (fit.state_dir / "step-00000001" / "model.safetensors").stat().st_size
     refused_then_fine(fit, start(settings()), largest_file(int(share * size)))
+
+
+def test_no_room_for_a_stage(recipe: Callable[..., Config], tmp_path: Path) -> None:
+    """Neither for its model nor for what its teacher said: an OSError, and nothing half-made."""
+    out = tmp_path / "run"
+    with largest_file(20_000), pytest.raises(OSError, match=r"run/teacher could not be written \("):
+        train(recipe(), out, quiet=True)
+    assert [p.name for p in out.iterdir() if "teacher" in p.name] == []
+    train(recipe(), out, quiet=True, until="refined")
+    with largest_file(20_000), pytest.raises(OSError, match=r"00000\.safetensors could not be wr"):
+        train(recipe("distill.cache=4"), out, quiet=True)
+    assert train(recipe("distill.cache=4"), out, quiet=True).is_dir()
 
 
 @pytest.mark.parametrize("share", [0.2, 0.7, 1.0])

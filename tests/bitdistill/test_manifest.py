@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -94,3 +95,14 @@ def test_here_is_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "weights").read_text() == "new"
     with pytest.raises(FileExistsError, match="cannot be a directory there"):
         write(Path("/"), "new", force=True)
+
+
+@pytest.mark.parametrize("key", ["kind", "files"])
+def test_a_manifest_without_what_is_compared_is_refused(key: str, tmp_path: Path) -> None:
+    write(tmp_path / "artifact", "text")
+    file = tmp_path / "artifact" / manifest.MANIFEST
+    content = json.loads(file.read_text())
+    del content[key]
+    file.write_text(json.dumps(content))
+    with pytest.raises(manifest.FormatError, match=f"has no {key}: altered; make or copy the dir"):
+        manifest.read_manifest(tmp_path / "artifact")

@@ -12,6 +12,7 @@ import pytest
 from bitdistill.config import load_config
 from bitdistill.data import check_sources, task_examples
 from bitdistill.documents import Source, open_source
+from bitdistill.inputs import Inputs
 from bitdistill.readers import JsonLines, Parquet, Texts
 from bitdistill.sources import file_rows
 
@@ -218,11 +219,23 @@ def test_a_hub_corpus_goes_on_by_its_own_state(
 
 
 def test_sources_are_checked_before_anything_else(tmp_path: Path) -> None:
-    settings = [f"corpus.sources=[tiny, '{tmp_path}/*.jsonl']"]
+    settings = [f"corpus.sources=[tiny, '{tmp_path}/*.jsonl']", "corpus.column=body"]
     with pytest.raises(FileNotFoundError, match=r"\*.jsonl does not exist"):
         check_sources(load_config("tiny", settings))
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
     check_sources(load_config("tiny", settings))
+
+
+def test_folders_with_the_names_of_embedded_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bitdistill train` works beside a folder `tiny`, whatever is in it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "task"):
+        (tmp_path / name).mkdir()
+    config = load_config("tiny", ["corpus.sources=[tiny, task]"])
+    check_sources(config)
+    assert Inputs(config).of(["corpus"]) == {}
 
 
 def test_compressed_files_are_no_task_data(tmp_path: Path) -> None:

@@ -193,6 +193,18 @@ def test_missing_files_are_found_before_the_first_stage(
     assert stages_of(tmp_path / "run") == set()
 
 
+@pytest.mark.parametrize("key", ["validation", "corpus"])
+def test_files_that_cannot_be_read_are_found_before_the_first_stage(
+    recipe: Callable[..., Config], tmp_path: Path, key: str
+) -> None:
+    file = tmp_path / "other.csv"
+    file.write_text("sentense,verdict\na,1\n")
+    setting = f"task.{key}={file}" if key != "corpus" else f"corpus.sources=[task, {file}]"
+    with pytest.raises(ValueError, match=r"column 'sentence' is missing|has no column 'text'"):
+        train(recipe("pretrain.enabled=true", setting), tmp_path / "run", quiet=True)
+    assert stages_of(tmp_path / "run") == set()
+
+
 def test_a_loss_that_is_not_finite_leaves_no_stage(
     recipe: Callable[..., Config], tmp_path: Path
 ) -> None:

@@ -96,10 +96,35 @@ def test_words_win_over_ids(tmp_path: Path) -> None:
     assert found == [0, 2, 1, 2, 0]
 
 
+def test_ids_are_refused_where_the_answers_are_numbers(tmp_path: Path) -> None:
+    """Ids 0..2 of the answers 1..3 would otherwise be one answer too low, and no error."""
+    stars = dataclasses.replace(SST2, name="stars", labels=(" 1", " 2", " 3"), hub=None)
+    rows = [{"sentence": "a", "label": value} for value in (2, 1, 0)]
+    with pytest.raises(ValueError, match=r"example 2 has label 0, .* has \(1, 2, 3\); fix"):
+        load_examples(stars, write(tmp_path, "jsonl", rows))
+    codes = dataclasses.replace(SST2, name="codes", labels=(" 01", " 02"), hub=None)
+    rows = [{"sentence": "a", "label": value} for value in (1, 2.0, "01")]
+    assert [e.label for e in load_examples(codes, write(tmp_path, "jsonl", rows))] == [0, 1, 0]
+
+
 def test_null_and_na_are_text_in_a_csv(tmp_path: Path) -> None:
     rows = [{"sentence": text, "label": 1} for text in ("null", "NA", "None")]
     examples = load_examples(SST2, write(tmp_path, "csv", rows))
     assert [e.prompt.split("\n")[0] for e in examples] == ["null", "NA", "None"]
+
+
+def test_cells_of_a_csv_are_the_text_that_stands_there(tmp_path: Path) -> None:
+    """No column is taken for numbers, whatever its first ten thousand rows hold."""
+    file = tmp_path / "orders.csv"
+    text = '"He said ""007"",\nor 1.50"'
+    rows = ["007,1,12", "1.50,01,12", f"{text},0,12", *["1e5,1,12"] * 12_000, "5,positive,B12"]
+    file.write_text("\ufeffsentence,label,shelf\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    inputs = [example.inputs[0] for example in load_examples(SST2, file)]
+    assert inputs[:4] == ["007", "1.50", 'He said "007",\nor 1.50', "1e5"]
+    assert inputs[-1] == "5"
+    long = "word " * 40_000
+    file.write_text(f"sentence,label\n{long},1\n\n", encoding="utf-8")
+    assert load_examples(SST2, file)[0].inputs == (long.strip(),)
 
 
 def test_summaries(tmp_path: Path) -> None:
@@ -129,6 +154,20 @@ def test_a_missing_value(column: str, tmp_path: Path) -> None:
     rows = [{"sentence": "a", "label": 1}, {"sentence": "a", "label": 1, column: None}]
     with pytest.raises(ValueError, match=f"example 1 has no value in column '{column}'; fix"):
         load_examples(SST2, write(tmp_path, "jsonl", rows))
+
+
+def test_an_empty_summary_is_a_missing_one(tmp_path: Path) -> None:
+    data = write(tmp_path, "csv", [{"article": "a", "highlights": ""}])
+    with pytest.raises(ValueError, match="example 0 has no value in column 'highlights'; fix"):
+        load_examples(TASKS["cnn_dailymail"], data)
+
+
+@pytest.mark.parametrize("value", [["a", "b"], {"text": "a"}, b"a"])
+def test_what_is_no_text_is_not_written_out_as_python(value: Any, tmp_path: Path) -> None:
+    data = write(tmp_path, "parquet", [{"sentence": value, "label": 1}])
+    name = type(value).__name__
+    with pytest.raises(ValueError, match=f"example 0 has a {name} in column 'sentence', not text"):
+        load_examples(SST2, data)
 
 
 def test_a_missing_column(tmp_path: Path) -> None:
@@ -171,7 +210,10 @@ def test_a_missing_column_of_an_evaluation_is_mapped_on_the_command_line(tmp_pat
         ("a.jsonl", b"\n", "holds no examples"),
         ("a.csv", b"sentence,label\n", "holds no examples"),
         ("a.jsonl", b'{"sentence": "a", "label": 1}\nnot json\n', "(line 2: Expecting value"),
-        ("a.csv", b'sentence,label\na,1\n"open,1\n', "cannot be read as csv (Error tokenizing"),
+        ("a.csv", b'sentence,label\na,1\n"open,1\n', "read as csv (unexpected end of data"),
+        ("a.csv", b"sentence,label\ngood,really,1\n", "(line 2: 3 cells, the header has 2; a text"),
+        ("a.csv", b"sentence,label\na,1\ngood\n", "(line 3: 1 cells, the header has 2; a text"),
+        ("a.csv", b"label,sentence,sentence\n1,a,b\n", "(two columns are called 'sentence')"),
         ("a.csv", b"sentence,label\n\xff\xfe,1\n", "cannot be read as csv ("),
         ("a.parquet", b"PAR1 no more", "cannot be read as parquet ("),
         ("a.txt", b"text", "a.txt: unknown format; use .jsonl, .json, .csv, .parquet"),

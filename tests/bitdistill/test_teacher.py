@@ -128,6 +128,12 @@ def test_an_architecture_that_is_not_known(tokenizer: Any, tmp_path: Path) -> No
         load_model(Model(source=str(tmp_path)))
 
 
+def test_a_student_is_no_base_model(student_dir: Callable[..., Path]) -> None:
+    """A ternary model would be called fp16-sft, and its student agree with it."""
+    with pytest.raises(ModelError, match="is a ternary student, not a base model or teacher; give"):
+        load_model(Model(source=str(student_dir())))
+
+
 def test_remote_code_is_never_run(model_dir: Path, tmp_path: Path) -> None:
     config = json.loads((model_dir / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}

@@ -94,6 +94,18 @@ def test_bad_input_is_found_before_any_model_is_loaded(
             run(paths, task, source, execute=refuse)
 
 
+def test_options_of_another_kind_of_task_are_refused(make: Make, data: Path) -> None:
+    summary = dataclasses.replace(TASK, kind="summary", labels=())
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (None, {"search": {"beams": 4}}, "are of summaries, and task 'mood' has labels; leave"),
+        (summary, {"scoring": "greedy"}, "is of label tasks, and the summaries of task 'mood' are"),
+    ]
+    plain = make("plain", task=None)
+    for task, options, text in cases:
+        with pytest.raises(ValueError, match=text):
+            run([plain], task or TASK, data, execute=refuse, **options)
+
+
 def test_rows_of_one_name_are_told_apart_by_their_folders(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

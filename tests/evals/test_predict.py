@@ -173,3 +173,10 @@ def test_what_is_known_is_not_predicted_again(table_runtime: Any) -> None:
     )  # fmt: skip
     assert again == [[1, 2], [3, 4]]
     assert second == first
+
+
+def test_options_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown scoring 'greddy'; did you mean 'greedy'"):
+        Options(scoring="greddy")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
+        Options(batch_size=0)

@@ -44,6 +44,7 @@ RESULTS = [
 def test_json_lines_round_trip_and_append(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.jsonl"
     write_jsonl(RESULTS[:2], path)
+    path.write_text(path.read_text().rstrip("\n"))  # as some editors save it
     write_jsonl(RESULTS[2:], path)
     assert read_jsonl(path) == RESULTS
     first = json.loads(path.read_text().splitlines()[0])

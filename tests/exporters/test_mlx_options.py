@@ -24,6 +24,21 @@ def config_of(path: Path) -> dict[str, Any]:
     return json.loads((path / "config.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("activation_bits", 4, "activation_bits must be 8 or None, got 4"),
+        ("dtype", "float64", "unknown dtype 'float64'; did you mean 'float16'?"),
+    ],
+)
+def test_values_that_nothing_computes_are_refused(
+    student_dir: StudentDir, tmp_path: Path, option: str, value: Any, message: str
+) -> None:
+    """The command line has choices; from Python an artifact said 4 bits and computed with 8."""
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        export(student_dir(), "mlx", tmp_path / "artifact", **{option: value})
+
+
 @pytest.mark.parametrize(("bits", "stored"), [(8, 8.5), (6, 6.5), (4, 4.5)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_narrow_embeddings(
