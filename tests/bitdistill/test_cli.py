@@ -205,5 +205,5 @@ def test_outputs_that_cannot_be_written_are_found_first(
         assert refused(*export) == refused(*export, "--force") == expected
     for out in (tmp_path, file / "below"):
         message = refused("eval", artifact, "--data", file, "--out", out)
-        assert message == f"{out} cannot be a file there; choose another path"
+        assert message == f"{out} cannot be a file there; choose another --out"
     assert file.read_text() == "text"
