@@ -103,10 +103,6 @@ def run(
         max_length = min((d.context for d in directories if d.context), default=None)
     perplexity = task.kind == "summary" and "perplexity" in task.metrics
     generate = Search(**{"max_new_tokens": task.max_new_tokens, **(search or {})})
-    if task.kind == "label":  # what a task does not use tells no results apart
-        generate = Search(task.max_new_tokens)
-    else:
-        scoring = "likelihood"
     options = Options(max_length, batch_size, scoring, generate, perplexity)
     say = progress or (lambda stage, done, total: None)
     with contextlib.ExitStack() as stack:

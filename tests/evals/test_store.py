@@ -11,13 +11,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from invented import Make, execute
 
 from bitdistill import manifest
-from bitdistill.evals import run
 from bitdistill.evals.store import PredictionLog, Store, read_complete, read_disagreements
 
 IDENTITY = {"directory": "abc", "examples": "def"}
@@ -73,21 +70,6 @@ def test_a_measurement_is_made_once(tmp_path: Path) -> None:
     assert store.once({"a": 1}, lambda: [1.5]) == [1.5]
     assert store.once({"a": 1}, lambda: pytest.fail("measured twice")) == [1.5]
     assert store.once({"a": 2}, lambda: [2.5]) == [2.5]
-
-
-def test_what_a_task_does_not_use_is_no_setting(make: Make, data: Path) -> None:
-    """Beams say nothing of labels, nor are those predicted again for them."""
-    asked: list[dict[str, Any]] = []
-
-    def note(job: dict[str, Any], progress: Any) -> Any:
-        asked.append(job["options"])
-        return execute(job, progress)
-
-    student = make("student")
-    for search in (None, {"beams": 4, "max_new_tokens": 9}):
-        results = run([student], data=data, speed=False, execute=note, search=search)
-        assert {r.answers for r in results} == {""}
-    assert asked[0] == asked[1]
 
 
 def test_disagreements(tmp_path: Path) -> None:
