@@ -6,7 +6,7 @@ recipes/*.yaml, where it can be read and compared. config.py reads those files.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -75,7 +75,7 @@ class RelationLoss(Section):
 
     weight: float = Field(0.0, ge=0)
     target_ratio: float | None = Field(None, gt=0)
-    layer: int | float = 0.75
+    layer: int | Annotated[float, Field(ge=0, le=1)] = 0.75
     split_heads: int = Field(8, gt=0)
     states: Literal["projection", "attention"] = "projection"
     scaling: Literal["sqrt", "normalised"] = "sqrt"
@@ -140,7 +140,7 @@ class Distillation(Training):
 class Pretraining(Distillation):
     """Stage 2. `seed` is its own, so that runs of several seeds can share it."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 class Student(Section):
@@ -199,7 +199,7 @@ class Config(Section):
     """
 
     name: str
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     shared: str | None = None
     method: Literal["bitdistill", "bitdistill-paper", "bitdistill-authors"] = "bitdistill"
     model: Model
