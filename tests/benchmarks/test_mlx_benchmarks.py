@@ -54,6 +54,7 @@ def script(
     return run
 
 
+@pytest.mark.slow
 def test_exports(script: Script, tmp_path: Path) -> None:
     records = script("mlx_export", "--folder", tmp_path, "--shape", "tiny")
     assert [record["embed_bits"] for record in records] == [16, 8]
