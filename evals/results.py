@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitdistill.backends.search import Search
+
 
 @dataclass(frozen=True)
 class Result:
@@ -64,14 +66,12 @@ class Result:
     def answers(self) -> str:
         """How answers were got, "" in the usual way: labels by likelihood, summaries greedily."""
         options = self.settings.get("options", {})
-        search = {"beams": 1, "length_penalty": 1.0, "min_new_tokens": 0} | options.get(
-            "search", {}
-        )
+        search = Search(**options.get("search", {}))
         words = ["said greedily"] if options.get("scoring") == "greedy" else []
-        if search["beams"] > 1:
-            words.append(f"{search['beams']} beams, length penalty {search['length_penalty']:g}")
-        if search["min_new_tokens"]:
-            words.append(f"at least {search['min_new_tokens']} tokens")
+        if search.beams > 1:
+            words.append(f"{search.beams} beams, length penalty {search.length_penalty:g}")
+        if search.min_new_tokens:
+            words.append(f"at least {search.min_new_tokens} tokens")
         return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from bitdistill import manifest
 from bitdistill.backends.registry import resolve
@@ -30,7 +30,7 @@ EXPORTERS = {
     "mlx": "bitdistill.exporters.to_mlx:write",
 }
 DEFAULT_CONTEXT = 8192
-DTYPES = ("float16", "bfloat16", "float32")
+Dtype = Literal["float16", "bfloat16", "float32"]
 # fields of Options that few targets have
 OPTIONAL = ("activation_bits", "dtype", "model_file", "ops", "with_library", "task", "kv_bits")
 INHERITED = ("family", "method", "task", "base_model", "licence", "seed")
@@ -59,7 +59,7 @@ class Options:
     context: int | None = None
     weight_bits: float = 2.0
     activation_bits: int | Literal["trained"] | None = "trained"
-    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    dtype: Dtype | None = None
     model_file: bool = False
     ops: str | None = None
     with_library: bool = False
@@ -131,8 +131,9 @@ def _checked(target: str, exporter: Any, given: dict[str, Any]) -> Options:
             )
     if options.activation_bits not in ("trained", 8, None):
         raise ValueError(f"activation_bits must be 8 or None, got {options.activation_bits!r}")
-    if options.dtype not in (None, *DTYPES):
-        raise ValueError(f"unknown dtype {options.dtype!r}{suggest(options.dtype, DTYPES)}")
+    dtypes = get_args(Dtype)
+    if options.dtype is not None and options.dtype not in dtypes:
+        raise ValueError(f"unknown dtype {options.dtype!r}{suggest(options.dtype, dtypes)}")
     if options.kv_bits is not None:
         _check_bits(target, "kv_bits", options.kv_bits, exporter.KV_BITS)
     if options.ops is not None and options.ops not in exporter.OPS:
