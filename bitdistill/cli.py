@@ -66,7 +66,7 @@ def _import_transformers() -> None:
     run begins, and an error where torchvision is of another torch. Only for a process of our own:
     they can be imported afterwards, but transformers goes on without them.
     """
-    if "transformers.modeling_utils" in sys.modules:
+    if "transformers" in sys.modules:  # it remembers what it has found
         return
     hidden = [name for name in NOT_FOR_TEXT if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is "not found"

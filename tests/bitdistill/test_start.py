@@ -30,17 +30,13 @@ for name in NOT_FOR_TEXT:
 """
 
 
-def test_the_imports_of_a_training(tmp_path: Path) -> None:
-    """Compilers first; then transformers, which must not import what text does not need."""
-    for name in NOT_FOR_TEXT:
-        (tmp_path / "packages" / name).mkdir(parents=True)
-        raising = f"raise RuntimeError({name!r})\n"
-        (tmp_path / "packages" / name / "__init__.py").write_text(raising)
+def train_one_step(script: str, tmp_path: Path) -> list[str]:
+    """Lines that `script` prints, its arguments those of a training of one step."""
     settings = ["base.steps=1", "base.batch_size=2", "machine.device=cpu", "machine.workers=0"]
     options = [part for setting in settings for part in ("--set", setting)]
     out = ["--recipe", "tiny", "--until", "base", "--out", str(tmp_path / "run")]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, "train", *out, *options],
+        [sys.executable, "-c", script, "train", *out, *options],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path / "packages")},
@@ -48,8 +44,38 @@ def test_the_imports_of_a_training(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def test_the_imports_of_a_training(tmp_path: Path) -> None:
+    """Compilers first; then transformers, which must not import what text does not need."""
+    for name in NOT_FOR_TEXT:
+        (tmp_path / "packages" / name).mkdir(parents=True)
+        raising = f"raise RuntimeError({name!r})\n"
+        (tmp_path / "packages" / name / "__init__.py").write_text(raising)
     path = str(tmp_path / "run" / "base")
-    assert done.stdout.splitlines() == ["False", "True", path, *NOT_FOR_TEXT]
+    said = train_one_step(SCRIPT, tmp_path)
+    assert said == ["False", "True", path, *NOT_FOR_TEXT]
+
+
+AFTER_TRANSFORMERS = """
+import sys
+
+from transformers.utils import is_scipy_available
+
+assert is_scipy_available()  # remembered, so hiding it now would be too late
+from bitdistill.cli import main
+
+main(sys.argv[1:], prog_name="bitdistill")
+"""
+
+
+def test_a_training_in_a_process_that_has_asked_transformers(tmp_path: Path) -> None:
+    scipy = tmp_path / "packages" / "scipy"
+    scipy.mkdir(parents=True)
+    (scipy / "__init__.py").write_text('__version__ = "1.0"\n')
+    (scipy / "optimize.py").write_text("linear_sum_assignment = None\n")
+    assert train_one_step(AFTER_TRANSFORMERS, tmp_path) == [str(tmp_path / "run" / "base")]
 
 
 COMPILERS = """
