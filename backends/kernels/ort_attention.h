@@ -15,7 +15,8 @@ enum AttentionInput : size_t {
   kPastValue,
   kLengths,
   kTotal,
-  kFrequencies,
+  kAttentionConstants,  // from here on: what may be read once
+  kFrequencies = kAttentionConstants,
   kQNorm,
   kKNorm,
   kAttentionInputs
@@ -29,6 +30,7 @@ struct AttentionNode {
   int64_t context;
   float scale, epsilon;
   Rotary *rotary;
+  Tensor constants[kAttentionInputs];  // those that are not constant stay absent
   char name[kNameSize];
 };
 

@@ -20,11 +20,12 @@ ort::Status *read_attributes(AttentionNode *k, const ort::KernelInfo *info) {
   return nullptr;
 }
 
-ort::Status *read_rotary(AttentionNode *k, const ort::KernelInfo *info) {
+ort::Status *read_constants(AttentionNode *k, const ort::KernelInfo *info) {
   float scale = 1;
   BD_TRY(read_float(k->api, info, k->name, "rotary_scale", &scale));
-  Tensor given;
-  BD_TRY(read_constant(k->api, info, kFrequencies, &given));
+  for (size_t i = kAttentionConstants; i < kAttentionInputs; ++i)
+    BD_TRY(read_constant(k->api, info, i, &k->constants[i]));
+  const Tensor &given = k->constants[kFrequencies];
   if (!given.present || given.type != ort::kFloat || given.rank != 1 || given.dims[0] < 1)
     return refuse(k->api,
                   "%s: frequencies must be a constant vector of float; export the model "
@@ -100,12 +101,15 @@ ort::Status *check_lengths(const AttentionNode &k, const AttentionCall &c) {
 
 ort::Status *read_node(AttentionNode *k, const ort::KernelInfo *info) {
   BD_TRY(read_attributes(k, info));
-  return read_rotary(k, info);
+  return read_constants(k, info);
 }
 
 ort::Status *read_call(const AttentionNode &k, const ort::KernelContext *context,
                        AttentionCall *c) {
-  for (size_t i = 0; i < kAttentionInputs; ++i) BD_TRY(read_input(k.api, context, i, &c->in[i]));
+  for (size_t i = 0; i < kAttentionInputs; ++i) {
+    c->in[i] = k.constants[i];
+    if (!c->in[i].present) BD_TRY(read_input(k.api, context, i, &c->in[i]));
+  }
   const Tensor &total = c->in[kTotal];
   BD_TRY(check_tensor(k.api, k.name, total, {"total_sequence_length", ort::kInt32, 0, {}}));
   for (size_t i = 0; i < total.rank; ++i)

@@ -103,8 +103,21 @@ void add_rows(const float *residual, const BdTernary &w, int64_t tokens, float *
       y[n] += residual[n];
 }
 
+// A model stores one scale a matrix, or a few; the kernels take one a row, here of the blocks
+// [first, last). Kept for every node they would be 1.4 MB of a 0.6B model, read from memory for
+// each token.
+void expand_scales(const TernaryNode &k, const float *scale, int64_t first, int64_t last,
+                   float *out) {
+  const int64_t end = std::min(last * BD_BLOCK_ROWS, k.rows);
+  for (int64_t n = first * BD_BLOCK_ROWS; n < end;) {
+    const int64_t index = n / k.scale_rows, next = std::min((index + 1) * k.scale_rows, end);
+    std::fill(out + n, out + next, scale[index]);
+    n = next;
+  }
+}
+
 ort::Status *multiply(const TernaryNode &k, const ort::KernelContext *context, const TernaryCall &c,
-                      const BdTernary &w, const BdTokens &tokens) {
+                      const BdTernary &w, float *row_scales, const BdTokens &tokens) {
   const auto kernel = k.bits == 0 ? k.kernels->ternary_float
                       : w.base3   ? k.kernels->ternary_base3
                                   : k.kernels->ternary;
@@ -115,13 +128,18 @@ ort::Status *multiply(const TernaryNode &k, const ort::KernelContext *context, c
     if (residual != nullptr) add_rows(residual + (y - c.y), *rows, some->tokens, y, a, b);
   };
   const int64_t blocks = bd_blocks(w.rows);
+  const float *scale = c.floats(kScale);
   if (c.tokens < kFewTokens) {
     // Of a block of 32 rows: 8 bytes a column from memory, 64 operations a column and token.
     const double columns = static_cast<double>(w.columns);
     const double block = columns * (0.7 + 0.25 * static_cast<double>(c.tokens));
     return parallel(k.api, context, blocks, std::max(chunk_of(block), share_of(blocks, 1)),
-                    [&](int64_t a, int64_t b) { part(&w, &tokens, c.y, a, b); });
+                    [&](int64_t a, int64_t b) {
+                      expand_scales(k, scale, a, b, row_scales);  // in the cache that reads them
+                      part(&w, &tokens, c.y, a, b);
+                    });
   }
+  expand_scales(k, scale, 0, blocks, row_scales);
   const bool by_tokens = k.kernels->by_tokens != 0 && kernel == k.kernels->ternary;
   const Split split(c.tokens, blocks, processors(), 2, by_tokens);
   return parallel(k.api, context, split.parts(), 1, [&](int64_t a, int64_t b) {
@@ -139,13 +157,6 @@ ort::Status *unpack(const TernaryNode &k, const ort::KernelContext *context, BdT
   return nullptr;
 }
 
-// A model stores one scale a matrix, or a few; the kernels take one a row. Kept for every node they
-// would be 1.4 MB of a 0.6B model, read from memory for each token.
-void expand_scales(const TernaryNode &k, const float *scale, float *out) {
-  for (int64_t n = 0; n < k.rows; n += k.scale_rows, ++scale)
-    std::fill_n(out + n, k.scale_rows, *scale);
-}
-
 }  // namespace
 
 ort::Status *run_ternary(const TernaryNode &k, ort::KernelContext *context) {
@@ -160,7 +171,6 @@ ort::Status *run_ternary(const TernaryNode &k, ort::KernelContext *context) {
   const Scratch scratch(scale_bytes + code_bytes + bd_scratch_bytes(c.tokens, k.columns, k.bits));
   if (scratch.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
   float *row_scales = static_cast<float *>(scratch.data());
-  expand_scales(k, c.floats(kScale), row_scales);
   char *rest = static_cast<char *>(scratch.data()) + scale_bytes;
   const BdTokens tokens = bd_tokens(rest + code_bytes, c.tokens, k.columns, k.bits);
   BD_TRY(prepare(k, context, c, tokens));
@@ -171,7 +181,7 @@ ort::Status *run_ternary(const TernaryNode &k, ort::KernelContext *context) {
                  k.columns,
                  k.base3 ? 1 : 0};
   if (unpacked) BD_TRY(unpack(k, context, &w, reinterpret_cast<uint8_t *>(rest)));
-  return multiply(k, context, c, w, tokens);
+  return multiply(k, context, c, w, row_scales, tokens);
 }
 
 }  // namespace bitdistill
