@@ -9,6 +9,8 @@ what the row was beside the ceilings of its own moments: the number of rounds, a
     of_read            its weight bytes a second over those of ceiling-read
     of_fma, of_int8    its operations a second over those of ceiling-fma, ceiling-int8
     over_one_thread    its rate over that of one thread (our rows and ceilings, several threads)
+    fma_over_one_thread    that of ceiling-fma in these rounds: below the threads' number, the host
+                       gave less than as many cores
 
 each as lower quartile, median and upper quartile over the rounds (the table shows the median), null
 where there is none. A round samples the ceilings, the row, and where it is compared with one thread

@@ -99,9 +99,8 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Print a table, or JSON lines, on stdout."""
     arguments = _arguments()
-    form = (
-        "{:<16} {:<11} {:>7} {:>6} {:>7} {:>4} {:>13} {:>8} {:>12} {:>6} {:>7} {:>6} {:>7} {:>15}"
-    )
+    form = "{:<16} {:<11} {:>7} {:>6} {:>7} {:>4} {:>13} {:>8} {:>12}"
+    form += " {:>6} {:>7} {:>6} {:>7} {:>15} {:>19}"
     if not arguments.json:
         print(form.format(*PairedFigure.__dataclass_fields__))
     for figure in _figures(arguments):

@@ -23,6 +23,7 @@ class PairedFigure(Figure):
     of_fma: Quartiles | None = None
     of_int8: Quartiles | None = None
     over_one_thread: Quartiles | None = None
+    fma_over_one_thread: Quartiles | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,14 @@ class Measured:
             of_read=self._of("read", self.weight_bytes),
             of_fma=self._of("fma", operations),
             of_int8=self._of("int8", operations),
-            over_one_thread=ratios(layers, self.one_thread["layer"]) if self.one_thread else None,
+            over_one_thread=self._over_one_thread("layer"),
+            fma_over_one_thread=self._over_one_thread("fma"),
         )
+
+    def _over_one_thread(self, name: str) -> Quartiles | None:
+        if name not in self.one_thread:
+            return None
+        return ratios(self.rates[name], self.one_thread[name])
 
     def _of(self, ceiling: str, amount: int) -> Quartiles | None:
         """`amount` is what a layer takes of the ceiling's operations or bytes."""
