@@ -77,8 +77,8 @@ def test_rounds_take_turns() -> None:
     asked = []
     samples = {name: (lambda name=name: asked.append(name) or float(len(asked))) for name in "abc"}
     rounds = take_turns(samples, seconds=0)
-    assert "".join(asked) == "abc" * (1 + LEAST_ROUNDS)
-    assert rounds == {"a": [4.0, 7.0, 10.0], "b": [5.0, 8.0, 11.0], "c": [6.0, 9.0, 12.0]}
+    assert "".join(asked) == "abc" * LEAST_ROUNDS
+    assert rounds == {"a": [1.0, 4.0, 7.0], "b": [2.0, 5.0, 8.0], "c": [3.0, 6.0, 9.0]}
 
 
 def measured(speeds: list[float], one_thread: float | None = None) -> Measured:

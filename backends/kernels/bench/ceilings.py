@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 from bitdistill.backends.kernels.bench import figures
 from bitdistill.backends.kernels.bench.direct import bench_library
@@ -33,15 +33,20 @@ class Machine:
         return {name: partial(sample, *way) for name, way in READS.items()}
 
 
+@lru_cache
+def loops(isa: str) -> tuple[str, ...]:
+    """Those of "fma" and "int8" that `isa` has."""
+    return tuple(name for name, rate in _rates().items() if rate(isa.encode(), None))
+
+
 def products(pool: Pool, isa: str) -> dict[str, Sample]:
-    """Operations a second of a pool: "fma" and "int8", where `isa` has such loops."""
+    """Operations a second of a pool in each of `loops`."""
+    return {name: partial(_rates()[name], isa.encode(), pool.handle) for name in loops(isa)}
+
+
+def _rates() -> dict[str, Callable[[bytes, int | None], float]]:
     library = bench_library()
-    rates: dict[str, Callable[[bytes, int], float]] = {
-        "fma": library.bd_rate_fma,
-        "int8": library.bd_rate_int8,
-    }
-    samples = {name: partial(rate, isa.encode(), pool.handle) for name, rate in rates.items()}
-    return {name: sample for name, sample in samples.items() if sample()}
+    return {"fma": library.bd_rate_fma, "int8": library.bd_rate_int8}
 
 
 def read_of(rounds: Rounds) -> list[float]:

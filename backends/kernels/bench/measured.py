@@ -83,6 +83,8 @@ def measure(
     one too, with the ceilings of `isa` on each."""
     samples = [_samples(opened, machine, pool, isa) for pool in pools]
     named = {f"{i} {name}": s for i, each in enumerate(samples) for name, s in each.items()}
+    for pool in pools:
+        opened.run(pool)  # warms up
     rounds = take_turns(named, seconds)
     settled = [
         _settled({name: rounds[f"{i} {name}"] for name in each}) for i, each in enumerate(samples)

@@ -18,10 +18,8 @@ Rounds = dict[str, list[float]]  # name of a sample -> its value in each round
 
 
 def take_turns(samples: Mapping[str, Sample], seconds: float) -> Rounds:
-    """Rounds that begin within `seconds` and LEAST_ROUNDS at least, after one that warms up; each
-    takes every sample once, in order."""
-    for sample in samples.values():
-        sample()
+    """Rounds that begin within `seconds`, and LEAST_ROUNDS at least; each takes every sample once,
+    in order."""
     rounds: Rounds = {name: [] for name in samples}
     count, end = 0, perf_counter() + seconds
     while count < LEAST_ROUNDS or perf_counter() < end:
