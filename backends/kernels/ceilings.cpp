@@ -48,7 +48,7 @@ Ceiling ceiling_of(const char *isa) {
 // Parts that threads take as they come, as tiles of tokens are: a core that is slowed down takes
 // fewer, and no thread waits for another longer than a part lasts.
 struct Parts {
-  Parts(int64_t total, int64_t size) : count((total + size - 1) / size), size(size), total(total) {}
+  Parts(int64_t all, int64_t each) : count((all + each - 1) / each), size(each), total(all) {}
 
   // body(first, last) on each part that this thread takes.
   template <class Body>
