@@ -102,9 +102,9 @@ def _streamed_bytes(path: str) -> int | None:
 
 def _read_ceiling(threads: int) -> float:
     """GB/s of one read of memory."""
-    from bitdistill.backends.kernels.bench.ceilings import ceilings
+    from bitdistill.backends.kernels.bench.ceilings import read_rate
 
-    return next(ceilings(threads, CEILING_SECONDS)).gbytes_per_s
+    return round(1e-9 * read_rate(threads, CEILING_SECONDS), 3)
 
 
 def time(arguments: argparse.Namespace) -> Iterator[Line]:

@@ -42,7 +42,8 @@ from typing import Any
 from lines import put
 
 from bitdistill.backends.kernels.bench.direct import ternary_pass
-from bitdistill.backends.kernels.bench.figures import Case, figure_of, median_pass
+from bitdistill.backends.kernels.bench.figures import Case, figure_of
+from bitdistill.backends.kernels.pool import Pool
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 OURS = "ternary-2bit"
@@ -155,6 +156,16 @@ def enlarge_stack() -> None:
     resource.setrlimit(resource.RLIMIT_STACK, (size, most))
 
 
+def median_pass(run: Callable[[], float], seconds: float) -> float:
+    """Median of run() -> seconds of a pass, over passes that last `seconds` (five at least, but
+    not beyond five times that), after one that warms up."""
+    run()
+    times: list[float] = []
+    while sum(times) < 5 * seconds and (len(times) < 5 or sum(times) < seconds):
+        times.append(run())
+    return statistics.median(times)
+
+
 def take_turns(rows: dict[str, Row], rounds: int, seconds: float) -> dict[str, list[float]]:
     """Seconds of a layer in each round, by row; each round begins with another row."""
     times: dict[str, list[float]] = {name: [] for name in rows}
@@ -190,7 +201,9 @@ def layers(
     """The lines of one layer: ours, then the peers, those that cannot be measured as missing."""
     rows, cases, missing = {}, {OURS: ours}, []
     with ExitStack() as stack:
-        rows[OURS] = Row(*stack.enter_context(ternary_pass(ours)))
+        opened = stack.enter_context(ternary_pass(ours))
+        pool = stack.enter_context(Pool(ours.threads))
+        rows[OURS] = Row(lambda: opened.run(pool), opened.copies, opened.weight_bytes)
         for name, program in programs.items():
             case = Case(name, ours.isa, ours.threads, ours.K, ours.N, ours.M)
             try:

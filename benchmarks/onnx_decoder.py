@@ -198,25 +198,18 @@ class Timed:
                 spent.append(time.perf_counter() - start)
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second that `threads` threads read from memory."""
-    from bitdistill.backends.kernels.bench.ceilings import ceilings
-
-    found = ceilings(threads, 0.5)
-    return 1e9 * next(f.gbytes_per_s for f in found if f.implementation == "ceiling-read")
-
-
 def speed(artifacts: dict[str, Path], threads: int, seconds: float) -> Iterable[dict[str, Any]]:
     """Lines of decode and prefill, rounds in turn for `seconds` each artifact."""
     from bitdistill import manifest
+    from bitdistill.backends.kernels.bench.ceilings import read_rate
 
-    rates = [read_bandwidth(threads)]
+    rates = [read_rate(threads)]
     timed = {name: Timed(path, threads) for name, path in artifacts.items()}
     end = time.perf_counter() + seconds * len(timed)
     while time.perf_counter() < end:
         for one in timed.values():
             one.round(seconds / 4)
-    rates.append(read_bandwidth(threads))
+    rates.append(read_rate(threads))
     for name, one in timed.items():
         parts = manifest.read_manifest(artifacts[name], "artifact")["parts"]
         head = parts["head"] or parts["embedding"]

@@ -10,10 +10,9 @@ double bitdistill::avx2_fma_rounds(int64_t rounds) {
 }
 
 double bitdistill::avx2_int8_rounds(int64_t rounds) {
-  const __m256i a = _mm256_set1_epi8(1);
+  __m256i codes = _mm256_set1_epi8(1);
   const __m256i b = _mm256_set1_epi8(2);
-  return rounds_of(rounds, b, 64, [=](__m256i sum) {
-    __m256i codes = a;
+  return rounds_of(rounds, b, 64, [&codes, b](__m256i sum) {
     BD_KEEP(codes);  // the product is the same each time: it would be formed once
     return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, b));
   });

@@ -19,7 +19,13 @@ constexpr int kTileTokens = 6;
 
 // ---- one token: bound by memory, so the codes at bits 2 and 6 stay in place (weight 4) ----
 
-// Products of S blocks, `step` bytes apart.
+inline void add_product(__m256i *sum, __m256i codes, __m256i x) {
+  *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(codes, x));
+  BD_IN_ORDER(*sum);
+}
+
+// Products of S blocks, `step` bytes apart. Four vectors and their sums fill the registers, so the
+// activations of a run are spread once, in memory, for all S blocks.
 template <int S>
 void matvec_dots(const uint8_t *w, int64_t step, const int8_t *q, int64_t groups,
                  int32_t (*dots)[BD_BLOCK_ROWS]) {
@@ -27,25 +33,28 @@ void matvec_dots(const uint8_t *w, int64_t step, const int8_t *q, int64_t groups
   const __m256i high = _mm256_set1_epi8(0x0c);
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i totals[S][kVectors] = {};
+  __m256i quads[kMatvecChunk][4];
+  int64_t ahead[kMatvecChunk];  // places of a run's lines that are fetched, one for each group
+  for (int i = 0; i < kMatvecChunk; ++i) ahead[i] = i % S * step + i / S * BD_BLOCK_BYTES;
   for (int64_t g = 0; g < groups; g += kMatvecChunk) {
     const int64_t count = smaller(kMatvecChunk, groups - g);
+    for (int64_t i = 0; i < count; ++i)
+      for (int k = 0; k < 4; ++k) quads[i][k] = quad(q + (g + i) * BD_BLOCK_COLUMNS + 4 * k);
     const uint8_t *next = w + (g + count) * BD_BLOCK_BYTES;
-    for (int s = 0; s < S; ++s) {
+    for (int s = 0; s < S; ++s, next += kMatvecChunk / S * BD_BLOCK_BYTES) {
       __m256i one[kVectors] = {};
       __m256i four[kVectors] = {};
       const uint8_t *row = w + s * step + g * BD_BLOCK_BYTES;
-      const int8_t *x = q + g * BD_BLOCK_COLUMNS;
-      for (int64_t i = 0; i < count; ++i, row += BD_BLOCK_BYTES, x += BD_BLOCK_COLUMNS) {
-        const int64_t turn = s * count + i;
-        fetch_group(next + turn % S * step + turn / S * BD_BLOCK_BYTES);
-        const __m256i q0 = quad(x), q1 = quad(x + 4), q2 = quad(x + 8), q3 = quad(x + 12);
+      for (int64_t i = 0; i < count; ++i, row += BD_BLOCK_BYTES) {
+        const __m256i *x = quads[i];
+        fetch_group(next + ahead[i]);
         for (int v = 0; v < kVectors; ++v) {
           const __m256i a = load(row + 32 * v);
           const __m256i b = _mm256_srli_epi16(a, 4);
-          one[v] = _mm256_add_epi16(one[v], _mm256_maddubs_epi16(_mm256_and_si256(a, low), q0));
-          four[v] = _mm256_add_epi16(four[v], _mm256_maddubs_epi16(_mm256_and_si256(a, high), q1));
-          one[v] = _mm256_add_epi16(one[v], _mm256_maddubs_epi16(_mm256_and_si256(b, low), q2));
-          four[v] = _mm256_add_epi16(four[v], _mm256_maddubs_epi16(_mm256_and_si256(b, high), q3));
+          add_product(&one[v], _mm256_and_si256(a, low), x[0]);
+          add_product(&four[v], _mm256_and_si256(a, high), x[1]);
+          add_product(&one[v], _mm256_and_si256(b, low), x[2]);
+          add_product(&four[v], _mm256_and_si256(b, high), x[3]);
         }
       }
       for (int v = 0; v < kVectors; ++v) {  // |one| and |four / 4| <= 16 * 512: no overflow
@@ -106,6 +115,9 @@ template <int S>
 void one_token(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t count) {
   alignas(32) int32_t dots[S][BD_BLOCK_ROWS];
   const int64_t groups = groups_of(w->columns), step = count * groups * BD_BLOCK_BYTES;
+  // The runs that nothing fetches ahead of.
+  for (int64_t i = 0; i < (count > 0 ? smaller(kMatvecChunk, groups) : 0); ++i)
+    for (int s = 0; s < S; ++s) fetch_group(block_bytes(w, first) + s * step + i * BD_BLOCK_BYTES);
   for (int64_t block = first; block < first + count; ++block) {
     matvec_dots<S>(block_bytes(w, block), step, in->q, groups, dots);
     for (int s = 0; s < S; ++s)

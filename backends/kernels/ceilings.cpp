@@ -45,40 +45,70 @@ Ceiling ceiling_of(const char *isa) {
   return {isa, nullptr, nullptr};
 }
 
+// Parts that threads take as they come, as tiles of tokens are: a core that is slowed down takes
+// fewer, and no thread waits for another longer than a part lasts.
+struct Parts {
+  Parts(int64_t all, int64_t each) : count((all + each - 1) / each), size(each), total(all) {}
+
+  // body(first, last) on each part that this thread takes.
+  template <class Body>
+  void take(Body body) {
+    for (int64_t part = next.fetch_add(1); part < count; part = next.fetch_add(1)) {
+      const int64_t last = (part + 1) * size;
+      body(part * size, last < total ? last : total);
+    }
+  }
+
+  const int64_t count, size, total;
+  alignas(64) std::atomic<int64_t> next{0};  // in a line of its own: all write it
+};
+
+// Seconds until every thread of a pool has called body(context, ...) once.
+double time_of(BdPool *pool, BdBody body, void *context) {
+  const double start = seconds_now();
+  bd_pool_run(pool, pool != nullptr ? bd_pool_threads(pool) : 1, body, context);
+  return seconds_now() - start;
+}
+
+constexpr int64_t kRounds = 1 << 21;      // some 5 ms of a core
+constexpr int64_t kPartRounds = 1 << 15;  // some 80 us
+
 struct Run {
   Rounds rounds;
-  int64_t count;
+  Parts parts;
   std::atomic<int64_t> operations;
 };
 
-// Best of several runs of about 10 ms: interruptions only slow a loop down.
-double rate_of(Rounds rounds, BdPool *pool) {
-  if (rounds == nullptr) return 0;
-  double best = 0;
-  for (int i = 0; i < 9; ++i) {
-    Run run = {rounds, 1 << 21, {0}};
-    const double start = seconds_now();
-    bd_pool_run(
-        pool, pool != nullptr ? bd_pool_threads(pool) : 1,
-        [](void *context, int64_t, int64_t) {
-          Run &r = *static_cast<Run *>(context);
-          r.operations += static_cast<int64_t>(r.rounds(r.count));
-        },
-        &run);
-    const double rate = static_cast<double>(run.operations) / (seconds_now() - start);
-    best = rate > best ? rate : best;
-  }
-  return best;
+double rate_of(Rounds rounds, int64_t count, BdPool *pool) {
+  Run run = {rounds, {count, kPartRounds}, {0}};
+  const double seconds = time_of(
+      pool,
+      [](void *context, int64_t, int64_t) {
+        Run &r = *static_cast<Run *>(context);
+        double done = 0;
+        r.parts.take([&](int64_t first, int64_t last) { done += r.rounds(last - first); });
+        r.operations += static_cast<int64_t>(done);
+      },
+      &run);
+  return static_cast<double>(run.operations) / seconds;
 }
 
-struct Bytes {
+// The first run wakes threads that sleep: for a millisecond after it they are slower.
+double rate_of(Rounds rounds, BdPool *pool) {
+  if (rounds == nullptr) return 0;
+  rate_of(rounds, kRounds, pool);
+  return rate_of(rounds, kRounds, pool);
+}
+
+struct Read {
   const uint8_t *data;
-  int64_t streams;
+  int64_t streams, ahead;
+  Parts parts;
   std::atomic<uint64_t> sum;
 };
 
-constexpr int64_t kStep = 128;    // bytes of a stream that are read in turn
-constexpr int64_t kAhead = 2048;  // bytes ahead that are fetched
+constexpr int64_t kStep = 128;          // bytes of a stream, two lines, that are read in turn
+constexpr int64_t kPartRead = 1 << 20;  // bytes
 
 void fetch(const uint8_t *p) {
 #if defined(__GNUC__)
@@ -89,35 +119,22 @@ void fetch(const uint8_t *p) {
 #endif
 }
 
-// Sixteen independent words a step; the sum is used, so nothing may be left out. `streams` places
-// are read in turn, as the kernels read rows: one place alone may not use all of the memory.
-uint64_t read_lines(const uint8_t *p, int64_t bytes, int64_t streams) {
-  uint64_t sums[16] = {};
+// A word of each line: memory gives whole lines, and nothing else takes time. The sum is used, so
+// nothing may be left out. `streams` places are read in turn, as the kernels read rows: one place
+// alone may not use all of the memory.
+uint64_t read_lines(const uint8_t *p, int64_t bytes, int64_t streams, int64_t ahead) {
+  uint64_t sum = 0;
   const int64_t each = bytes / streams / kStep * kStep;
   for (int64_t i = 0; i < each; i += kStep)
     for (int64_t s = 0; s < streams; ++s) {
       const uint8_t *at = p + s * each + i;
-      fetch(at + kAhead);
-      uint64_t words[16];
-      memcpy(words, at, sizeof words);
-      for (int k = 0; k < 16; ++k) sums[k] += words[k];
+      if (ahead > 0) fetch(at + ahead);
+      uint64_t words[2];
+      memcpy(words, at, sizeof words[0]);
+      memcpy(words + 1, at + kStep / 2, sizeof words[1]);
+      sum += words[0] + words[1];
     }
-  uint64_t sum = 0;
-  for (const uint64_t s : sums) sum += s;
   return sum;
-}
-
-double time_of(const uint8_t *bytes, int64_t count, int64_t streams, BdPool *pool) {
-  Bytes read = {bytes, streams, {0}};
-  const double start = seconds_now();
-  bd_pool_run(
-      pool, count,
-      [](void *context, int64_t first, int64_t last) {
-        Bytes &b = *static_cast<Bytes *>(context);
-        b.sum += read_lines(b.data + first, last - first, b.streams);
-      },
-      &read);
-  return seconds_now() - start;
 }
 
 }  // namespace
@@ -130,10 +147,18 @@ double bd_rate_fma(const char *isa, BdPool *pool) {
 
 double bd_rate_int8(const char *isa, BdPool *pool) { return rate_of(ceiling_of(isa).int8, pool); }
 
-// The better of one stream and four.
-double bd_time_read(const uint8_t *bytes, int64_t count, BdPool *pool) {
-  const double one = time_of(bytes, count, 1, pool), four = time_of(bytes, count, 4, pool);
-  return one < four ? one : four;
+double bd_time_read(const uint8_t *bytes, int64_t count, int64_t streams, int64_t ahead,
+                    BdPool *pool) {
+  Read read = {bytes, streams, ahead, {count, kPartRead}, {0}};
+  return time_of(
+      pool,
+      [](void *context, int64_t, int64_t) {
+        Read &r = *static_cast<Read *>(context);
+        r.parts.take([&](int64_t first, int64_t last) {
+          r.sum += read_lines(r.data + first, last - first, r.streams, r.ahead);
+        });
+      },
+      &read);
 }
 
 double bd_time_ternary(const BdKernels *kernels, const BdTernary *copies, int count,

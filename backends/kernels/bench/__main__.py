@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from bitdistill.backends.kernels import bench
-from bitdistill.backends.kernels.bench.ceilings import ceilings
-from bitdistill.backends.kernels.bench.figures import Case, Figure
+from bitdistill.backends.kernels.bench.ceilings import Machine
+from bitdistill.backends.kernels.bench.figures import Case
+from bitdistill.backends.kernels.bench.measured import PairedFigure, ceiling_figures, measure
 from bitdistill.backends.kernels.bench.rows import ROWS
 from bitdistill.backends.kernels.binding import Kernels, available_isas
+from bitdistill.backends.kernels.pool import Pool
 
 SHAPES = [
     (1024, 2048), (1024, 1024), (2048, 1024), (1024, 3072), (3072, 1024), (2560, 9728),
@@ -51,11 +53,24 @@ def _cases(arguments: argparse.Namespace, threads: int) -> Iterator[Case]:
                     yield Case(name, isa, threads, k, n, 1)
 
 
-def _figures(arguments: argparse.Namespace) -> Iterator[Figure]:
+def _figures(arguments: argparse.Namespace) -> Iterator[PairedFigure]:
+    machine = Machine()
     for threads in arguments.threads:
-        yield from ceilings(threads, arguments.seconds, arguments.isa)
-        for case in _cases(arguments, threads):
-            yield ROWS[case.implementation].measure(case, arguments.seconds)
+        rows = []
+        with Pool(threads) as pool, Pool(1) as one:
+            for case in _cases(arguments, threads):
+                row = ROWS[case.implementation]
+                pools = [pool, one] if row.every_isa and threads > 1 else [pool]
+                isa = arguments.isa[0] if case.isa == "-" else case.isa
+                with row.ready(case) as opened:
+                    rows.append(measure(case, opened, machine, pools, isa, arguments.seconds))
+                yield rows[-1].figure()
+        yield from ceiling_figures(rows)
+
+
+def _cell(value: object) -> object:
+    """Of the table: of quartiles the median."""
+    return value[1] if isinstance(value, tuple) else "-" if value is None else value
 
 
 def _arguments() -> argparse.Namespace:
@@ -72,11 +87,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
     isas = available_isas()
     parser.add_argument("--isa", nargs="+", choices=isas, default=isas, help="of our rows")
-    parser.add_argument("--seconds", type=float, help="to measure one line for")
+    parser.add_argument("--seconds", type=float, help="of one row and its ceilings")
     arguments = parser.parse_args()
     arguments.shapes = arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES)
     arguments.tokens = arguments.tokens or (QUICK_TOKENS if arguments.quick else TOKENS)
-    arguments.seconds = arguments.seconds or (0.2 if arguments.quick else 1.0)
+    if arguments.seconds is None:
+        arguments.seconds = 0.1 if arguments.quick else 2.0
     return arguments
 
 
@@ -84,11 +100,12 @@ def main() -> None:
     """Print a table, or JSON lines, on stdout."""
     arguments = _arguments()
     form = "{:<16} {:<11} {:>7} {:>6} {:>7} {:>4} {:>13} {:>8} {:>12}"
+    form += " {:>6} {:>7} {:>6} {:>7} {:>15} {:>19}"
     if not arguments.json:
-        print(form.format(*Figure.__dataclass_fields__))
+        print(form.format(*PairedFigure.__dataclass_fields__))
     for figure in _figures(arguments):
         line = asdict(figure)
-        print(json.dumps(line) if arguments.json else form.format(*line.values()))
+        print(json.dumps(line) if arguments.json else form.format(*map(_cell, line.values())))
         sys.stdout.flush()
 
 

@@ -1,38 +1,60 @@
-"""What the machine can do: lines without a layer (K = N = M = 0)."""
+"""What the machine can do: samples of its rates, which rows take beside their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Callable
+from functools import lru_cache, partial
 
+from bitdistill.backends.kernels.bench import figures
 from bitdistill.backends.kernels.bench.direct import bench_library
-from bitdistill.backends.kernels.bench.figures import (
-    STREAMED_BYTES,
-    Figure,
-    median_pass,
-    small_pages,
-)
+from bitdistill.backends.kernels.bench.paired import Rounds, Sample, fastest, take_turns
 from bitdistill.backends.kernels.pool import Pool
 
+# Ways to read memory: places read in turn, and bytes fetched ahead of them (0: left to the
+# processor). Which is the fastest depends on the processor and on other guests of its host.
+READS = {"read": (4, 0), "read ahead": (4, 256)}
 
-def _line(name: str, isa: str, threads: int, rate: float, *, of_bytes: bool = False) -> Figure:
-    gops, gbytes = (0.0, round(rate * 1e-9, 3)) if of_bytes else (round(rate * 1e-9, 2), 0.0)
-    return Figure(name, isa, threads, 0, 0, 0, 0.0, gops, gbytes)
+
+class Machine:
+    """Memory to read, in small pages as the weights are, and more than caches hold."""
+
+    def __init__(self) -> None:
+        self._data = figures.small_pages(figures.STREAMED_BYTES)
+        self._data[:] = 1
+
+    def reads(self, pool: Pool) -> dict[str, Sample]:
+        """Bytes a second that a pool reads, in each of READS."""
+
+        def sample(streams: int, ahead: int) -> float:
+            address, size = self._data.ctypes.data, self._data.nbytes
+            return size / bench_library().bd_time_read(address, size, streams, ahead, pool.handle)
+
+        return {name: partial(sample, *way) for name, way in READS.items()}
 
 
-def ceilings(threads: int, seconds: float, isas: Sequence[str] = ()) -> Iterator[Figure]:
-    """ceiling-read once, ceiling-fma and ceiling-int8 for each of `isas` that has them."""
-    data = small_pages(2 * STREAMED_BYTES)
-    data[:] = 1
+@lru_cache
+def loops(isa: str) -> tuple[str, ...]:
+    """Those of "fma" and "int8" that `isa` has."""
+    return tuple(name for name, rate in _rates().items() if rate(isa.encode(), None))
+
+
+def products(pool: Pool, isa: str) -> dict[str, Sample]:
+    """Operations a second of a pool in each of `loops`."""
+    return {name: partial(_rates()[name], isa.encode(), pool.handle) for name in loops(isa)}
+
+
+def _rates() -> dict[str, Callable[[bytes, int | None], float]]:
     library = bench_library()
+    return {"fma": library.bd_rate_fma, "int8": library.bd_rate_int8}
+
+
+def read_of(rounds: Rounds) -> list[float]:
+    """Bytes a second in each round, of the fastest of READS."""
+    return fastest([rounds[name] for name in READS])
+
+
+def read_rate(threads: int, seconds: float = 0.5) -> float:
+    """Bytes a second that `threads` threads read from memory, the median over `seconds`."""
     with Pool(threads) as pool:
-        time = median_pass(
-            lambda: library.bd_time_read(data.ctypes.data, data.nbytes, pool.handle), seconds
-        )
-        yield _line("ceiling-read", "-", threads, data.nbytes / time, of_bytes=True)
-        for isa in isas:
-            for name, rate in (
-                ("ceiling-fma", library.bd_rate_fma(isa.encode(), pool.handle)),
-                ("ceiling-int8", library.bd_rate_int8(isa.encode(), pool.handle)),
-            ):
-                if rate:
-                    yield _line(name, isa, threads, rate)
+        return statistics.median(read_of(take_turns(Machine().reads(pool), seconds)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes as c
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from bitdistill.backends.kernels.bench.figures import (
     Case,
-    Figure,
+    Pass,
     copies_of,
-    figure_of,
-    median_pass,
     small_pages,
 )
 from bitdistill.backends.kernels.binding import Input, Kernels, KernelTable, Ternary, library
@@ -38,7 +36,7 @@ def bench_library() -> c.CDLL:
         c.c_void_p, c.c_void_p,
     ]  # fmt: skip
     lib.bd_time_read.restype = c.c_double
-    lib.bd_time_read.argtypes = [c.c_void_p, c.c_int64, c.c_void_p]
+    lib.bd_time_read.argtypes = [c.c_void_p, *[c.c_int64] * 3, c.c_void_p]
     for name in ("bd_rate_fma", "bd_rate_int8"):
         getattr(lib, name).restype = c.c_double
         getattr(lib, name).argtypes = [c.c_char_p, c.c_void_p]
@@ -56,8 +54,8 @@ def packed_copies(N: int, K: int, copies: int, base3: bool = False) -> NDArray[n
 
 
 @contextmanager
-def ternary_pass(case: Case) -> Iterator[tuple[Callable[[], float], int, int]]:
-    """run() -> seconds of a pass over all copies of a layer, their number, and bytes of one."""
+def ternary_pass(case: Case) -> Iterator[Pass]:
+    """ternary-2bit and ternary-base3: RMSNorm left out, quantising and unpacking included."""
     base3 = case.implementation == "ternary-base3"
     weight_bytes = int(np.prod((base3_shape if base3 else kernel_shape)(case.N, case.K)))
     packed = packed_copies(case.N, case.K, copies_of(case, weight_bytes), base3)
@@ -72,14 +70,11 @@ def ternary_pass(case: Case) -> Iterator[tuple[Callable[[], float], int, int]]:
     y = np.empty((case.M, case.N), np.float32)
     scratch = np.empty(library().bd_scratch_bytes(case.M, case.K, 8) // 8 + 1, np.uint64)
     source, kernels = Input(x.ctypes.data, None, 0.0, case.M, case.K), Kernels(case.isa)
-    with Pool(case.threads) as pool:
-        yield lambda: bench_library().bd_time_ternary(
+
+    def run(pool: Pool) -> float:
+        return bench_library().bd_time_ternary(
             kernels.table, copies, len(packed), source, scratch.ctypes.data, pool.handle,
             y.ctypes.data,
-        ), len(packed), weight_bytes  # fmt: skip
+        )  # fmt: skip
 
-
-def ternary(case: Case, seconds: float) -> Figure:
-    """ternary-2bit and ternary-base3: RMSNorm left out, quantising and unpacking included."""
-    with ternary_pass(case) as (run, copies, weight_bytes):
-        return figure_of(case, median_pass(run, seconds) / copies, weight_bytes)
+    yield Pass(run, len(packed), weight_bytes)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitdistill.backends.kernels.pool import Pool
+
 STREAMED_BYTES = 160 << 20  # more than the last-level cache of most machines
 OPERATIONS = 20_000_000_000
+SLOWER = {"scalar": 64, "-": 2}  # as kernels of ours, or so: the oracle, and ONNX Runtime's
 MOST_COPIES = 1024
 
 
@@ -41,6 +45,15 @@ class Figure:
     gbytes_per_s: float
 
 
+class Pass(NamedTuple):
+    """run(pool) -> seconds of a pass over `copies` of a layer, each of `weight_bytes`. Operators of
+    ONNX Runtime have threads of their own, as many, and leave the pool alone."""
+
+    run: Callable[[Pool], float]
+    copies: int
+    weight_bytes: int
+
+
 def figure_of(case: Case, seconds: float, weight_bytes: int) -> Figure:
     """The line of a layer that took `seconds` and read `weight_bytes`."""
     return Figure(
@@ -52,7 +65,8 @@ def figure_of(case: Case, seconds: float, weight_bytes: int) -> Figure:
 
 def copies_of(case: Case, weight_bytes: int) -> int:
     """Copies of a layer: more than the caches hold, or about a tenth of a second of arithmetic."""
-    enough = OPERATIONS // (2 * max(case.M, 1) * case.K * case.N)
+    operations = OPERATIONS // SLOWER.get(case.isa, 1)
+    enough = operations // (2 * max(case.M, 1) * case.K * case.N)
     return int(max(2, min(STREAMED_BYTES // weight_bytes, enough, MOST_COPIES)))
 
 
@@ -62,13 +76,3 @@ def small_pages(size: int) -> NDArray[np.uint8]:
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, np.uint8)
-
-
-def median_pass(run: Callable[[], float], seconds: float) -> float:
-    """Median of run() -> seconds of a pass, over passes that last `seconds` (five at least, but
-    not beyond five times that), after one that warms up."""
-    run()
-    times: list[float] = []
-    while sum(times) < 5 * seconds and (len(times) < 5 or sum(times) < seconds):
-        times.append(run())
-    return float(np.median(times))

@@ -6,7 +6,8 @@ microseconds a copy, beside a head's milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 
 import numpy as np
@@ -15,10 +16,8 @@ from numpy.typing import NDArray
 from bitdistill import tables
 from bitdistill.backends.kernels.bench.figures import (
     Case,
-    Figure,
+    Pass,
     copies_of,
-    figure_of,
-    median_pass,
     small_pages,
 )
 from bitdistill.backends.kernels.binding import Kernels, library
@@ -41,29 +40,23 @@ def _random_bytes() -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8)
 
 
-def _measure(
-    case: Case,
-    seconds: float,
-    copies: int,
-    weight_bytes: int,
-    units: int,
-    prepare: Callable[[], None],
-    part: Part,
-) -> Figure:
-    """Times `prepare` (activations, once a pass and copy) and the parts of all copies."""
-    with Pool(case.threads) as pool:
+def _pass(
+    copies: int, weight_bytes: int, units: int, prepare: Callable[[], None], part: Part
+) -> Pass:
+    """`prepare` (activations, once a pass and copy) and the parts of all copies."""
 
-        def run() -> float:
-            start = perf_counter()
-            for _ in range(copies):
-                prepare()
-            pool.run(units, part)
-            return perf_counter() - start
+    def run(pool: Pool) -> float:
+        start = perf_counter()
+        for _ in range(copies):
+            prepare()
+        pool.run(units, part)
+        return perf_counter() - start
 
-        return figure_of(case, median_pass(run, seconds) / copies, weight_bytes)
+    return Pass(run, copies, weight_bytes)
 
 
-def head(case: Case, seconds: float) -> Figure:
+@contextmanager
+def head(case: Case) -> Iterator[Pass]:
     """head-int8 and head-int4: quantising included, group and row scales in the bytes."""
     bits = BITS[case.implementation]
     table = Kernels(case.isa).table.head.contents
@@ -87,13 +80,14 @@ def head(case: Case, seconds: float) -> Figure:
         for w in weights:
             (table.int8 if bits == 8 else table.int4)(w, tokens, y.ctypes.data, first, last)
 
-    return _measure(
-        case, seconds, count, weight_bytes, case.N if bits == 8 else len(copies[0].codes),
+    yield _pass(
+        count, weight_bytes, case.N if bits == 8 else len(copies[0].codes),
         lambda: lib.bd_head_quantize(x.ctypes.data, tokens, 0, case.M), part,
     )  # fmt: skip
 
 
-def half(case: Case, seconds: float) -> Figure:
+@contextmanager
+def half(case: Case) -> Iterator[Pass]:
     """head-16bit."""
     table, weight_bytes = Kernels(case.isa).table.head.contents, 2 * case.N * case.K
     some = np.random.default_rng(0).standard_normal(1 << 19).astype(np.float16).view(np.uint8)
@@ -107,4 +101,4 @@ def half(case: Case, seconds: float) -> Figure:
         for w in copies:
             table.half(w, x.ctypes.data, case.M, y.ctypes.data, first, last)
 
-    return _measure(case, seconds, len(memory), weight_bytes, case.N, lambda: None, part)
+    yield _pass(len(memory), weight_bytes, case.N, lambda: None, part)

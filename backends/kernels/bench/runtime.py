@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,10 @@ from bitdistill.backends.kernels import library_path
 from bitdistill.backends.kernels.bench.direct import packed_copies
 from bitdistill.backends.kernels.bench.figures import (
     Case,
-    Figure,
+    Pass,
     copies_of,
-    figure_of,
-    median_pass,
 )
+from bitdistill.backends.kernels.pool import Pool
 from bitdistill.packing import KERNEL_LAYOUT_VERSION
 
 BLOCK = 128  # weights that share a scale in MatMulNBits
@@ -111,6 +111,8 @@ def _open(case: Case, layer: Layer, copies: int) -> onnxruntime.InferenceSession
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = case.threads
+    # Between runs its threads would take processors from the ceilings beside them.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.register_custom_ops_library(str(library_path()))
     for key, value in LOOKUP_TABLES.items() if case.implementation == "ort-2bit-lut" else ():
         options.add_session_config_entry(key, value)
@@ -119,7 +121,8 @@ def _open(case: Case, layer: Layer, copies: int) -> onnxruntime.InferenceSession
     )
 
 
-def measure(case: Case, seconds: float) -> Figure:
+@contextmanager
+def session_pass(case: Case) -> Iterator[Pass]:
     """One layer, ONNX Runtime's own cost included; outputs are bound once, so none is allocated."""
     layer = LAYERS[case.implementation](case)
     copies = copies_of(case, layer.weight_bytes)
@@ -132,9 +135,9 @@ def measure(case: Case, seconds: float) -> Figure:
     for i, y in enumerate(kept):
         binding.bind_output(f"y{i}", "cpu", 0, np.float32, y.shape, y.ctypes.data)
 
-    def run() -> float:
+    def run(_: Pool) -> float:
         start = time.perf_counter()
         session.run_with_iobinding(binding)
         return time.perf_counter() - start
 
-    return figure_of(case, median_pass(run, seconds) / copies, layer.weight_bytes)
+    yield Pass(run, copies, layer.weight_bytes)
