@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 KV_BITS = tuple(kv_cache.DTYPES)
 DEFAULT_KV_BITS = {"custom": 16}  # stock operators: 32
 HEAD_SIZE_MULTIPLE = 16  # what either operator can rotate
+SURROUNDINGS = 7  # inputs of our own operator behind query, key and value
 
 
 def resolve_bits(bits: int | None, ops: str) -> int:
@@ -63,36 +64,48 @@ def attend(
     """Attention of projected q, k and v, or of all three in one tensor: (B, T, heads * D)."""
     spec, block = graph.spec, f"layers.{index}.self_attn"
     own = graph.ops == DEFAULT
-    norms: list[ir.Value | None] = []
-    if spec.qk_norm and own:
-        norms = [graph.norm_weight(f"model.{block}.{name}") for name in ("q_norm", "k_norm")]
-    elif spec.qk_norm:
+    if spec.qk_norm and not own:
         q, k, v = _split(graph, projected, block)
         projected = [
             _head_norm(graph, q, f"{block}.q_norm", spec.heads),
             _head_norm(graph, k, f"{block}.k_norm", spec.kv_heads),
             v,
         ]
-    past = [graph.inputs[f"past_key_values.{index}.{part}"] for part in ("key", "value")]
-    lengths = [graph.inputs["seqlens_k"], graph.inputs["total_sequence_length"]]
+    around, present, attributes = surroundings(graph, index, layer)
     # A packed projection (q, k and v in one tensor) leaves the key and value inputs empty.
-    rotary = graph.rotary[layer.rotary]
-    inputs = [*projected, *([None] * (3 - len(projected))), *past, *lengths, *rotary, *norms]
+    inputs = [*projected, *([None] * (3 - len(projected))), *around]
     y = ir.Value(name=f"{block}.attention")
+    operator = ("Attention", "bitdistill") if own else ("GroupQueryAttention", "com.microsoft")
+    graph.append(operator[0], inputs, [y, *present], operator[1], attributes)
+    graph.outputs += present
+    return y
+
+
+def surroundings(
+    graph: DecoderGraph, index: int, layer: LayerSpec
+) -> tuple[list[ir.Value | None], list[ir.Value], dict[str, Any]]:
+    """Inputs behind query, key and value, outputs behind the first, and attributes."""
+    spec, own = graph.spec, graph.ops == DEFAULT
+    inputs = [
+        *(graph.inputs[f"past_key_values.{index}.{part}"] for part in ("key", "value")),
+        graph.inputs["seqlens_k"],
+        graph.inputs["total_sequence_length"],
+        *graph.rotary[layer.rotary],
+    ]
+    if spec.qk_norm and own:
+        block = f"model.layers.{index}.self_attn"
+        inputs += [graph.norm_weight(f"{block}.{name}") for name in ("q_norm", "k_norm")]
     present = [
         cache_value(f"present.{index}.{part}", spec, graph.kv_bits, "present")
         for part in ("key", "value")
     ]
-    outputs, attributes = [y, *present], _attributes(graph, layer.window)
+    attributes = _attributes(graph, layer.window)
     if own:
         scale = spec.rotary[layer.rotary].scale
         attributes |= {"epsilon": spec.norm_eps, "context": graph.context, "rotary_scale": scale}
-        graph.append("Attention", inputs, outputs, "bitdistill", attributes)
     else:
         attributes |= {"do_rotary": 1}
-        graph.append("GroupQueryAttention", inputs, outputs, "com.microsoft", attributes)
-    graph.outputs += present
-    return y
+    return list(inputs), present, attributes
 
 
 def _attributes(graph: DecoderGraph, window: int | None) -> dict[str, Any]:

@@ -8,7 +8,8 @@ Inputs   input_ids int64 (B, T)            right-padded where B > 1; of a classi
          past_key_values.{i}.key/.value    (B, KV heads, S, ...), of backends/kv_cache.py
 Outputs  logits float32 (P, V), present.{i}.key/.value; a present may share its past's buffer.
 
-Every ternary matrix is one `bitdistill.TernaryLinear`, or the stock operators that onnx_linears.py
+A layer is one `bitdistill.DecoderLayer` (onnx_layer.py) where that has all of it. Elsewhere every
+ternary matrix is one `bitdistill.TernaryLinear`, or the stock operators that onnx_linears.py
 puts in its place; its RMSNorm prologue is the linear's own norm, or the block's where nothing else
 reads that. Matrices that read the same input are stacked
 (`qkv_proj`, `gate_up_proj`), with one scale for each `scale_rows` rows. An MLP's gate is the
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from bitdistill import packing, tables
 from bitdistill.decoder import DecoderSpec, LayerSpec
-from bitdistill.exporters import onnx_attention, onnx_tables
+from bitdistill.exporters import onnx_attention, onnx_layer, onnx_tables
 from bitdistill.exporters.base import Options
 from bitdistill.exporters.onnx_layout import FUSED, scale_rows, stored_linears
 from bitdistill.exporters.onnx_linears import DEFAULT, OPERATORS, Stacked
@@ -87,8 +88,7 @@ class DecoderGraph(NodeBuilder):
         ]
         x = self.embedding()
         for index, layer in enumerate(self.spec.layers):
-            x = self.attention(x, index, layer)
-            x = self.mlp(x, index)
+            x = self.layer(x, index, layer)
         logits = self.head(x)
         return self._model([logits, *self.outputs])
 
@@ -106,6 +106,12 @@ class DecoderGraph(NodeBuilder):
             scale = self.constant("embedding_scale", np.float32(self.spec.embedding_scale))
             x = self.op("Mul", [x, scale], "embed_tokens/scale")
         return x
+
+    def layer(self, x: ir.Value, index: int, layer: LayerSpec) -> ir.Value:
+        """One node where an operator has all of a layer, or one for each matrix and attention."""
+        if onnx_layer.fits(self):
+            return onnx_layer.layer(self, x, index, layer)
+        return self.mlp(self.attention(x, index, layer), index)
 
     def attention(self, x: ir.Value, index: int, layer: LayerSpec) -> ir.Value:
         """x + [norm] o_proj(attention of input_norm(x))."""
@@ -163,6 +169,10 @@ class DecoderGraph(NodeBuilder):
         return self.op("Add", [x, y], result)
 
     def linear(self, name: str, ends: Ends, index: int, block_norm: str | None = None) -> ir.Value:
+        """The product with one stored ternary matrix."""
+        return OPERATORS[self.ops].multiply(self, self.matrix(name, index, block_norm), ends)
+
+    def matrix(self, name: str, index: int, block_norm: str | None = None) -> Stacked:
         """One stored ternary matrix, with the norm on its input if it has one."""
         spec, prefix = self.spec, f"model.layers.{index}"
         parts, path = self.stored[name], f"model.layers.{index}.{name}"
@@ -170,7 +180,7 @@ class DecoderGraph(NodeBuilder):
         shared = scale_rows(spec, parts)
         scales = [np.full(len(trits) // shared, scale, np.float32) for trits, scale in read]
         norm, epsilon = self._prologue(path, parts[0], block_norm)
-        matrix = Stacked(
+        return Stacked(
             path=path,
             node=f"layers.{index}.{name}",
             trits=np.concatenate([trits for trits, _ in read]),
@@ -182,7 +192,6 @@ class DecoderGraph(NodeBuilder):
             activation_bits=spec.activation_bits,
             layout=self.layout,
         )
-        return OPERATORS[self.ops].multiply(self, matrix, ends)
 
     def _prologue(
         self, name: str, part: str, block_norm: str | None

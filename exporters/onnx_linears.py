@@ -90,19 +90,21 @@ def _prepared(graph: NodeBuilder, matrix: Stacked, ends: Ends) -> ir.Value:
 # custom
 
 
-def _custom(graph: NodeBuilder, matrix: Stacked, ends: Ends) -> ir.Value:
+def stored_inputs(graph: NodeBuilder, matrix: Stacked) -> list[ir.Value | None]:
+    """Weight, scales, norm and bias, as TernaryLinear and DecoderLayer have them in turn."""
     packed = packing.pack_layout(matrix.trits, matrix.layout)
-    rows, columns = matrix.trits.shape
-    gate, *up = ends.inputs
-    inputs = [
-        gate,
+    return [
         graph.data.add(f"{matrix.path}.weight", packed, "body"),
         graph.data.add(f"{matrix.path}.scale", matrix.scales, "body"),
         matrix.norm,
         _bias(graph, matrix),
-        up[0] if up else None,
-        ends.residual,
     ]
+
+
+def _custom(graph: NodeBuilder, matrix: Stacked, ends: Ends) -> ir.Value:
+    rows, columns = matrix.trits.shape
+    gate, *up = ends.inputs
+    inputs = [gate, *stored_inputs(graph, matrix), up[0] if up else None, ends.residual]
     while inputs[-1] is None:
         inputs.pop()
     activation = {} if ends.activation is None else {"activation": ends.activation}
@@ -125,23 +127,45 @@ def _custom(graph: NodeBuilder, matrix: Stacked, ends: Ends) -> ir.Value:
 def _read_custom(
     graph: ir.Graph, path: str, rows: int, columns: int
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    node = next((n for n in graph if _reads(n, f"{path}.weight")), None)
-    if node is None:
+    found = next((n for n in graph if _place(n, path) is not None), None)
+    if found is None:
         raise FormatError(f"the model has no matrix {path}; export it again")
-    sizes = (node.attributes[name].as_int() for name in ("N", "K", "layout"))
-    trits = packing.unpack_layout(node.inputs[1].const_value.numpy(), *sizes)
-    return trits, _stored_scales(node, path)
+    place, alone = _place(found, path) or 0, found.op_type == "TernaryLinear"
+    if alone:
+        rows, columns = (_integer_of(found, path, name) for name in ("N", "K"))
+    weight, scale = (_constant(found, path, place + i) for i in range(2))
+    trits = packing.unpack_layout(weight, rows, columns, _integer_of(found, path, "layout"))
+    return trits, _row_scales(found, path, scale, rows, alone)
 
 
-def _reads(node: ir.Node, name: str) -> bool:
-    return node.op_type == "TernaryLinear" and node.inputs[1].name == name
+def _place(node: ir.Node, path: str) -> int | None:
+    """Where a node of ours has a matrix among its inputs."""
+    if node.op_type not in ("TernaryLinear", "DecoderLayer"):
+        return None
+    names = [value and value.name for value in node.inputs]
+    return names.index(f"{path}.weight") if f"{path}.weight" in names else None
 
 
-def _stored_scales(node: ir.Node, path: str) -> NDArray[np.float32]:
-    rows, scales = node.attributes["N"].as_int(), node.inputs[2].const_value.numpy()
-    if "scale_rows" not in node.attributes:
+def _integer_of(node: ir.Node, path: str, name: str) -> int:
+    if name not in node.attributes:
         raise FormatError(f"{path} was written by an older version; export it again")
-    shared = node.attributes["scale_rows"].as_int()
+    value: int = node.attributes[name].as_int()
+    return value
+
+
+def _constant(node: ir.Node, path: str, index: int) -> NDArray[Any]:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None or value.const_value is None:
+        raise FormatError(f"the weight and scale of {path} are not stored; export it again")
+    array: NDArray[Any] = value.const_value.numpy()
+    return array
+
+
+def _row_scales(
+    node: ir.Node, path: str, scales: NDArray[np.float32], rows: int, alone: bool
+) -> NDArray[np.float32]:
+    """A layer has no attribute for it: as many rows to a scale as it has scales for."""
+    shared = _integer_of(node, path, "scale_rows") if alone else rows // max(scales.size, 1)
     if shared < 1 or scales.shape != (rows / shared,):
         raise FormatError(
             f"{node.name} has {scales.size} scales of {shared} rows each for its {rows} rows; "

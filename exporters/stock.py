@@ -124,14 +124,14 @@ class StockGraph(DecoderGraph):
         x = self.gated(ends, weights.shape[1], node)
         if block_norm is not None:
             x = self.norm(x, block_norm, f"{node}.norm")
-        y = self.matrix(f"{prefix}.{name}", x, weights, self.bits, "body")
+        y = self.product(f"{prefix}.{name}", x, weights, self.bits, "body")
         bias = self._bias(prefix, parts)
         if bias is not None:
             stored = self.data.add(f"{prefix}.{name}.bias", bias, "body")
             y = self.op("Add", [y, stored], f"{prefix}.{name}.biased")
         return self.added(y, ends)
 
-    def matrix(
+    def product(
         self,
         name: str,
         x: ir.Value,
@@ -165,7 +165,7 @@ class StockGraph(DecoderGraph):
         x = self.op("Gather", [x, self.inputs["logit_rows"]], "asked_rows", axis=0)
         x = self.norm(x, "model.norm", "norm")
         name = "model.embed_tokens.weight" if self.spec.tied else "lm_head.weight"
-        return self.matrix(
+        return self.product(
             "lm_head.quantized", x, self.reader.tensor(name), HEAD_BITS, "head", "logits"
         )
 

@@ -55,26 +55,6 @@ ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::Kerne
   return status;
 }
 
-// Sizes from the query and the cache; everything else must agree with them.
-
-ort::Status *make_outputs(const AttentionNode &k, ort::KernelContext *context, AttentionCall *c) {
-  c->room = c->past_room > c->total ? c->past_room : c->total;
-  const Tensor &past = c->in[kPastKey];
-  const int64_t present[] = {c->batch, k.kv_heads, c->room, past.dims[3]};
-  const int64_t y[] = {c->batch, c->tokens, k.heads * c->size};
-  void *data[kAttentionOutputs];
-  for (size_t i = 0; i < kAttentionOutputs; ++i) {
-    ort::Value *value = nullptr;
-    BD_TRY(
-        k.api->KernelContext_GetOutput(context, i, i == kY ? y : present, i == kY ? 3 : 4, &value));
-    BD_TRY(k.api->GetTensorMutableData(value, &data[i]));
-  }
-  c->y = static_cast<float *>(data[kY]);
-  c->present[0] = static_cast<char *>(data[kPresentKey]);
-  c->present[1] = static_cast<char *>(data[kPresentValue]);
-  return nullptr;
-}
-
 // What one key head of one sequence works on.
 BdAttention part_of(const AttentionNode &k, const AttentionCall &c, int64_t b, int64_t head) {
   const int64_t group = k.heads / k.kv_heads, size = c.size;
@@ -134,13 +114,12 @@ bool attend(const AttentionNode &k, const AttentionCall &c, int64_t unit, int64_
 }
 
 // Key heads of all sequences; the cache of one whose rows are one tile is written by its own task.
-ort::Status *attend_all(const AttentionNode &k, const AttentionCall &c,
-                        const ort::KernelContext *context) {
+ort::Status *attend_all(const AttentionNode &k, const AttentionCall &c, const Threads &threads) {
   const int64_t rows = c.tokens * (k.heads / k.kv_heads), units = c.batch * k.kv_heads;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   if (tiles > 1) {
     const double kept = static_cast<double>(c.tokens * c.size) * 2;
-    BD_TRY(parallel(k.api, context, units, chunk_of(kept), [&](int64_t first, int64_t last) {
+    BD_TRY(parallel(threads, units, chunk_of(kept), [&](int64_t first, int64_t last) {
       for (int64_t unit = first; unit < last; ++unit) keep(k, c, unit);
     }));
   }
@@ -148,7 +127,7 @@ ort::Status *attend_all(const AttentionNode &k, const AttentionCall &c,
   const double position = static_cast<double>(c.row_bytes()) * 0.25 +
                           static_cast<double>((rows + tiles - 1) / tiles * c.size) * 0.03;
   std::atomic<bool> failed{false};
-  BD_TRY(parallel(k.api, context, units * tiles, chunk_of(position * static_cast<double>(c.total)),
+  BD_TRY(parallel(threads, units * tiles, chunk_of(position * static_cast<double>(c.total)),
                   [&](int64_t first, int64_t last) {
                     for (int64_t i = first; i < last; ++i) {
                       if (tiles == 1) keep(k, c, i);
@@ -162,16 +141,17 @@ ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   const AttentionNode &k = *static_cast<const AttentionNode *>(kernel);
   AttentionCall c = {};
   BD_TRY(read_call(k, context, &c));
-  BD_TRY(make_outputs(k, context, &c));
-  if (c.batch == 0 || c.tokens == 0) return nullptr;
-  c.rotary = k.rotary->rows(c.total);
-  return attend_all(k, c, context);
+  const int64_t dims[] = {c.batch, c.tokens, k.heads * c.size};
+  void *y = nullptr;
+  BD_TRY(allocate(k.api, context, kY, dims, 3, &y));
+  c.y = static_cast<float *>(y);
+  BD_TRY(make_presents(k, context, &c));
+  return c.batch == 0 || c.tokens == 0 ? nullptr : run_attention(k, {k.api, context}, &c);
 }
 
 template <ort::ElementType Type>
 ort::ElementType input_type(const ort::CustomOp *, size_t index) {
-  if (index == kPastKey || index == kPastValue) return Type;
-  return index == kLengths || index == kTotal ? ort::kInt32 : ort::kFloat;
+  return attention_input_type(index, Type);
 }
 
 template <ort::ElementType Type>
@@ -199,6 +179,27 @@ void fill(Op *op, const ort::Api *api) {
 }
 
 }  // namespace
+
+ort::Status *make_presents(const AttentionNode &k, ort::KernelContext *context, AttentionCall *c) {
+  c->room = c->past_room > c->total ? c->past_room : c->total;
+  const int64_t dims[] = {c->batch, k.kv_heads, c->room, c->in[kPastKey].dims[3]};
+  for (size_t i = 0; i < 2; ++i) {
+    void *data = nullptr;
+    BD_TRY(allocate(k.api, context, kPresentKey + i, dims, 4, &data));
+    c->present[i] = static_cast<char *>(data);
+  }
+  return nullptr;
+}
+
+ort::Status *run_attention(const AttentionNode &k, const Threads &threads, AttentionCall *c) {
+  c->rotary = k.rotary->rows(c->total);
+  return attend_all(k, *c, threads);
+}
+
+ort::ElementType attention_input_type(size_t input, ort::ElementType cache) {
+  if (input == kPastKey || input == kPastValue) return cache;
+  return input == kLengths || input == kTotal ? ort::kInt32 : ort::kFloat;
+}
 
 void fill_attention(Op (&ops)[3], const ort::Api *api) {
   fill<ort::kFloat>(&ops[0], api);

@@ -29,6 +29,7 @@ struct AttentionNode {
   int64_t heads, kv_heads, window;
   int64_t context;
   float scale, epsilon;
+  bool in_layer;  // of a DecoderLayer: no inputs for query, key and value but the layer's own
   Rotary *rotary;
   Tensor constants[kAttentionInputs];  // those that are not constant stay absent
   char name[kNameSize];
@@ -51,11 +52,26 @@ struct AttentionCall {
   int64_t row_bytes() const { return bd_cache_row_bytes(size, bits); }
 };
 
-// The attributes and rotary frequencies of a node; ort_attention.cpp makes the rest of it.
+// Where an input of Attention is found among those of the operator.
+inline size_t place_of(const AttentionNode &k, size_t input) {
+  return k.in_layer ? input - (kPastKey - 1) : input;
+}
+
+// The attributes and constants of a node.
 ort::Status *read_node(AttentionNode *k, const ort::KernelInfo *info);
 
-// The inputs of a call, refused where they do not belong together; outputs are left open.
+// The inputs of a call, refused where they do not belong together; outputs are left open. Of a
+// layer the query is there already.
 ort::Status *read_call(const AttentionNode &k, const ort::KernelContext *context, AttentionCall *c);
+
+// Outputs 1 and 2.
+ort::Status *make_presents(const AttentionNode &k, ort::KernelContext *context, AttentionCall *c);
+
+// Fills the cache and y, of a call with tokens.
+ort::Status *run_attention(const AttentionNode &k, const Threads &threads, AttentionCall *c);
+
+// Types of inputs and outputs that are of the cache's type or integers; float otherwise.
+ort::ElementType attention_input_type(size_t input, ort::ElementType cache);
 
 }  // namespace bitdistill
 #endif

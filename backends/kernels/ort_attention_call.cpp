@@ -24,7 +24,7 @@ ort::Status *read_constants(AttentionNode *k, const ort::KernelInfo *info) {
   float scale = 1;
   BD_TRY(read_float(k->api, info, k->name, "rotary_scale", &scale));
   for (size_t i = kAttentionConstants; i < kAttentionInputs; ++i)
-    BD_TRY(read_constant(k->api, info, i, &k->constants[i]));
+    BD_TRY(read_constant(k->api, info, place_of(*k, i), &k->constants[i]));
   const Tensor &given = k->constants[kFrequencies];
   if (!given.present || given.type != ort::kFloat || given.rank != 1 || given.dims[0] < 1)
     return refuse(k->api,
@@ -107,8 +107,9 @@ ort::Status *read_node(AttentionNode *k, const ort::KernelInfo *info) {
 ort::Status *read_call(const AttentionNode &k, const ort::KernelContext *context,
                        AttentionCall *c) {
   for (size_t i = 0; i < kAttentionInputs; ++i) {
+    if (k.in_layer && i < kPastKey) continue;
     c->in[i] = k.constants[i];
-    if (!c->in[i].present) BD_TRY(read_input(k.api, context, i, &c->in[i]));
+    if (!c->in[i].present) BD_TRY(read_input(k.api, context, place_of(k, i), &c->in[i]));
   }
   const Tensor &total = c->in[kTotal];
   BD_TRY(check_tensor(k.api, k.name, total, {"total_sequence_length", ort::kInt32, 0, {}}));

@@ -56,7 +56,7 @@ ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   // takes to read several streams of rows at the full rate.
   const double row = static_cast<double>(w.columns) * (0.02 + 0.01 * static_cast<double>(tokens));
   const int64_t chunk = std::max(chunk_of(row), share_of(w.rows, 4));
-  return parallel(k.api, context, w.rows, chunk, [&](int64_t a, int64_t b) {
+  return parallel({k.api, context}, w.rows, chunk, [&](int64_t a, int64_t b) {
     k.kernels->head->half(&w, x.floats(), tokens, y, a, b);
   });
 }
@@ -90,7 +90,7 @@ void fill_head(Op *op, const ort::Api *api) {
   op->CreateKernelV2 = create;
   op->KernelComputeV2 = compute;
   op->KernelDestroy = destroy;
-  op->InferOutputShape = infer;
+  op->InferOutputShape = infer_shapes<infer>;
 }
 
 }  // namespace bitdistill

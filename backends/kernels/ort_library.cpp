@@ -19,6 +19,7 @@ struct Registration {
   const ort::Api *api;
   ort::Domain *domain;
   Op attention[3];
+  Op layer[3];
   Op ternary;
   Op head;
   Op quantized_head;
@@ -41,6 +42,7 @@ bool infers_safely(const char *version) {
 ort::Status *fill(Registration *r, const ort::Api *api, const char *version) {
   r->api = api;
   fill_attention(r->attention, api);
+  fill_layer(r->layer, api);
   fill_ternary(&r->ternary, api);
   fill_head(&r->head, api);
   fill_quantized_head(&r->quantized_head, api);
@@ -48,6 +50,10 @@ ort::Status *fill(Registration *r, const ort::Api *api, const char *version) {
   BD_TRY(api->CreateCustomOpDomain(kDomain, &r->domain));
   BD_TRY(api->CustomOpDomain_Add(r->domain, &r->head));
   for (Op &op : r->attention) BD_TRY(api->CustomOpDomain_Add(r->domain, &op));
+  for (Op &op : r->layer) {
+    if (!infers_safely(version)) op.InferOutputShape = nullptr;
+    BD_TRY(api->CustomOpDomain_Add(r->domain, &op));
+  }
   for (Op *op : {&r->ternary, &r->quantized_head, &r->quantized_embedding}) {
     if (!infers_safely(version)) op->InferOutputShape = nullptr;
     BD_TRY(api->CustomOpDomain_Add(r->domain, op));

@@ -191,15 +191,20 @@ ort::Status *check_activations(const ort::Api *api, const char *op, const Tensor
   return nullptr;
 }
 
+ort::Status *allocate(const ort::Api *api, ort::KernelContext *context, size_t output,
+                      const int64_t *dims, size_t rank, void **data) {
+  ort::Value *value = nullptr;
+  BD_TRY(api->KernelContext_GetOutput(context, output, dims, rank, &value));
+  return api->GetTensorMutableData(value, data);
+}
+
 ort::Status *make_output(const ort::Api *api, ort::KernelContext *context, const Tensor &x,
                          size_t rank, int64_t last, float **out) {
   int64_t dims[kMaxRank + 1];
   for (size_t i = 0; i < rank; ++i) dims[i] = x.dims[i];
   dims[rank] = last;
-  ort::Value *value = nullptr;
-  BD_TRY(api->KernelContext_GetOutput(context, 0, dims, rank + 1, &value));
   void *data = nullptr;
-  BD_TRY(api->GetTensorMutableData(value, &data));
+  BD_TRY(allocate(api, context, 0, dims, rank + 1, &data));
   *out = static_cast<float *>(data);
   return nullptr;
 }

@@ -5,6 +5,7 @@
 
 #include "bitdistill_kernels.h"
 #include "ort_abi.h"
+#include "team.h"
 
 namespace bitdistill {
 
@@ -63,6 +64,10 @@ ort::Status *read_constant(const ort::Api *api, const ort::KernelInfo *info, siz
 ort::Status *check_tensor(const ort::Api *api, const char *op, const Tensor &tensor,
                           const Expected &expected);
 
+// Allocates an output.
+ort::Status *allocate(const ort::Api *api, ort::KernelContext *context, size_t output,
+                      const int64_t *dims, size_t rank, void **data);
+
 // Allocates output 0: the first `rank` dimensions of x, then `last`.
 ort::Status *make_output(const ort::Api *api, ort::KernelContext *context, const Tensor &x,
                          size_t rank, int64_t last, float **out);
@@ -85,11 +90,19 @@ class Scratch {
   bool kept_;
 };
 
+inline size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Where the loops of a call run.
+struct Threads {
+  const ort::Api *api;
+  const ort::KernelContext *context;
+  Team *team = nullptr;  // none: each loop asks the runtime for its threads
+};
+
 // Runs body(first, last) over [0, total) in fixed chunks on the runtime's own thread pool. Results
 // do not depend on the chunks or threads: every output element is computed whole by one call.
 template <class Body>
-ort::Status *parallel(const ort::Api *api, const ort::KernelContext *context, int64_t total,
-                      int64_t chunk, const Body &body) {
+ort::Status *parallel(const Threads &threads, int64_t total, int64_t chunk, const Body &body) {
   if (total <= chunk) {
     body(static_cast<int64_t>(0), total);
     return nullptr;
@@ -104,8 +117,12 @@ ort::Status *parallel(const ort::Api *api, const ort::KernelContext *context, in
     const int64_t last = first + l.chunk < l.total ? first + l.chunk : l.total;
     (*l.body)(first, last);
   };
-  const int64_t chunks = (total + chunk - 1) / chunk;
-  return api->KernelContext_ParallelFor(context, run, static_cast<size_t>(chunks), 0, &loop);
+  const auto chunks = static_cast<size_t>((total + chunk - 1) / chunk);
+  if (threads.team != nullptr) {
+    threads.team->run(run, &loop, chunks);
+    return nullptr;
+  }
+  return threads.api->KernelContext_ParallelFor(threads.context, run, chunks, 0, &loop);
 }
 
 // Units for one task, so that a task lasts long enough to be worth handing to a thread.
@@ -136,8 +153,18 @@ ort::Status *infer_output(const ort::Api *api, ort::ShapeContext *context, size_
 ort::Status *infer_int(const ort::Api *api, const ort::ShapeContext *context, const char *attribute,
                        int64_t *out);
 
-// One operator for each type of the cache: float, float16 and int8.
+// Shape inference as the runtime calls it, which does not look at the status and would never
+// release it. What a model lacks is refused when its kernels are made, or when they run.
+template <ort::Status *(*Infer)(const ort::CustomOp *, ort::ShapeContext *)>
+ort::Status *infer_shapes(const ort::CustomOp *op, ort::ShapeContext *context) noexcept {
+  ort::Status *status = Infer(op, context);
+  if (status != nullptr) static_cast<const Op *>(op)->api->ReleaseStatus(status);
+  return nullptr;
+}
+
+// Of these two an operator for each type of the cache: float, float16 and int8.
 void fill_attention(Op (&ops)[3], const ort::Api *api);
+void fill_layer(Op (&ops)[3], const ort::Api *api);
 void fill_ternary(Op *op, const ort::Api *api);
 void fill_head(Op *op, const ort::Api *api);
 void fill_quantized_head(Op *op, const ort::Api *api);

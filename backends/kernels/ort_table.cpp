@@ -109,14 +109,14 @@ ort::Status *run_head(const Kernel &k, const ort::KernelContext *context, const 
   if (scratch.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
   const BdHeadTokens in = bd_head_tokens(scratch.data(), tokens, w.columns, bits);
   const double columns = static_cast<double>(w.columns);
-  BD_TRY(parallel(k.api, context, tokens, chunk_of(columns * 2),
+  BD_TRY(parallel({k.api, context}, tokens, chunk_of(columns * 2),
                   [&](int64_t a, int64_t b) { bd_head_quantize(x, &in, a, b); }));
   // As in HeadLinear, a quarter of a row's time.
   const double row = columns * (0.01 + 0.01 * static_cast<double>(tokens));
   const auto product = k.bits == 8 ? k.kernels->head->int8 : k.kernels->head->int4;
   const int64_t units = k.bits == 8 ? w.rows : bd_table_blocks(w.rows);
   const int64_t chunk = chunk_of(k.bits == 8 ? row : row * BD_TABLE_ROWS);
-  return parallel(k.api, context, units, std::max(chunk, share_of(units, 4)),
+  return parallel({k.api, context}, units, std::max(chunk, share_of(units, 4)),
                   [&](int64_t a, int64_t b) { product(&w, &in, y, a, b); });
 }
 
@@ -157,7 +157,7 @@ ort::Status *compute_embedding(void *kernel, ort::KernelContext *context) noexce
   BD_TRY(make_output(k.api, context, ids, ids.rank, k.columns, &y));
   const int64_t *id = static_cast<const int64_t *>(ids.data);
   const auto gather = k.bits == 8 ? bd_gather_int8 : bd_gather_int4;
-  return parallel(k.api, context, count, chunk_of(static_cast<double>(k.columns)),
+  return parallel({k.api, context}, count, chunk_of(static_cast<double>(k.columns)),
                   [&](int64_t a, int64_t b) { gather(&w, id + a, b - a, y + a * k.columns); });
 }
 
@@ -203,7 +203,7 @@ void fill_quantized_head(Op *op, const ort::Api *api) {
   op->CreateKernelV2 = [](const ort::CustomOp *, const ort::Api *own, const ort::KernelInfo *info,
                           void **out) { return create(kHead, own, info, out); };
   op->KernelComputeV2 = compute_head;
-  op->InferOutputShape = infer_head;
+  op->InferOutputShape = infer_shapes<infer_head>;
 }
 
 void fill_quantized_embedding(Op *op, const ort::Api *api) {
@@ -215,7 +215,7 @@ void fill_quantized_embedding(Op *op, const ort::Api *api) {
   op->CreateKernelV2 = [](const ort::CustomOp *, const ort::Api *own, const ort::KernelInfo *info,
                           void **out) { return create(kEmbedding, own, info, out); };
   op->KernelComputeV2 = compute_embedding;
-  op->InferOutputShape = infer_embedding;
+  op->InferOutputShape = infer_shapes<infer_embedding>;
 }
 
 }  // namespace bitdistill

@@ -36,50 +36,12 @@ Expected expected(const TernaryNode &k, size_t input) {
   }
 }
 
-ort::Status *read_activation(TernaryNode *k, const ort::KernelInfo *info) {
-  char text[32] = "";
-  size_t size = sizeof text;
-  ort::Status *status = k->api->KernelInfoGetAttribute_string(info, "activation", text, &size);
-  if (status != nullptr) {
-    k->api->ReleaseStatus(status);
-    if (size == sizeof text) return nullptr;  // absent: a text too long would have set its size
-  }
-  k->activation = strcmp(text, "silu") == 0        ? BD_SILU
-                  : strcmp(text, "gelu_tanh") == 0 ? BD_GELU_TANH
-                                                   : 0;
-  if (k->activation != 0) return nullptr;
-  return refuse(k->api, "%s: activation must be silu or gelu_tanh, got '%s'; %s", k->name, text,
-                "export the model again or install a newer bitdistill");
-}
-
 ort::Status *read_attributes(TernaryNode *k, const ort::KernelInfo *info) {
-  int64_t layout = 0;
-  int64_t bits = 0;
   BD_TRY(read_int(k->api, info, k->name, "N", &k->rows));
   BD_TRY(read_int(k->api, info, k->name, "K", &k->columns));
   BD_TRY(read_int(k->api, info, k->name, "scale_rows", &k->scale_rows));
-  BD_TRY(read_int(k->api, info, k->name, "layout", &layout));
-  BD_TRY(read_int(k->api, info, k->name, "activation_bits", &bits));
-  k->base3 = layout == BD_BASE3_LAYOUT_VERSION;
-  if (layout != BD_LAYOUT_VERSION && !k->base3)
-    return refuse(k->api,
-                  "%s: weight layout %lld is not known here (this library reads %d, %d); %s",
-                  k->name, static_cast<long long>(layout), BD_LAYOUT_VERSION,
-                  BD_BASE3_LAYOUT_VERSION, "export the model again or install a newer bitdistill");
-  if (bits != 8 && bits != 0)
-    return refuse(k->api, "%s: activation_bits must be 8 or 0, got %lld", k->name,
-                  static_cast<long long>(bits));
-  if (k->base3 && bits == 0)
-    return refuse(k->api, "%s: weight layout 2 needs activation_bits 8; %s", k->name,
-                  "export the model again with 2 bits a weight");
-  if (k->columns < 1 || k->columns > BD_MAX_COLUMNS || k->rows < 1 || k->rows > INT32_MAX)
-    return refuse(k->api, "%s: N = %lld, K = %lld is out of range (K at most %d)", k->name,
-                  static_cast<long long>(k->rows), static_cast<long long>(k->columns),
-                  BD_MAX_COLUMNS);
-  if (k->scale_rows < 1 || k->rows % k->scale_rows != 0)
-    return refuse(k->api, "%s: scale_rows = %lld must be at least 1 and divide N = %lld", k->name,
-                  static_cast<long long>(k->scale_rows), static_cast<long long>(k->rows));
-  k->bits = static_cast<int>(bits);
+  BD_TRY(read_form(k, info));
+  BD_TRY(check_sizes(*k));
   BD_TRY(read_activation(k, info));
   ort::Status *status = k->api->KernelInfoGetAttribute_float(info, "epsilon", &k->epsilon);
   if (status != nullptr) {
@@ -98,24 +60,14 @@ ort::Status *check_codes(const TernaryNode &k, const uint8_t *packed) {
                 "the file is damaged: export the model again");
 }
 
-ort::Status *check_constants(TernaryNode *k, const ort::KernelInfo *info) {
-  for (size_t input = kW; input < kTernaryConstants; ++input) {
-    Tensor tensor;
-    BD_TRY(read_constant(k->api, info, input, &tensor));
-    if (!tensor.present) continue;
-    BD_TRY(check_constant(*k, input, tensor));
-    if (input == kW) BD_TRY(check_codes(*k, static_cast<const uint8_t *>(tensor.data)));
-    k->constants[input] = tensor;  // the runtime keeps it where it is for as long as the kernel
-  }
-  return nullptr;
-}
-
 ort::Status *make(TernaryNode *k, const ort::KernelInfo *info) {
   k->kernels = bd_kernels(nullptr);
   if (k->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
   read_name(k->api, info, "TernaryLinear", k->name);
   BD_TRY(read_attributes(k, info));
-  return check_constants(k, info);
+  for (size_t input = kW; input < kTernaryConstants; ++input)
+    BD_TRY(keep_constant(k, info, input, input));
+  return nullptr;
 }
 
 ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
@@ -157,6 +109,65 @@ ort::Characteristic characteristic(const ort::CustomOp *, size_t index) {
 
 }  // namespace
 
+ort::Status *read_form(TernaryNode *k, const ort::KernelInfo *info) {
+  int64_t layout = 0;
+  int64_t bits = 0;
+  BD_TRY(read_int(k->api, info, k->name, "layout", &layout));
+  BD_TRY(read_int(k->api, info, k->name, "activation_bits", &bits));
+  k->base3 = layout == BD_BASE3_LAYOUT_VERSION;
+  if (layout != BD_LAYOUT_VERSION && !k->base3)
+    return refuse(k->api,
+                  "%s: weight layout %lld is not known here (this library reads %d, %d); %s",
+                  k->name, static_cast<long long>(layout), BD_LAYOUT_VERSION,
+                  BD_BASE3_LAYOUT_VERSION, "export the model again or install a newer bitdistill");
+  if (bits != 8 && bits != 0)
+    return refuse(k->api, "%s: activation_bits must be 8 or 0, got %lld", k->name,
+                  static_cast<long long>(bits));
+  if (k->base3 && bits == 0)
+    return refuse(k->api, "%s: weight layout 2 needs activation_bits 8; %s", k->name,
+                  "export the model again with 2 bits a weight");
+  k->bits = static_cast<int>(bits);
+  return nullptr;
+}
+
+ort::Status *check_sizes(const TernaryNode &k) {
+  if (k.columns < 1 || k.columns > BD_MAX_COLUMNS || k.rows < 1 || k.rows > INT32_MAX)
+    return refuse(k.api, "%s: N = %lld, K = %lld is out of range (K at most %d)", k.name,
+                  static_cast<long long>(k.rows), static_cast<long long>(k.columns),
+                  BD_MAX_COLUMNS);
+  if (k.scale_rows < 1 || k.rows % k.scale_rows != 0)
+    return refuse(k.api, "%s: scale_rows = %lld must be at least 1 and divide N = %lld", k.name,
+                  static_cast<long long>(k.scale_rows), static_cast<long long>(k.rows));
+  return nullptr;
+}
+
+ort::Status *read_activation(TernaryNode *k, const ort::KernelInfo *info) {
+  char text[32] = "";
+  size_t size = sizeof text;
+  ort::Status *status = k->api->KernelInfoGetAttribute_string(info, "activation", text, &size);
+  if (status != nullptr) {
+    k->api->ReleaseStatus(status);
+    if (size == sizeof text) return nullptr;  // absent: a text too long would have set its size
+  }
+  k->activation = strcmp(text, "silu") == 0        ? BD_SILU
+                  : strcmp(text, "gelu_tanh") == 0 ? BD_GELU_TANH
+                                                   : 0;
+  if (k->activation != 0) return nullptr;
+  return refuse(k->api, "%s: activation must be silu or gelu_tanh, got '%s'; %s", k->name, text,
+                "export the model again or install a newer bitdistill");
+}
+
+ort::Status *keep_constant(TernaryNode *k, const ort::KernelInfo *info, size_t index,
+                           size_t input) {
+  Tensor tensor;
+  BD_TRY(read_constant(k->api, info, index, &tensor));
+  if (!tensor.present) return nullptr;
+  BD_TRY(check_constant(*k, input, tensor));
+  if (input == kW) BD_TRY(check_codes(*k, static_cast<const uint8_t *>(tensor.data)));
+  k->constants[input] = tensor;  // the runtime keeps it where it is for as long as the kernel
+  return nullptr;
+}
+
 ort::Status *check_constant(const TernaryNode &k, size_t input, const Tensor &tensor) {
   BD_TRY(check_tensor(k.api, k.name, tensor, expected(k, input)));
   if (input != kScale) return nullptr;
@@ -172,7 +183,7 @@ void fill_ternary(Op *op, const ort::Api *api) {
   op->CreateKernelV2 = create;
   op->KernelComputeV2 = compute;
   op->KernelDestroy = destroy;
-  op->InferOutputShape = infer;
+  op->InferOutputShape = infer_shapes<infer>;
 }
 
 }  // namespace bitdistill

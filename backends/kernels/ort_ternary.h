@@ -32,11 +32,37 @@ struct TernaryNode {
   char name[kNameSize];                 // "TernaryLinear 'node name'"
 };
 
+constexpr int64_t kFewTokens = 8;  // below, tasks of rows alone; from here on, of tokens too
+
+// One product: inputs that belong together, and room for it.
+struct TernaryCall {
+  Tensor in[kTernaryInputs];
+  int64_t tokens;
+  float *y;
+
+  const float *floats(size_t input) const { return in[input].floats(); }
+};
+
 // Every check of W, scale, norm_weight or bias but that of the codes, which cost a pass over the
 // weights.
 ort::Status *check_constant(const TernaryNode &k, size_t input, const Tensor &tensor);
 
-// One call.
+// The attributes layout and activation_bits, then activation, and whether rows and columns are
+// those of a matrix.
+ort::Status *read_form(TernaryNode *k, const ort::KernelInfo *info);
+ort::Status *read_activation(TernaryNode *k, const ort::KernelInfo *info);
+ort::Status *check_sizes(const TernaryNode &k);
+
+// Input `index` of the operator as input `input` of a TernaryLinear, checked and kept if it is
+// constant.
+ort::Status *keep_constant(TernaryNode *k, const ort::KernelInfo *info, size_t index, size_t input);
+
+// A call's tokens, which are some, multiplied; `memory` has product_bytes.
+size_t product_bytes(const TernaryNode &k, int64_t tokens);
+ort::Status *ternary_product(const TernaryNode &k, const Threads &threads, const TernaryCall &c,
+                             void *memory);
+
+// One call of the operator.
 ort::Status *run_ternary(const TernaryNode &k, ort::KernelContext *context);
 
 }  // namespace bitdistill

@@ -4,23 +4,22 @@
 #include <atomic>
 
 #include "ort_ternary.h"
+#include "pieces.h"
 #include "split.h"
 #include "work_memory.h"
 
 namespace bitdistill {
 namespace {
 
-constexpr int64_t kFewTokens = 8;  // below, tasks of rows alone; from here on, of tokens too
+size_t scale_bytes(const TernaryNode &k) {
+  return whole_lines(static_cast<size_t>(k.rows) * sizeof(float));
+}
 
-size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-struct TernaryCall {
-  Tensor in[kTernaryInputs];
-  int64_t tokens;
-  float *y;
-
-  const float *floats(size_t input) const { return in[input].floats(); }
-};
+// Of the weights in layout 1, where base 3 is unpacked for many tokens: whole lines.
+size_t code_bytes(const TernaryNode &k, int64_t tokens) {
+  const bool unpacked = k.base3 && tokens >= BD_UNPACKED_TOKENS;
+  return unpacked ? static_cast<size_t>(bd_packed_bytes(k.rows, k.columns)) : 0;
+}
 
 // An input of the calls themselves: the dimensions of X, the last one being `last`.
 ort::Status *check_beside(const TernaryNode &k, const TernaryCall &c, const char *name,
@@ -57,8 +56,8 @@ ort::Status *read_call(const TernaryNode &k, const ort::KernelContext *context, 
 
 // A gate's product, made and rounded token by token: it stays in the cache of its thread, and a
 // prompt's takes no memory.
-ort::Status *prepare_gated(const TernaryNode &k, const ort::KernelContext *context,
-                           const TernaryCall &c, const BdTokens &out) {
+ort::Status *prepare_gated(const TernaryNode &k, const Threads &threads, const TernaryCall &c,
+                           const BdTokens &out) {
   const bool packed = !c.in[kUp].present;
   const float *x = c.floats(kX);
   const float *up = packed ? x + k.columns : c.floats(kUp);
@@ -66,7 +65,7 @@ ort::Status *prepare_gated(const TernaryNode &k, const ort::KernelContext *conte
   const auto round = k.bits == 0 ? k.kernels->normalize : k.kernels->quantize;
   std::atomic<bool> failed{false};
   const int64_t chunk = chunk_of(static_cast<double>(k.columns) * 0.8);
-  BD_TRY(parallel(k.api, context, c.tokens, chunk, [&](int64_t a, int64_t b) {
+  BD_TRY(parallel(threads, c.tokens, chunk, [&](int64_t a, int64_t b) {
     void *memory = work_memory(static_cast<size_t>(k.columns) * sizeof(float));
     if (memory == nullptr) {
       failed = true;
@@ -85,12 +84,12 @@ ort::Status *prepare_gated(const TernaryNode &k, const ort::KernelContext *conte
 }
 
 // Tokens ready for the product.
-ort::Status *prepare(const TernaryNode &k, const ort::KernelContext *context, const TernaryCall &c,
+ort::Status *prepare(const TernaryNode &k, const Threads &threads, const TernaryCall &c,
                      const BdTokens &out) {
-  if (k.activation != 0) return prepare_gated(k, context, c, out);
+  if (k.activation != 0) return prepare_gated(k, threads, c, out);
   const BdInput in = {c.floats(kX), c.floats(kNorm), k.epsilon, c.tokens, k.columns};
   const auto round = k.bits == 0 ? k.kernels->normalize : k.kernels->quantize;
-  return parallel(k.api, context, c.tokens, chunk_of(static_cast<double>(k.columns) * 0.3),
+  return parallel(threads, c.tokens, chunk_of(static_cast<double>(k.columns) * 0.3),
                   [&](int64_t a, int64_t b) { round(&in, &out, a, b); });
 }
 
@@ -116,7 +115,7 @@ void expand_scales(const TernaryNode &k, const float *scale, int64_t first, int6
   }
 }
 
-ort::Status *multiply(const TernaryNode &k, const ort::KernelContext *context, const TernaryCall &c,
+ort::Status *multiply(const TernaryNode &k, const Threads &threads, const TernaryCall &c,
                       const BdTernary &w, float *row_scales, const BdTokens &tokens) {
   const auto kernel = k.bits == 0 ? k.kernels->ternary_float
                       : w.base3   ? k.kernels->ternary_base3
@@ -133,25 +132,29 @@ ort::Status *multiply(const TernaryNode &k, const ort::KernelContext *context, c
     // Of a block of 32 rows: 8 bytes a column from memory, 64 operations a column and token.
     const double columns = static_cast<double>(w.columns);
     const double block = columns * (0.7 + 0.25 * static_cast<double>(c.tokens));
-    return parallel(k.api, context, blocks, std::max(chunk_of(block), share_of(blocks, 1)),
-                    [&](int64_t a, int64_t b) {
-                      expand_scales(k, scale, a, b, row_scales);  // in the cache that reads them
-                      part(&w, &tokens, c.y, a, b);
-                    });
+    const auto piece = [&](int64_t a, int64_t b) {
+      expand_scales(k, scale, a, b, row_scales);  // in the cache that reads them
+      part(&w, &tokens, c.y, a, b);
+    };
+    if (threads.team == nullptr)
+      return parallel(threads, blocks, std::max(chunk_of(block), share_of(blocks, 1)), piece);
+    const Pieces pieces(blocks, processors());
+    return parallel(threads, pieces.count(), 1, [&](int64_t index, int64_t) {
+      piece(pieces.first(index), pieces.first(index + 1));
+    });
   }
   expand_scales(k, scale, 0, blocks, row_scales);
   const bool by_tokens = k.kernels->by_tokens != 0 && kernel == k.kernels->ternary;
   const Split split(c.tokens, blocks, processors(), 2, by_tokens);
-  return parallel(k.api, context, split.parts(), 1, [&](int64_t a, int64_t b) {
+  return parallel(threads, split.parts(), 1, [&](int64_t a, int64_t b) {
     for (int64_t index = a; index < b; ++index) split.run(part, index, w, tokens, c.y);
   });
 }
 
 // Weights in base 3 are unpacked once for a prompt's tokens: that costs what a few of them do.
-ort::Status *unpack(const TernaryNode &k, const ort::KernelContext *context, BdTernary *w,
-                    uint8_t *out) {
-  BD_TRY(parallel(k.api, context, bd_blocks(w->rows), chunk_of(static_cast<double>(w->columns)),
-                  [&](int64_t a, int64_t b) { k.kernels->unpack_base3(w, out, a, b); }));
+ort::Status *unpack(const Threads &threads, const BdKernels &kernels, BdTernary *w, uint8_t *out) {
+  BD_TRY(parallel(threads, bd_blocks(w->rows), chunk_of(static_cast<double>(w->columns)),
+                  [&](int64_t a, int64_t b) { kernels.unpack_base3(w, out, a, b); }));
   w->packed = out;
   w->base3 = 0;
   return nullptr;
@@ -159,29 +162,35 @@ ort::Status *unpack(const TernaryNode &k, const ort::KernelContext *context, BdT
 
 }  // namespace
 
-ort::Status *run_ternary(const TernaryNode &k, ort::KernelContext *context) {
-  TernaryCall c;
-  BD_TRY(read_call(k, context, &c));
-  BD_TRY(make_output(k.api, context, c.in[kX], c.in[kX].rank - 1, k.rows, &c.y));
-  if (c.tokens == 0) return nullptr;
-  const bool unpacked = k.base3 && c.tokens >= BD_UNPACKED_TOKENS;
-  const size_t scale_bytes = whole_lines(static_cast<size_t>(k.rows) * sizeof(float));
-  const size_t code_bytes =
-      unpacked ? static_cast<size_t>(bd_packed_bytes(k.rows, k.columns)) : 0;  // whole lines
-  const Scratch scratch(scale_bytes + code_bytes + bd_scratch_bytes(c.tokens, k.columns, k.bits));
-  if (scratch.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
-  float *row_scales = static_cast<float *>(scratch.data());
-  char *rest = static_cast<char *>(scratch.data()) + scale_bytes;
-  const BdTokens tokens = bd_tokens(rest + code_bytes, c.tokens, k.columns, k.bits);
-  BD_TRY(prepare(k, context, c, tokens));
+size_t product_bytes(const TernaryNode &k, int64_t tokens) {
+  return scale_bytes(k) + code_bytes(k, tokens) + bd_scratch_bytes(tokens, k.columns, k.bits);
+}
+
+ort::Status *ternary_product(const TernaryNode &k, const Threads &threads, const TernaryCall &c,
+                             void *memory) {
+  float *row_scales = static_cast<float *>(memory);
+  char *rest = static_cast<char *>(memory) + scale_bytes(k);
+  const size_t codes = code_bytes(k, c.tokens);
+  const BdTokens tokens = bd_tokens(rest + codes, c.tokens, k.columns, k.bits);
+  BD_TRY(prepare(k, threads, c, tokens));
   BdTernary w = {static_cast<const uint8_t *>(c.in[kW].data),
                  row_scales,
                  c.floats(kBias),
                  k.rows,
                  k.columns,
                  k.base3 ? 1 : 0};
-  if (unpacked) BD_TRY(unpack(k, context, &w, reinterpret_cast<uint8_t *>(rest)));
-  return multiply(k, context, c, w, row_scales, tokens);
+  if (codes > 0) BD_TRY(unpack(threads, *k.kernels, &w, reinterpret_cast<uint8_t *>(rest)));
+  return multiply(k, threads, c, w, row_scales, tokens);
+}
+
+ort::Status *run_ternary(const TernaryNode &k, ort::KernelContext *context) {
+  TernaryCall c;
+  BD_TRY(read_call(k, context, &c));
+  BD_TRY(make_output(k.api, context, c.in[kX], c.in[kX].rank - 1, k.rows, &c.y));
+  if (c.tokens == 0) return nullptr;
+  const Scratch scratch(product_bytes(k, c.tokens));
+  if (scratch.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
+  return ternary_product(k, {k.api, context}, c, scratch.data());
 }
 
 }  // namespace bitdistill

@@ -7,74 +7,43 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from attention_models import (
+    ATTRIBUTES,
+    CONTEXT,
+    FREQUENCIES,
+    GIVEN,
+    HEADS,
+    KV_HEADS,
+    RESULTS,
+    SIZE,
+    F,
+    Inputs,
+    cache_memory,
+    cached_model,
+    feed,
+    run_in_place,
+)
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
-from op_models import TYPES, session
+from onnx import helper
+from op_models import session
 
 from bitdistill.backends.kernels.binding import Kernels
 from bitdistill.backends.kernels.binding_attention import Head
 from bitdistill.backends.kv_cache import DTYPES, row_elements
 
-F = np.float32
-HEADS, KV_HEADS, SIZE, CONTEXT = 6, 2, 16, 64
-FREQUENCIES = (1e4 ** -np.linspace(0, 1, SIZE // 2)).astype(F)
-ATTRIBUTES = {
-    "num_heads": HEADS,
-    "kv_num_heads": KV_HEADS,
-    "local_window_size": 0,
-    "scale": 0.25,
-    "epsilon": 1e-6,
-    "context": CONTEXT,
-    "rotary_scale": 1.0,
-}
-Inputs = dict[str, NDArray]
-
 
 def attention(bits: int, threads: int = 2, **changes: Any) -> onnxruntime.InferenceSession:
     """A session of one packed node with norms."""
-    attributes = {k: v for k, v in (ATTRIBUTES | changes).items() if v is not None}
     rng = np.random.default_rng(1)
     constants = {
         "frequencies": changes.pop("frequencies", FREQUENCIES),
         "q_norm": rng.random(SIZE, F) + F(0.5),
         "k_norm": rng.random(SIZE, F) + F(0.5),
     }
-    attributes.pop("frequencies", None)
-    given = {"x": F, "past_key": DTYPES[bits], "past_value": DTYPES[bits]}
-    given |= {"lengths": np.int32, "total": np.int32}
-    names = ["x", "", "", "past_key", "past_value", "lengths", "total", *constants]
-    outputs = ["y", "present_key", "present_value"]
-    node = helper.make_node("Attention", names, outputs, "layer 7", "", "bitdistill", **attributes)
-    types = {name: TYPES[np.dtype(dtype)] for name, dtype in given.items()}
-    ranks = {"x": 3, "lengths": 1, "total": 0}
-    inputs = [
-        helper.make_tensor_value_info(name, kind, [None] * ranks.get(name, 4))
-        for name, kind in types.items()
-    ]
-    kinds = (types["x"], types["past_key"], types["past_key"])
-    ends = [
-        helper.make_tensor_value_info(n, kind, None) for n, kind in zip(outputs, kinds, strict=True)
-    ]
-    stored = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    graph = helper.make_graph([node], "test", inputs, ends, stored)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("bitdistill", 1)]
-    proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    return session(proto.SerializeToString(), threads)
-
-
-def feed(
-    bits: int, lengths: list[int], tokens: int, total: int, room: int, seed: int = 0
-) -> Inputs:
-    """Inputs of sequences that hold `lengths` tokens in the end, with an empty past."""
-    shape = (len(lengths), KV_HEADS, room, row_elements(SIZE, bits))
-    columns = (HEADS + 2 * KV_HEADS) * SIZE
-    return {
-        "x": np.random.default_rng(seed).standard_normal((len(lengths), tokens, columns), F),
-        "past_key": np.zeros(shape, DTYPES[bits]),
-        "past_value": np.zeros(shape, DTYPES[bits]),
-        "lengths": np.array(lengths, np.int32) - 1,
-        "total": np.array(total, np.int32),
-    }
+    attributes = {k: v for k, v in (ATTRIBUTES | changes).items() if v is not None}
+    names = ["x", "", "", *GIVEN, *constants]
+    node = helper.make_node("Attention", names, RESULTS, "layer 7", "", "bitdistill", **attributes)
+    return session(cached_model([node], bits, constants), threads)
 
 
 def alone(x_TC: NDArray, at: list[Head]) -> NDArray[np.float32]:
@@ -139,23 +108,13 @@ def test_a_padded_batch_then_steps_equal_each_sequence_alone(
 @pytest.mark.parametrize("bits", [32, 16, 8])
 def test_a_shared_buffer_is_written_in_place(bits: int) -> None:
     node, at = attention(bits), heads(bits)
-    given = feed(bits, [5], 5, 5, CONTEXT)
-    memory = [onnxruntime.OrtValue.ortvalue_from_numpy(given.pop(n)) for n in
-              ("past_key", "past_value")]  # fmt: skip
+    memory = cache_memory(feed(bits, [5], 5, 5, CONTEXT))
     places = [value.data_ptr() for value in memory]
     held = 0
     for tokens in (5, 1, 7):
         held += tokens
         given = feed(bits, [held], tokens, held, 0, seed=held)
-        binding = node.io_binding()
-        binding.bind_output("y")
-        for name, value in zip(("key", "value"), memory, strict=True):
-            binding.bind_ortvalue_input(f"past_{name}", value)
-            binding.bind_ortvalue_output(f"present_{name}", value)
-        for name in ("x", "lengths", "total"):
-            binding.bind_cpu_input(name, given[name])
-        node.run_with_iobinding(binding)
-        y = binding.copy_outputs_to_cpu()[0]
+        y = run_in_place(node, given, memory)
         assert np.array_equal(y[0], alone(given["x"][0], at))
     assert [value.data_ptr() for value in memory] == places
     found = memory[0].numpy()[0, :, :held]

@@ -253,7 +253,7 @@ def test_packed_weights_that_are_not_ternary_are_refused_by_the_operator(damaged
 
 def test_an_operator_of_another_version_is_explained(damaged: Path) -> None:
     def rename(node: onnx.NodeProto) -> None:
-        node.op_type = node.op_type.replace("TernaryLinear", "TernaryMatrix")
+        node.op_type = node.op_type.replace("DecoderLayer", "DecoderBlock")
 
     edit(damaged, rename)
     with pytest.raises(InstallationError, match="uses an operator that this installation lacks"):

@@ -35,25 +35,25 @@ def test_the_graph_is_valid_and_portable(artifact: Path) -> None:
     assert [value.name for value in model.graph.output][:2] == ["logits", "present.0.key"]
 
 
-def test_nodes_are_fused_and_named_after_modules(artifact: Path) -> None:
-    graph = graph_of(artifact)
+def test_nodes_are_fused_and_named_after_modules(student_dir: Students, tmp_path: Path) -> None:
+    """Where a layer is not one node (test_onnx_layer.py)."""
+    graph = graph_of(exporters.export(student_dir("gemma3_text"), "onnx", tmp_path / "out"))
     ternary = {node.name: node for node in graph.node if node.op_type == "TernaryLinear"}
     parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     assert set(ternary) == {f"layers.{i}.{part}" for i in range(2) for part in parts}
     # the block's norm is the prologue of the stacked projections
     assert ternary["layers.1.self_attn.qkv_proj"].input[3].endswith("1.input_layernorm.weight")
-    # the gate is the prologue of down_proj, and residuals are epilogues
+    # the gate is the prologue of down_proj
     down = ternary["layers.1.mlp.down_proj"]
     assert down.input[0] == "layers.1.mlp.gate_up_proj"
-    assert down.input[6] == "layers.1.attention_residual"
-    assert down.output[0] == "layers.1.mlp_residual"
     kinds = Counter(node.op_type for node in graph.node)
     assert kinds == {
         "Attention": 2,
         "TernaryLinear": 8,
-        "RMSNorm": 1,  # the last; those of q and k are inside Attention
+        "Add": 4,
+        "RMSNorm": 5,  # before each sum, and the last; those of q and k are inside Attention
         "Gather": 2,
-        **dict.fromkeys(("Cast", "Reshape", "HeadLinear"), 1),
+        **dict.fromkeys(("Cast", "Mul", "Reshape", "HeadLinear"), 1),
     }
 
 
@@ -70,6 +70,9 @@ def test_allnorm_keeps_seven_matrices_with_their_own_norms(
     # gate and up, which read different inputs, meet in down_proj
     down = next(node for node in nodes if node.name == "layers.0.mlp.down_proj")
     assert (down.input[0], down.input[5]) == ("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
+    # residuals are epilogues
+    assert down.input[6] == "layers.0.attention_residual"
+    assert down.output[0] == "layers.0.mlp_residual"
     assert not {"Mul", "Add", "Split"} & {node.op_type for node in graph_of(out).node}
 
 

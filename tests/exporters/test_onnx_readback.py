@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from bitdistill import backends, checkpoint, exporters, manifest, packing
 from bitdistill.backends import onnx_session
@@ -38,16 +38,32 @@ def write_scale(artifact: Path, matrix: str, index: int, value: float) -> None:
 
 
 def set_attribute(artifact: Path, name: str, value: int | None) -> None:
-    """Change, or with None remove, an integer attribute of every TernaryLinear."""
+    """Change, or with None remove, an integer attribute of every node that holds matrices."""
     model = load(artifact)
     for node in model.graph.node:
-        if node.op_type == "TernaryLinear":
+        if node.op_type in ("TernaryLinear", "DecoderLayer"):
             kept = [a for a in node.attribute if a.name != name]
             del node.attribute[:]
             node.attribute.extend(kept)
             if value is not None:
                 node.attribute.append(helper.make_attribute(name, value))
     (artifact / "model.onnx").write_bytes(model.SerializeToString())
+
+
+@pytest.fixture(params=["qwen3", "gemma3_text"])
+def either(
+    request: pytest.FixtureRequest, student_dir: Students, tmp_path: Path
+) -> tuple[Path, Path]:
+    """Student and artifact, whose layers are one node each, or a node for each matrix."""
+    path = student_dir(request.param, "paper", 8)
+    return path, exporters.export(path, "onnx", tmp_path / "either")
+
+
+@pytest.fixture
+def matrices(student_dir: Students, tmp_path: Path) -> tuple[Path, Path]:
+    """Student and artifact, with a TernaryLinear for each matrix."""
+    path = student_dir("gemma3_text", "paper", 8)
+    return path, exporters.export(path, "onnx", tmp_path / "matrices")
 
 
 @pytest.mark.parametrize("style", ["paper", "allnorm", "none"])
@@ -67,11 +83,12 @@ def test_trits_and_scales_are_the_students(
     assert seen == {f"model.layers.{i}.{linear}" for i in range(2) for linear in LINEARS}
 
 
-# q, k and v have 64, 32 and 32 rows in llama; 128, 64 and 64 in qwen3.
+# q, k and v have 64, 32 and 32 rows in llama; 128, 64 and 64 in qwen3 and gemma3.
 STACKED = [
     ("llama", {}, {"qkv": (32, 4), "gate_up": (96, 2)}),
     ("llama", {"intermediate_size": 100}, {"qkv": (32, 4), "gate_up": (100, 2)}),
     ("qwen3", {}, {"qkv": (64, 4), "gate_up": (96, 2)}),
+    ("gemma3_text", {}, {"qkv": (64, 4), "gate_up": (96, 2)}),
 ]
 
 
@@ -86,12 +103,18 @@ def test_a_matrix_stores_one_scale_and_a_stack_few(
     path = student_dir(family, "paper", 8, **config)
     graph = load(exporters.export(path, "onnx", tmp_path / "out")).graph
     sizes = {t.name: list(t.dims) for t in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "TernaryLinear":
-            attributes = {a.name: a.i for a in node.attribute}
-            part = node.name.split(".")[-1].removesuffix("_proj")
-            rows, scales = stacked.get(part, (attributes["N"], 1))
-            assert (attributes["scale_rows"], sizes[node.input[2]]) == (rows, [scales]), node.name
+    scales = {name: size for name, size in sizes.items() if name.endswith(".scale")}
+    assert len(scales) == 8
+    for name, size in scales.items():
+        part = name.split(".")[-2].removesuffix("_proj")
+        assert size == [stacked.get(part, (0, 1))[1]], name
+    nodes = [node for node in graph.node if node.op_type == "TernaryLinear"]
+    assert len(nodes) == (8 if family == "gemma3_text" else 0)
+    for node in nodes:
+        attributes = {a.name: a.i for a in node.attribute}
+        part = node.name.split(".")[-1].removesuffix("_proj")
+        rows, _ = stacked.get(part, (attributes["N"], 1))
+        assert attributes["scale_rows"] == rows, node.name
 
 
 def test_stacked_scales_are_each_matrixs_own(student: Path, artifact: Path) -> None:
@@ -121,21 +144,93 @@ def test_a_scale_that_is_not_finite_is_refused(copy: Path, student: Path) -> Non
 
 @pytest.mark.parametrize("rows", [0, -64, 3, 1 << 40])
 def test_scales_that_do_not_cover_the_rows_are_refused(
-    copy: Path, student: Path, rows: int
+    matrices: tuple[Path, Path], rows: int
 ) -> None:
-    set_attribute(copy, "scale_rows", rows)
+    student, artifact = matrices
+    set_attribute(artifact, "scale_rows", rows)
     with pytest.raises(manifest.FormatError, match=f"4 scales of {rows} rows each for its 256"):
-        read(copy, student)
+        read(artifact, student)
     with pytest.raises(manifest.FormatError, match=f"scale_rows = {rows} must be at least 1"):
-        onnx_session.open_session(copy / "model.onnx", None)
+        onnx_session.open_session(artifact / "model.onnx", None)
 
 
-def test_an_artifact_without_the_attribute_is_refused(copy: Path, student: Path) -> None:
-    set_attribute(copy, "scale_rows", None)
-    with pytest.raises(manifest.FormatError, match="written by an older version; export it again"):
+@pytest.mark.parametrize("count", [0, 3, 257])
+def test_scales_that_do_not_divide_a_layers_rows_are_refused(
+    copy: Path, student: Path, count: int
+) -> None:
+    model = load(copy)
+    name = "model.layers.0.self_attn.qkv_proj.scale"
+    index = next(i for i, t in enumerate(model.graph.initializer) if t.name == name)
+    scales = numpy_helper.from_array(np.ones(count, np.float32), name)
+    model.graph.initializer[index].CopyFrom(scales)
+    (copy / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        manifest.FormatError, match=rf"layers.0 has {count} scales of \d+ rows each"
+    ):
         read(copy, student)
-    with pytest.raises(manifest.FormatError, match="attribute scale_rows is missing"):
+    with pytest.raises(manifest.FormatError, match=rf"shape \(256\), got \({count}\); export"):
         onnx_session.open_session(copy / "model.onnx", None)
+
+
+def test_matrices_without_an_attribute_are_refused(matrices: tuple[Path, Path]) -> None:
+    student, artifact = matrices
+    whole = (artifact / "model.onnx").read_bytes()
+    for name in ("scale_rows", "N", "K"):
+        set_attribute(artifact, name, None)
+        with pytest.raises(manifest.FormatError, match="by an older version; export it again"):
+            read(artifact, student)
+        with pytest.raises(manifest.FormatError, match=f"attribute {name} is missing"):
+            onnx_session.open_session(artifact / "model.onnx", None)
+        (artifact / "model.onnx").write_bytes(whole)
+
+
+def test_an_artifact_without_its_layout_is_refused(either: tuple[Path, Path]) -> None:
+    student, artifact = either
+    set_attribute(artifact, "layout", None)
+    with pytest.raises(manifest.FormatError, match="written by an older version; export it again"):
+        read(artifact, student)
+    with pytest.raises(manifest.FormatError, match="attribute layout is missing"):
+        onnx_session.open_session(artifact / "model.onnx", None)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [(2, "holds no five trits"), (3, "kernel layout 3 is not known; export the model again")],
+)
+def test_a_layout_that_the_bytes_are_not_in_is_refused(
+    either: tuple[Path, Path], layout: int, message: str
+) -> None:
+    student, artifact = either
+    set_attribute(artifact, "layout", layout)
+    with pytest.raises(ValueError, match=message):
+        read(artifact, student)
+    with pytest.raises(manifest.FormatError, match=r"without five trits|layout 3 is not known"):
+        onnx_session.open_session(artifact / "model.onnx", None)
+
+
+def test_a_matrix_that_no_node_has_is_missed(either: tuple[Path, Path]) -> None:
+    student, artifact = either
+    model = load(artifact)
+    for node in model.graph.node:
+        node.input[:] = [name.replace("1.mlp.down_proj.weight", "other") for name in node.input]
+    for tensor in model.graph.initializer:
+        tensor.name = tensor.name.replace("1.mlp.down_proj.weight", "other")
+    (artifact / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(manifest.FormatError, match=r"no matrix model.layers.1.mlp.down_proj; exp"):
+        read(artifact, student)
+
+
+def test_a_scale_that_is_fed_is_refused(either: tuple[Path, Path]) -> None:
+    student, artifact = either
+    model = load(artifact)
+    name = "model.layers.0.mlp.down_proj.scale"
+    kept = [tensor for tensor in model.graph.initializer if tensor.name != name]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    model.graph.input.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]))
+    (artifact / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(manifest.FormatError, match="down_proj are not stored; export it again"):
+        read(artifact, student)
 
 
 def test_what_was_written_is_compared_with_the_student(

@@ -1,0 +1,303 @@
+// DecoderLayer: one pre-norm decoder layer of an LLM, the ternary products, attention and residuals
+// of which are those of TernaryLinear and Attention:
+//
+//   h = X + o_proj(attention(qkv_proj(X)));  Y = h + down_proj(act(gate) * up of gate_up_proj(h))
+//
+// A token's loops are of a few dozen microseconds each: in one node the threads stay together for
+// all of them (team.h), and little is left for the runtime to do between nodes.
+//
+// Inputs      X float (B, T, hidden_size); past_key, past_value, seqlens_k, total_sequence_length,
+//             frequencies, q_norm and k_norm as of Attention; then constants, of qkv_proj, o_proj,
+//             gate_up_proj and down_proj in turn: W, scale (the rows of one are N / its count),
+//             norm_weight (optional) and bias (optional) as of TernaryLinear
+// Outputs     Y float (B, T, hidden_size), present_key, present_value
+// Attributes  those of Attention; hidden_size, intermediate_size, head_size; layout,
+//             activation_bits, activation; epsilon of the norms before qkv_proj and gate_up_proj
+//             (and of queries and keys), added_epsilon of those before o_proj and down_proj
+#include <stdio.h>
+
+#include <initializer_list>
+#include <new>
+
+#include "ort_attention.h"
+#include "ort_ternary.h"
+
+namespace bitdistill {
+namespace {
+
+constexpr const char *kName = "DecoderLayer";
+enum Part : size_t { kQkv, kOutput, kGateUp, kDown, kParts };
+constexpr const char *kPartNames[kParts] = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"};
+constexpr size_t kOwnInputs = kAttentionInputs - kPastKey + 1;  // X, and those of Attention
+constexpr size_t kPerPart = kTernaryConstants - kW;
+constexpr size_t kInputs = kOwnInputs + kParts * kPerPart;
+
+struct LayerNode {
+  const ort::Api *api;
+  int64_t hidden, wide, head;
+  AttentionNode attention;
+  TernaryNode parts[kParts];
+  char name[kNameSize];
+};
+
+struct Size {
+  int64_t rows, columns;
+};
+
+Size size_of(const LayerNode &k, size_t part) {
+  const int64_t heads = k.attention.heads, keys = k.attention.kv_heads;
+  switch (part) {
+    case kQkv:
+      return {(heads + 2 * keys) * k.head, k.hidden};
+    case kOutput:
+      return {k.hidden, heads * k.head};
+    case kGateUp:
+      return {2 * k.wide, k.hidden};
+    default:
+      return {k.hidden, k.wide};
+  }
+}
+
+// A matrix of the layer: as a TernaryLinear's, but its sizes are the layer's.
+ort::Status *read_part(LayerNode *k, const ort::KernelInfo *info, size_t part, float epsilon) {
+  TernaryNode *t = &k->parts[part];
+  t->api = k->api, t->kernels = k->attention.kernels, t->epsilon = epsilon;
+  snprintf(t->name, sizeof t->name, "%.120s %s", k->name, kPartNames[part]);
+  const Size size = size_of(*k, part);
+  t->rows = size.rows, t->columns = size.columns;
+  BD_TRY(read_form(t, info));
+  const size_t base = kOwnInputs + part * kPerPart - kW;
+  Tensor scale;
+  BD_TRY(read_constant(k->api, info, base + kScale, &scale));
+  const int64_t count = scale.present && scale.rank == 1 ? scale.dims[0] : 0;
+  t->scale_rows = count > 0 && t->rows % count == 0 ? t->rows / count : 1;
+  BD_TRY(check_sizes(*t));
+  for (size_t input = kW; input < kTernaryConstants; ++input)
+    BD_TRY(keep_constant(t, info, base + input, input));
+  if (!t->constants[kW].present || !t->constants[kScale].present)
+    return refuse(k->api, "%s: W and scale must be constant; export the model again", t->name);
+  if (t->constants[kNorm].present && !(epsilon >= 0))
+    return refuse(k->api, "%s: its norm needs an epsilon >= 0, got %g; export the model again",
+                  t->name, static_cast<double>(epsilon));
+  return part == kDown ? read_activation(t, info) : nullptr;
+}
+
+ort::Status *make(LayerNode *k, const ort::KernelInfo *info) {
+  AttentionNode *a = &k->attention;
+  a->api = k->api, a->in_layer = true, a->kernels = bd_kernels(nullptr);
+  if (a->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
+  read_name(k->api, info, kName, k->name);
+  read_name(k->api, info, kName, a->name);
+  BD_TRY(read_node(a, info));
+  BD_TRY(read_int(k->api, info, k->name, "hidden_size", &k->hidden));
+  BD_TRY(read_int(k->api, info, k->name, "intermediate_size", &k->wide));
+  BD_TRY(read_int(k->api, info, k->name, "head_size", &k->head));
+  for (const int64_t size : {k->hidden, k->wide, k->head, a->heads, a->kv_heads})
+    if (size < 1 || size > BD_MAX_COLUMNS)
+      return refuse(k->api, "%s: a size of %lld is not that of a model; export it again", k->name,
+                    static_cast<long long>(size));
+  float added = 0;
+  BD_TRY(read_float(k->api, info, k->name, "added_epsilon", &added));
+  for (size_t part = 0; part < kParts; ++part)
+    BD_TRY(read_part(k, info, part, part == kQkv || part == kGateUp ? a->epsilon : added));
+  if (k->parts[kDown].activation == 0)
+    return refuse(k->api, "%s: the attribute activation is missing; export the model again",
+                  k->name);
+  return nullptr;
+}
+
+void destroy(void *kernel) noexcept {
+  Rotary::release(static_cast<LayerNode *>(kernel)->attention.rotary);
+  delete static_cast<LayerNode *>(kernel);
+}
+
+ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
+                    void **out) noexcept {
+  LayerNode *k = new (std::nothrow) LayerNode();
+  if (k == nullptr) return refuse(api, "%s: out of memory", kName);
+  k->api = api;
+  ort::Status *status = make(k, info);
+  if (status != nullptr)
+    destroy(k);
+  else
+    *out = k;
+  return status;
+}
+
+// The runtime does not say which inputs there are until it has them: a norm or bias that is fed
+// would else be left out.
+ort::Status *refuse_fed(const LayerNode &k, const ort::KernelContext *context) {
+  for (size_t part = 0; part < kParts; ++part)
+    for (const size_t input : {kNorm, kBias}) {
+      const TernaryNode &t = k.parts[part];
+      if (t.constants[input].present) continue;
+      Tensor fed;
+      BD_TRY(read_input(k.api, context, kOwnInputs + part * kPerPart + input - kW, &fed));
+      if (fed.present)
+        return refuse(k.api, "%s: %s must be constant; export the model again", t.name,
+                      input == kNorm ? "norm_weight" : "bias");
+    }
+  return nullptr;
+}
+
+// One call: what is between the products lies in memory of the calling thread.
+struct LayerCall {
+  const float *x;
+  AttentionCall attention;
+  int64_t tokens;
+  float *qkv, *attended, *middle, *gate_up, *y;
+  void *product;  // of the largest product_bytes
+};
+
+ort::Status *read_layer(const LayerNode &k, ort::KernelContext *context, LayerCall *c) {
+  BD_TRY(refuse_fed(k, context));
+  Tensor x;
+  BD_TRY(read_input(k.api, context, 0, &x));
+  BD_TRY(check_activations(k.api, k.name, x, "hidden_size", k.hidden, &c->tokens));
+  if (x.rank != 3) return refuse(k.api, "%s: X must have 3 dimensions, got %zu", k.name, x.rank);
+  c->x = x.floats();
+  AttentionCall *a = &c->attention;
+  a->in[kQuery] = x;
+  a->in[kQuery].dims[2] = k.parts[kQkv].rows;
+  BD_TRY(read_call(k.attention, context, a));
+  void *y = nullptr;
+  BD_TRY(allocate(k.api, context, kY, x.dims, x.rank, &y));
+  c->y = static_cast<float *>(y);
+  return make_presents(k.attention, context, a);
+}
+
+size_t most_product_bytes(const LayerNode &k, int64_t tokens) {
+  size_t most = 0;
+  for (const TernaryNode &part : k.parts) {
+    const size_t bytes = product_bytes(part, tokens);
+    most = bytes > most ? bytes : most;
+  }
+  return most;
+}
+
+// Lays the call's memory out from `memory` on, null to count it; the bytes. Gate and up lie where
+// queries, keys, values and attention's output were, which nobody reads any more.
+size_t lay_out(const LayerNode &k, LayerCall *c, char *memory) {
+  const auto at = [&](size_t place) { return memory == nullptr ? nullptr : memory + place; };
+  const auto floats = [&](size_t place) { return reinterpret_cast<float *>(at(place)); };
+  const auto bytes = [&](int64_t columns) {
+    return whole_lines(static_cast<size_t>(c->tokens * columns) * sizeof(float));
+  };
+  const size_t attended = bytes(k.parts[kQkv].rows);
+  const size_t first = attended + bytes(k.parts[kOutput].columns);
+  const size_t second = bytes(k.parts[kGateUp].rows);
+  const size_t middle = first > second ? first : second;
+  const size_t product = middle + bytes(k.hidden);
+  c->qkv = c->gate_up = floats(0);
+  c->attended = floats(attended);
+  c->middle = floats(middle);
+  c->product = at(product);
+  c->attention.in[kQuery].data = c->qkv;
+  c->attention.y = c->attended;
+  return product + most_product_bytes(k, c->tokens);
+}
+
+ort::Status *multiply(const LayerNode &k, size_t part, const Threads &threads, const LayerCall &c,
+                      const float *x, const float *residual, float *y) {
+  const TernaryNode &t = k.parts[part];
+  TernaryCall call = {};
+  for (size_t input = kW; input < kTernaryConstants; ++input) call.in[input] = t.constants[input];
+  call.in[kX].data = x;
+  call.in[kResidual].data = residual;
+  call.tokens = c.tokens;
+  call.y = y;
+  return ternary_product(t, threads, call, c.product);
+}
+
+ort::Status *run(const LayerNode &k, const Threads &threads, LayerCall *c) {
+  BD_TRY(multiply(k, kQkv, threads, *c, c->x, nullptr, c->qkv));
+  BD_TRY(run_attention(k.attention, threads, &c->attention));
+  BD_TRY(multiply(k, kOutput, threads, *c, c->attended, c->x, c->middle));
+  BD_TRY(multiply(k, kGateUp, threads, *c, c->middle, nullptr, c->gate_up));
+  return multiply(k, kDown, threads, *c, c->gate_up, c->middle, c->y);
+}
+
+// The runtime's threads, as many as come, stay for all loops of the call.
+ort::Status *run_together(const LayerNode &k, const ort::KernelContext *context, LayerCall *c) {
+  struct Work {
+    const LayerNode &k;
+    LayerCall *c;
+    Threads threads;
+    ort::Status *status;
+  };
+  Team team;
+  Work work = {k, c, {k.api, context, &team}, nullptr};
+  const auto join = [](void *data, size_t) {
+    Work &w = *static_cast<Work *>(data);
+    Team &all = *w.threads.team;
+    if (!all.leads()) return all.help();
+    w.status = run(w.k, w.threads, w.c);
+    all.finish();
+  };
+  BD_TRY(
+      k.api->KernelContext_ParallelFor(context, join, static_cast<size_t>(processors()), 0, &work));
+  return work.status;
+}
+
+ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
+  const LayerNode &k = *static_cast<const LayerNode *>(kernel);
+  LayerCall c = {};
+  BD_TRY(read_layer(k, context, &c));
+  if (c.tokens == 0) return nullptr;
+  const Scratch scratch(lay_out(k, &c, nullptr));
+  if (scratch.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
+  lay_out(k, &c, static_cast<char *>(scratch.data()));
+  return c.tokens < kFewTokens ? run_together(k, context, &c) : run(k, {k.api, context}, &c);
+}
+
+ort::Status *infer(const ort::CustomOp *op, ort::ShapeContext *context) noexcept {
+  const ort::Api *api = static_cast<const Op *>(op)->api;
+  int64_t hidden = 0;
+  BD_TRY(infer_int(api, context, "hidden_size", &hidden));
+  return infer_output(api, context, 1, hidden);
+}
+
+template <ort::ElementType Type>
+ort::ElementType input_type(const ort::CustomOp *, size_t index) {
+  if (index == 0) return ort::kFloat;
+  if (index < kOwnInputs) return attention_input_type(index + (kPastKey - 1), Type);
+  return (index - kOwnInputs) % kPerPart == 0 ? ort::kUint8 : ort::kFloat;
+}
+
+template <ort::ElementType Type>
+ort::ElementType output_type(const ort::CustomOp *, size_t index) {
+  return index == kY ? ort::kFloat : Type;
+}
+
+ort::Characteristic characteristic(const ort::CustomOp *, size_t index) {
+  const size_t input = index < kOwnInputs ? index + (kPastKey - 1) : 0;
+  const bool norm = input == kQNorm || input == kKNorm;
+  return norm || (index >= kOwnInputs && (index - kOwnInputs) % kPerPart >= kNorm - kW)
+             ? ort::kOptional
+             : ort::kRequired;
+}
+
+template <ort::ElementType Type>
+void fill(Op *op, const ort::Api *api) {
+  fill_common(op, api);
+  op->GetName = [](const ort::CustomOp *) { return kName; };
+  op->GetInputTypeCount = [](const ort::CustomOp *) -> size_t { return kInputs; };
+  op->GetInputCharacteristic = characteristic;
+  op->GetInputType = input_type<Type>;
+  op->GetOutputTypeCount = [](const ort::CustomOp *) -> size_t { return kAttentionOutputs; };
+  op->GetOutputType = output_type<Type>;
+  op->CreateKernelV2 = create;
+  op->KernelComputeV2 = compute;
+  op->KernelDestroy = destroy;
+  op->InferOutputShape = infer_shapes<infer>;
+}
+
+}  // namespace
+
+void fill_layer(Op (&ops)[3], const ort::Api *api) {
+  fill<ort::kFloat>(&ops[0], api);
+  fill<ort::kFloat16>(&ops[1], api);
+  fill<ort::kInt8>(&ops[2], api);
+}
+
+}  // namespace bitdistill

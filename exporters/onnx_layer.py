@@ -1,0 +1,59 @@
+"""A decoder layer as one node, `bitdistill.DecoderLayer`: its products, attention and residuals.
+
+A layer that norms what attention or the MLP gives before adding it (Gemma), or whose projections
+have norms of their own (`allnorm`), is made of nodes of its own for each of these (onnx_graph.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from bitdistill.decoder import LayerSpec
+from bitdistill.exporters import onnx_attention
+from bitdistill.exporters.onnx_linears import DEFAULT, stored_inputs
+
+if TYPE_CHECKING:
+    from bitdistill.exporters.onnx_graph import DecoderGraph
+
+
+def fits(graph: DecoderGraph) -> bool:
+    """Whether the layers of this decoder are what the operator computes."""
+    names = graph.spec.names
+    added_norms = (names.post_attention_norm, names.post_mlp_norm)
+    return graph.ops == DEFAULT and added_norms == (None, None) and set(graph.stored) == set(PARTS)
+
+
+# In the order of the operator's inputs, with the block norm that precedes each.
+PARTS = {
+    "self_attn.qkv_proj": "input_norm",
+    "self_attn.o_proj": None,
+    "mlp.gate_up_proj": "mlp_norm",
+    "mlp.down_proj": None,
+}
+
+
+def layer(graph: DecoderGraph, x: ir.Value, index: int, spec: LayerSpec) -> ir.Value:
+    """x (B, T, hidden) -> the layer's output, which has the layer's name."""
+    inputs, presents, attributes = onnx_attention.surroundings(graph, index, spec)
+    inputs += [None] * (onnx_attention.SURROUNDINGS - len(inputs))  # the norms of q and k
+    for name, norm in PARTS.items():
+        block_norm = norm and f"model.layers.{index}.{getattr(graph.spec.names, norm)}"
+        matrix = graph.matrix(name, index, block_norm)
+        inputs += stored_inputs(graph, matrix)
+    while inputs[-1] is None:
+        inputs.pop()
+    sizes = {
+        "hidden_size": graph.spec.hidden,
+        "intermediate_size": graph.spec.shape("mlp.up_proj")[0],
+        "head_size": graph.spec.head_dim,
+        "layout": graph.layout,
+        "activation_bits": graph.spec.activation_bits or 0,
+        "activation": graph.spec.activation,
+        "added_epsilon": graph.spec.added_norm_eps,
+    }
+    y = ir.Value(name=f"layers.{index}")
+    graph.append("DecoderLayer", [x, *inputs], [y, *presents], "bitdistill", attributes | sizes)
+    graph.outputs += presents
+    return y
