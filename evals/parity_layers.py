@@ -41,7 +41,8 @@ def layer_outputs(
     content = manifest.read_manifest(artifact, "artifact")
     spec = DecoderSpec.from_json(content["decoder"])
     proto = onnx.load(artifact / onnx_runtime.MODEL, load_external_data=False)
-    first = next(n.input[0] for n in proto.graph.node if n.name.startswith("layers.0."))
+    layer = ["layers", "0"]  # one node, or the first of several
+    first = next(n.input[0] for n in proto.graph.node if n.name.split(".")[:2] == layer)
     names = [first, *(f"layers.{i}.mlp_residual" for i in range(len(spec.layers)))]
     kind = onnx.TensorProto.FLOAT
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, kind, None) for n in names)

@@ -35,7 +35,7 @@ PARTS = {
 
 
 def layer(graph: DecoderGraph, x: ir.Value, index: int, spec: LayerSpec) -> ir.Value:
-    """x (B, T, hidden) -> the layer's output, which has the layer's name."""
+    """x (B, T, hidden) -> the layer's output, the last sum of its residuals."""
     inputs, presents, attributes = onnx_attention.surroundings(graph, index, spec)
     inputs += [None] * (onnx_attention.SURROUNDINGS - len(inputs))  # the norms of q and k
     for name, norm in PARTS.items():
@@ -53,7 +53,8 @@ def layer(graph: DecoderGraph, x: ir.Value, index: int, spec: LayerSpec) -> ir.V
         "activation": graph.spec.activation,
         "added_epsilon": graph.spec.added_norm_eps,
     }
-    y = ir.Value(name=f"layers.{index}")
-    graph.append("DecoderLayer", [x, *inputs], [y, *presents], "bitdistill", attributes | sizes)
+    y = ir.Value(name=f"layers.{index}.mlp_residual")
+    outputs, attributes = [y, *presents], attributes | sizes
+    graph.append("DecoderLayer", [x, *inputs], outputs, "bitdistill", attributes, f"layers.{index}")
     graph.outputs += presents
     return y

@@ -41,7 +41,7 @@ def test_a_layer_is_a_node(artifact: Path) -> None:
     }
     first, second = layers_of(graph)
     assert (first.name, first.domain) == ("layers.0", "bitdistill")
-    assert list(first.output) == ["layers.0", "present.0.key", "present.0.value"]
+    assert list(first.output) == ["layers.0.mlp_residual", "present.0.key", "present.0.value"]
     assert second.input[0] == first.output[0]
 
 
@@ -60,7 +60,7 @@ def test_a_layers_inputs(artifact: Path) -> None:
         for name in (f"{block}.{part}.weight", f"{block}.{part}.scale", norms[part], "")
     ]
     assert list(node.input) == [
-        "layers.0",
+        "layers.0.mlp_residual",
         "past_key_values.1.key",
         "past_key_values.1.value",
         "seqlens_k",
