@@ -161,7 +161,7 @@ def test_fewer_bytes_than_the_shape_says_are_refused() -> None:
     model = onnx.ModelProto.FromString(whole(LAYER))
     (weight,) = (t for t in model.graph.initializer if t.name == "qkv_proj.W")
     weight.raw_data = weight.raw_data[:-1]
-    with pytest.raises(Exception, match=r"qkv_proj\.W"):
+    with pytest.raises(Exception, match=r"qkv_proj\.W|size mismatch"):  # 1.24: the latter
         session(model.SerializeToString())
 
 
