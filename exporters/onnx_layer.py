@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from bitdistill.exporters.onnx_graph import DecoderGraph
 
 
-def fits(graph: DecoderGraph) -> bool:
-    """Whether the layers of this decoder are what the operator computes."""
-    names = graph.spec.names
-    added_norms = (names.post_attention_norm, names.post_mlp_norm)
-    return graph.ops == DEFAULT and added_norms == (None, None) and set(graph.stored) == set(PARTS)
-
-
 # In the order of the operator's inputs, with the block norm that precedes each.
 PARTS = {
     "self_attn.qkv_proj": "input_norm",
@@ -32,6 +25,13 @@ PARTS = {
     "mlp.gate_up_proj": "mlp_norm",
     "mlp.down_proj": None,
 }
+
+
+def fits(graph: DecoderGraph) -> bool:
+    """Whether the layers of this decoder are what the operator computes."""
+    names = graph.spec.names
+    added_norms = (names.post_attention_norm, names.post_mlp_norm)
+    return graph.ops == DEFAULT and added_norms == (None, None) and set(graph.stored) == set(PARTS)
 
 
 def layer(graph: DecoderGraph, x: ir.Value, index: int, spec: LayerSpec) -> ir.Value:

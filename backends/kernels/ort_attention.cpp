@@ -20,7 +20,6 @@
 #include <string.h>
 
 #include <atomic>
-#include <new>
 
 #include "work_memory.h"
 
@@ -30,29 +29,9 @@ namespace {
 constexpr const char *kName = "Attention";
 constexpr int64_t kTileRows = BD_TILE_ROWS;
 
-ort::Status *make(AttentionNode *k, const ort::KernelInfo *info) {
-  k->kernels = bd_kernels(nullptr);
-  if (k->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
-  read_name(k->api, info, kName, k->name);
+ort::Status *make(AttentionNode *k, const ort::KernelInfo *info, const char *op) {
+  read_name(k->api, info, op, k->name);
   return read_node(k, info);
-}
-
-void destroy(void *kernel) noexcept {
-  Rotary::release(static_cast<AttentionNode *>(kernel)->rotary);
-  delete static_cast<AttentionNode *>(kernel);
-}
-
-ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
-                    void **out) noexcept {
-  AttentionNode *k = new (std::nothrow) AttentionNode();
-  if (k == nullptr) return refuse(api, "%s: out of memory", kName);
-  k->api = api;
-  ort::Status *status = make(k, info);
-  if (status != nullptr)
-    destroy(k);
-  else
-    *out = k;
-  return status;
 }
 
 // What one key head of one sequence works on.
@@ -154,11 +133,6 @@ ort::ElementType input_type(const ort::CustomOp *, size_t index) {
   return attention_input_type(index, Type);
 }
 
-template <ort::ElementType Type>
-ort::ElementType output_type(const ort::CustomOp *, size_t index) {
-  return index == kY ? ort::kFloat : Type;
-}
-
 ort::Characteristic characteristic(const ort::CustomOp *, size_t index) {
   const bool optional = index == kKey || index == kValue || index == kQNorm || index == kKNorm;
   return optional ? ort::kOptional : ort::kRequired;
@@ -172,10 +146,9 @@ void fill(Op *op, const ort::Api *api) {
   op->GetInputCharacteristic = characteristic;
   op->GetInputType = input_type<Type>;
   op->GetOutputTypeCount = [](const ort::CustomOp *) -> size_t { return kAttentionOutputs; };
-  op->GetOutputType = output_type<Type>;
-  op->CreateKernelV2 = create;
+  op->GetOutputType = attention_output_type<Type>;
   op->KernelComputeV2 = compute;
-  op->KernelDestroy = destroy;
+  fill_node<AttentionNode, make>(op);
 }
 
 }  // namespace

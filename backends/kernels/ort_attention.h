@@ -24,6 +24,11 @@ enum AttentionInput : size_t {
 enum AttentionOutput : size_t { kY, kPresentKey, kPresentValue, kAttentionOutputs };
 
 struct AttentionNode {
+  AttentionNode() = default;
+  AttentionNode(const AttentionNode &) = delete;
+  AttentionNode &operator=(const AttentionNode &) = delete;
+  ~AttentionNode() { Rotary::release(rotary); }
+
   const ort::Api *api;
   const BdKernels *kernels;
   int64_t heads, kv_heads, window;
@@ -72,6 +77,11 @@ ort::Status *run_attention(const AttentionNode &k, const Threads &threads, Atten
 
 // Types of inputs and outputs that are of the cache's type or integers; float otherwise.
 ort::ElementType attention_input_type(size_t input, ort::ElementType cache);
+
+template <ort::ElementType Cache>
+ort::ElementType attention_output_type(const ort::CustomOp *, size_t output) {
+  return output == kY ? ort::kFloat : Cache;
+}
 
 }  // namespace bitdistill
 #endif

@@ -2,7 +2,6 @@
 //
 // Inputs  X float (..., K); W float16 (N, K)
 #include <algorithm>
-#include <new>
 
 #include "ort_support.h"
 
@@ -24,20 +23,11 @@ ort::Status *check_table(const ort::Api *api, const Tensor &table) {
   return nullptr;
 }
 
-ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
-                    void **out) noexcept {
-  const BdKernels *kernels = bd_kernels(nullptr);
-  if (kernels == nullptr) return refuse(api, "%s", bd_kernels_error(nullptr));
+ort::Status *make(Kernel *k, const ort::KernelInfo *info, const char *) {
   Tensor table;
-  BD_TRY(read_constant(api, info, kW, &table));
-  if (table.present) BD_TRY(check_table(api, table));
-  Kernel *k = new (std::nothrow) Kernel{api, kernels};
-  if (k == nullptr) return refuse(api, "%s: out of memory", kName);
-  *out = k;
-  return nullptr;
+  BD_TRY(read_constant(k->api, info, kW, &table));
+  return table.present ? check_table(k->api, table) : nullptr;
 }
-
-void destroy(void *kernel) noexcept { delete static_cast<Kernel *>(kernel); }
 
 ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   const Kernel &k = *static_cast<const Kernel *>(kernel);
@@ -87,9 +77,8 @@ void fill_head(Op *op, const ort::Api *api) {
   op->GetName = name;
   op->GetInputTypeCount = input_count;
   op->GetInputType = input_type;
-  op->CreateKernelV2 = create;
   op->KernelComputeV2 = compute;
-  op->KernelDestroy = destroy;
+  fill_node<Kernel, make>(op);
   op->InferOutputShape = infer_shapes<infer>;
 }
 

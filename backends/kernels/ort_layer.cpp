@@ -17,7 +17,6 @@
 #include <stdio.h>
 
 #include <initializer_list>
-#include <new>
 
 #include "ort_layer.h"
 
@@ -26,7 +25,6 @@ namespace {
 
 constexpr const char *kName = "DecoderLayer";
 constexpr const char *kPartNames[kParts] = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"};
-
 constexpr size_t kInputs = kOwnInputs + kParts * kPerPart;
 
 struct Size {
@@ -50,7 +48,7 @@ Size size_of(const LayerNode &k, size_t part) {
 // A matrix of the layer: as a TernaryLinear's, but its sizes are the layer's.
 ort::Status *read_part(LayerNode *k, const ort::KernelInfo *info, size_t part, float epsilon) {
   TernaryNode *t = &k->parts[part];
-  t->api = k->api, t->kernels = k->attention.kernels, t->epsilon = epsilon;
+  t->api = k->api, t->kernels = k->kernels, t->epsilon = epsilon;
   snprintf(t->name, sizeof t->name, "%.120s %s", k->name, kPartNames[part]);
   const Size size = size_of(*k, part);
   t->rows = size.rows, t->columns = size.columns;
@@ -71,12 +69,11 @@ ort::Status *read_part(LayerNode *k, const ort::KernelInfo *info, size_t part, f
   return part == kDown ? read_activation(t, info) : nullptr;
 }
 
-ort::Status *make(LayerNode *k, const ort::KernelInfo *info) {
+ort::Status *make(LayerNode *k, const ort::KernelInfo *info, const char *op) {
   AttentionNode *a = &k->attention;
-  a->api = k->api, a->in_layer = true, a->kernels = bd_kernels(nullptr);
-  if (a->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
-  read_name(k->api, info, kName, k->name);
-  read_name(k->api, info, kName, a->name);
+  a->api = k->api, a->kernels = k->kernels, a->in_layer = true;
+  read_name(k->api, info, op, k->name);
+  read_name(k->api, info, op, a->name);
   BD_TRY(read_node(a, info));
   BD_TRY(read_int(k->api, info, k->name, "hidden_size", &k->hidden));
   BD_TRY(read_int(k->api, info, k->name, "intermediate_size", &k->wide));
@@ -93,24 +90,6 @@ ort::Status *make(LayerNode *k, const ort::KernelInfo *info) {
     return refuse(k->api, "%s: the attribute activation is missing; export the model again",
                   k->name);
   return nullptr;
-}
-
-void destroy(void *kernel) noexcept {
-  Rotary::release(static_cast<LayerNode *>(kernel)->attention.rotary);
-  delete static_cast<LayerNode *>(kernel);
-}
-
-ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
-                    void **out) noexcept {
-  LayerNode *k = new (std::nothrow) LayerNode();
-  if (k == nullptr) return refuse(api, "%s: out of memory", kName);
-  k->api = api;
-  ort::Status *status = make(k, info);
-  if (status != nullptr)
-    destroy(k);
-  else
-    *out = k;
-  return status;
 }
 
 ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
@@ -131,11 +110,6 @@ ort::ElementType input_type(const ort::CustomOp *, size_t index) {
   return (index - kOwnInputs) % kPerPart == 0 ? ort::kUint8 : ort::kFloat;
 }
 
-template <ort::ElementType Type>
-ort::ElementType output_type(const ort::CustomOp *, size_t index) {
-  return index == kY ? ort::kFloat : Type;
-}
-
 ort::Characteristic characteristic(const ort::CustomOp *, size_t index) {
   const size_t input = index < kOwnInputs ? index + (kPastKey - 1) : 0;
   const bool norm = input == kQNorm || input == kKNorm;
@@ -152,10 +126,9 @@ void fill(Op *op, const ort::Api *api) {
   op->GetInputCharacteristic = characteristic;
   op->GetInputType = input_type<Type>;
   op->GetOutputTypeCount = [](const ort::CustomOp *) -> size_t { return kAttentionOutputs; };
-  op->GetOutputType = output_type<Type>;
-  op->CreateKernelV2 = create;
+  op->GetOutputType = attention_output_type<Type>;
   op->KernelComputeV2 = compute;
-  op->KernelDestroy = destroy;
+  fill_node<LayerNode, make>(op);
   op->InferOutputShape = infer_shapes<infer>;
 }
 

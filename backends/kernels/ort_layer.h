@@ -13,6 +13,7 @@ constexpr size_t kPerPart = kTernaryConstants - kW;             // constants of 
 
 struct LayerNode {
   const ort::Api *api;
+  const BdKernels *kernels;
   int64_t hidden, wide, head;
   AttentionNode attention;
   TernaryNode parts[kParts];

@@ -3,6 +3,8 @@
 #ifndef BITDISTILL_ORT_SUPPORT_H
 #define BITDISTILL_ORT_SUPPORT_H
 
+#include <new>
+
 #include "bitdistill_kernels.h"
 #include "ort_abi.h"
 #include "team.h"
@@ -152,6 +154,31 @@ ort::Status *infer_output(const ort::Api *api, ort::ShapeContext *context, size_
 // An integer attribute in shape inference.
 ort::Status *infer_int(const ort::Api *api, const ort::ShapeContext *context, const char *attribute,
                        int64_t *out);
+
+// How the runtime makes an operator's node and ends it. `Make` reads a new one's attributes and
+// constants; it is told the operator's name.
+template <class Node, ort::Status *(*Make)(Node *, const ort::KernelInfo *, const char *)>
+ort::Status *create_node(const ort::CustomOp *op, const ort::Api *api, const ort::KernelInfo *info,
+                         void **out) noexcept {
+  const char *name = op->GetName(op);
+  Node *node = new (std::nothrow) Node();
+  if (node == nullptr) return refuse(api, "%s: out of memory", name);
+  node->api = api;
+  node->kernels = bd_kernels(nullptr);
+  ort::Status *status = node->kernels == nullptr ? refuse(api, "%s", bd_kernels_error(nullptr))
+                                                 : Make(node, info, name);
+  if (status != nullptr)
+    delete node;
+  else
+    *out = node;
+  return status;
+}
+
+template <class Node, ort::Status *(*Make)(Node *, const ort::KernelInfo *, const char *)>
+void fill_node(Op *op) {
+  op->CreateKernelV2 = create_node<Node, Make>;
+  op->KernelDestroy = [](void *node) noexcept { delete static_cast<Node *>(node); };
+}
 
 // Shape inference as the runtime calls it, which does not look at the status and would never
 // release it. What a model lacks is refused when its kernels are made, or when they run.

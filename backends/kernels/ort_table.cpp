@@ -5,7 +5,6 @@
 //             scale float (N); group_scale int8 (ceil(N/16), ceil(K/32), 16), at 4 bits alone
 // Attributes  N, K, bits (8 or 4)
 #include <algorithm>
-#include <new>
 
 #include "ort_support.h"
 
@@ -61,8 +60,6 @@ ort::Status *read_attributes(Kernel *k, const ort::KernelInfo *info) {
 }
 
 ort::Status *make(Kernel *k, const ort::KernelInfo *info, const char *op) {
-  k->kernels = bd_kernels(nullptr);
-  if (k->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
   read_name(k->api, info, op, k->name);
   BD_TRY(read_attributes(k, info));
   for (size_t input = kW; input < kInputs; ++input) {
@@ -74,21 +71,6 @@ ort::Status *make(Kernel *k, const ort::KernelInfo *info, const char *op) {
   }
   return nullptr;
 }
-
-ort::Status *create(const char *name, const ort::Api *api, const ort::KernelInfo *info,
-                    void **out) {
-  Kernel *k = new (std::nothrow) Kernel();
-  if (k == nullptr) return refuse(api, "%s: out of memory", name);
-  k->api = api;
-  ort::Status *status = make(k, info, name);
-  if (status != nullptr)
-    delete k;
-  else
-    *out = k;
-  return status;
-}
-
-void destroy(void *kernel) noexcept { delete static_cast<Kernel *>(kernel); }
 
 ort::Status *read_table(const Kernel &k, const ort::KernelContext *context, BdTable *out) {
   Tensor inputs[kInputs];
@@ -189,7 +171,7 @@ void fill_table(Op *op, const ort::Api *api) {
   fill_common(op, api);
   op->GetInputTypeCount = input_count;
   op->GetInputCharacteristic = characteristic;
-  op->KernelDestroy = destroy;
+  fill_node<Kernel, make>(op);
 }
 
 }  // namespace
@@ -200,8 +182,6 @@ void fill_quantized_head(Op *op, const ort::Api *api) {
   op->GetInputType = [](const ort::CustomOp *, size_t index) {
     return index == kX ? ort::kFloat : table_type(index);
   };
-  op->CreateKernelV2 = [](const ort::CustomOp *, const ort::Api *own, const ort::KernelInfo *info,
-                          void **out) { return create(kHead, own, info, out); };
   op->KernelComputeV2 = compute_head;
   op->InferOutputShape = infer_shapes<infer_head>;
 }
@@ -212,8 +192,6 @@ void fill_quantized_embedding(Op *op, const ort::Api *api) {
   op->GetInputType = [](const ort::CustomOp *, size_t index) {
     return index == kX ? ort::kInt64 : table_type(index);
   };
-  op->CreateKernelV2 = [](const ort::CustomOp *, const ort::Api *own, const ort::KernelInfo *info,
-                          void **out) { return create(kEmbedding, own, info, out); };
   op->KernelComputeV2 = compute_embedding;
   op->InferOutputShape = infer_shapes<infer_embedding>;
 }

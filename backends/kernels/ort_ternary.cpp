@@ -16,8 +16,6 @@
 #include <math.h>
 #include <string.h>
 
-#include <new>
-
 namespace bitdistill {
 namespace {
 
@@ -60,30 +58,13 @@ ort::Status *check_codes(const TernaryNode &k, const uint8_t *packed) {
                 "the file is damaged: export the model again");
 }
 
-ort::Status *make(TernaryNode *k, const ort::KernelInfo *info) {
-  k->kernels = bd_kernels(nullptr);
-  if (k->kernels == nullptr) return refuse(k->api, "%s", bd_kernels_error(nullptr));
-  read_name(k->api, info, "TernaryLinear", k->name);
+ort::Status *make(TernaryNode *k, const ort::KernelInfo *info, const char *op) {
+  read_name(k->api, info, op, k->name);
   BD_TRY(read_attributes(k, info));
   for (size_t input = kW; input < kTernaryConstants; ++input)
     BD_TRY(keep_constant(k, info, input, input));
   return nullptr;
 }
-
-ort::Status *create(const ort::CustomOp *, const ort::Api *api, const ort::KernelInfo *info,
-                    void **out) noexcept {
-  TernaryNode *k = new (std::nothrow) TernaryNode();
-  if (k == nullptr) return refuse(api, "TernaryLinear: out of memory");
-  k->api = api;
-  ort::Status *status = make(k, info);
-  if (status != nullptr)
-    delete k;
-  else
-    *out = k;
-  return status;
-}
-
-void destroy(void *kernel) noexcept { delete static_cast<TernaryNode *>(kernel); }
 
 ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   return run_ternary(*static_cast<const TernaryNode *>(kernel), context);
@@ -180,9 +161,8 @@ void fill_ternary(Op *op, const ort::Api *api) {
   op->GetInputTypeCount = input_count;
   op->GetInputType = input_type;
   op->GetInputCharacteristic = characteristic;
-  op->CreateKernelV2 = create;
   op->KernelComputeV2 = compute;
-  op->KernelDestroy = destroy;
+  fill_node<TernaryNode, make>(op);
   op->InferOutputShape = infer_shapes<infer>;
 }
 
