@@ -5,12 +5,12 @@
     bitdistill report docs/results/showcase.jsonl
 
 A row is what `bitdistill train --recipe showcase/TASK --set seed=N`, `export` and `eval` make, and
-this only calls them: teacher, BitNet-SFT, student, and (`--methods paper`) a student by the paper's
-method, which shares teacher and BitNet-SFT. `--jobs` trainings run at a time on the GPU; stage 2
-comes first, and beside it what does not wait for it. Scoring goes on beside them, one unit at a
-time: rows in PyTorch on `--device`, students in fp64 too (what rounding alone changes); and the
-student beside its ONNX and MLX artifacts, which run on `--threads` of the CPU, on the first
-`--artifact-examples`, into a file of their own.
+this only calls them: teacher, BitNet-SFT, and a student by each of `--methods`: the default, the
+paper's, both, or none. `--jobs` trainings run at a time on the GPU, stage 2 first, and beside it
+what does not wait for it. Scoring goes on beside them, one unit at a time: rows in PyTorch on
+`--device`, students in fp64 too (what rounding alone changes), and the default student beside its
+ONNX and MLX artifacts, which run on `--threads` of the CPU, on the first `--artifact-examples`,
+into a file of their own.
 
 Whatever is complete is skipped and what was interrupted goes on, so a table can be filled in
 several sittings: SIGTERM and Ctrl-C let the trainings save. What each command said is in OUT/logs;
@@ -36,6 +36,7 @@ from bitdistill.config import load_config
 from bitdistill.evals.run_plots import keep_records
 
 TASKS = ("sst2-movie", "qnli-privacy", "boolq", "summary-bbc", "summary-debian")
+METHODS = ("default", "paper")
 TARGETS = ("onnx", "mlx")
 SHARED = ("teacher", "bitnet-sft")  # stages that do not depend on the method
 
@@ -104,6 +105,8 @@ class Unit:
 
     def pretrain(self, shell: Shell, gpu: str | None) -> None:
         """Every method's stage 2, which the other units find in the shared directory."""
+        if "default" not in self.options.methods:  # which leaves the others their teacher
+            self._train(shell, gpu, "default", SHARED[0])
         for method in self.options.methods:
             self._train(shell, gpu, method, "pretrained", "bitnet_sft.enabled=false")
 
@@ -117,7 +120,7 @@ class Unit:
         """Every method's student; a complete stage is skipped by the command itself."""
         for method in self.options.methods:
             self._train(shell, gpu, method, "student")
-            run = self.run_of(method)
+        for run in map(self.run_of, {"default", *self.options.methods}):
             keep_records(run, self.options.logs / run.name)
 
     def _train(self, shell: Shell, gpu: str | None, method: str, until: str, *more: str) -> None:
@@ -142,8 +145,10 @@ class Unit:
         self._eval(shell, gpu, "scored", rows, self.options.results)
 
     def score_artifacts(self, shell: Shell, gpu: str | None) -> None:
-        """Export the default student, and `eval` it beside its artifacts."""
+        """Export the default student, if there is one, and `eval` it beside its artifacts."""
         run, options = self.run_of("default"), self.options
+        if "default" not in options.methods:
+            return
         rows = [run / "student"]
         for target in TARGETS:
             rows.append(run / target)
@@ -159,7 +164,7 @@ class Unit:
     ) -> None:
         """Once."""
         run, options = self.run_of("default"), self.options
-        done = run / mark
+        done = run / "-".join((mark, *options.methods))
         if done.exists():
             return
         held = options.data / self.task / options.file
@@ -184,12 +189,12 @@ class Step:
 def steps_of(units: Sequence[Unit]) -> list[Step]:
     """All steps, those first that are to be done first when they can be."""
     first = Step("stage 2", "stage 2", units[0].pretrain)
-    prepared = [Step(f"{u.name}: prepare", "train", u.prepare) for u in units[1:]]
-    steps = [first]
+    prepared, steps = [], [first]
     for unit in units:
         name, own = f"{unit.name}: train", f"{unit.name}: prepare"
-        after = (first.name,) if unit is units[0] else (first.name, own)
-        steps.append(Step(name, "train", unit.train, after))
+        waits = () if prepared else (first.name,)  # stage 2 is in the first one's folder
+        prepared.append(Step(own, "train", unit.prepare, waits))
+        steps.append(Step(name, "train", unit.train, (first.name, own)))
         steps.append(Step(f"{unit.name}: score", "score", unit.score, (name,)))
         steps.append(Step(f"{unit.name}: artifacts", "artifacts", unit.score_artifacts, (name,)))
     return [*steps, *prepared]
@@ -266,7 +271,7 @@ def main() -> None:
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="*", choices=["paper"], default=[])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS[:1])
     parser.add_argument("--out", type=Path, default=Path("runs/showcase"))
     parser.add_argument("--results", type=Path, default=Path("docs/results/showcase.jsonl"))
     artifact_results = Path("docs/results/showcase-artifacts.jsonl")
@@ -284,7 +289,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="of scoring")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
-    options.methods = ["default", *options.methods]
     shell = Shell(options.out / "logs")
     signal.signal(signal.SIGTERM, shell.stop)
     signal.signal(signal.SIGINT, shell.stop)
