@@ -281,9 +281,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of task folders")
     parser.add_argument("--file", default="validation.jsonl", help="what is scored, in each")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
-    parser.add_argument(
-        "--gpus", nargs="+", metavar="ID", help="to share them among; else as it is"
-    )
+    parser.add_argument("--gpus", nargs="+", metavar="ID", help="that share them; else as it is")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="of scoring")
     parser.add_argument("--threads", type=int, default=4, help="of scoring")
     parser.add_argument("--batch-size", type=int, default=64, help="of scoring")

@@ -47,12 +47,14 @@ def started(part: str) -> None:
 
 import torch  # noqa: E402
 
+from bitdistill.cli import import_transformers  # noqa: E402
 from bitdistill.hardware import Hardware, start_compilers  # noqa: E402
 from bitdistill.schema import Distillation, Machine, Training  # noqa: E402
 
 if "--no-compile" not in sys.argv:
     start_compilers(Machine())  # as `bitdistill train` does, before transformers is imported
 started("torch")
+import_transformers()
 
 from synthetic import SHAPES, Synthetic, make_model  # noqa: E402
 from torch import nn  # noqa: E402

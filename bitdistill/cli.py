@@ -59,7 +59,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _import_transformers() -> None:
+def import_transformers() -> None:
     """As if it had nothing to read images and sound with, and to detect objects.
 
     Its classes for text import these packages where they are installed: a second or two before a
@@ -128,7 +128,7 @@ def train(
     from bitdistill.hardware import start_compilers
 
     start_compilers(config.machine)  # they take as long as the imports that follow
-    _import_transformers()
+    import_transformers()
     from bitdistill.recipe import train as run
 
     click.echo(run(config, out, resume=resume, until=until))
