@@ -243,7 +243,7 @@ def _in_template(content: dict[str, Any], text: str) -> str:
         raise ValueError(
             f"the task has {len(task.columns)} inputs; write the whole prompt yourself"
         )
-    return task.prompt.format(**{task.columns[0]: text})
+    return task.fill([text.strip()])  # as the texts that it learnt
 
 
 @main.command()

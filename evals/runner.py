@@ -49,7 +49,7 @@ TimeRows = Callable[[Sequence[dict[str, Any]], Progress], list[Outcome]]
 
 
 def run(
-    paths: Sequence[str | Path | Variant],
+    paths: str | Path | Variant | Sequence[str | Path | Variant],
     task: Task | str | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
     *,
@@ -72,7 +72,7 @@ def run(
     execute: Execute = run_worker,
     time: TimeRows | None = None,
 ) -> list[Result]:
-    """Evaluate each directory on a task; one Result per directory, split and metric.
+    """Evaluate a directory, or each of several, on a task; one Result per row, split and metric.
 
     `task` defaults to the one in the first directory's manifest. `data` is one or more local files,
     each a split named after it; without one (and without `split`), the validation file that
@@ -94,6 +94,7 @@ def run(
             "speed is that of rows as they are deployed; ask for device and floor in a run without"
             " it (--no-speed)"
         )
+    paths = [paths] if isinstance(paths, str | Path | Variant) else paths
     directories = open_directories(paths, device, floor)
     program = _llama_bench(directories, llama_bench) if speed else None
     task = choose_task(directories, task)

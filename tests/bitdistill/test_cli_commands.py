@@ -190,7 +190,11 @@ def test_generate(
         for seed in ("1", "1", "2")
     ]
     assert sampled[0] == sampled[1] != sampled[2]
-    assert cli("generate", artifact, "the {film} 100 %", "--task-prompt").code == 0
+    asked = [
+        cli("generate", artifact, f"the {{film}} 100 %{end}", "--task-prompt") for end in ("", "\n")
+    ]
+    assert asked[0].code == 0
+    assert asked[0].out == asked[1].out  # spaces around a text are not of it
     message = refused("generate", student_dir("llama"), "the film", "--task-prompt")
     assert message == "this directory records no task; leave out --task-prompt"
     assert "range x>=1" in refused("generate", artifact, "the", "--max-new-tokens", "0")

@@ -76,6 +76,8 @@ def test_tiny_is_the_default() -> None:
             "task.labels=[yes, 'no']",
             "task.labels.0: Input should be a valid string, YAML reads it as True; quote it",
         ),
+        ("teacher.steps=true", "teacher: steps is a number; true is none"),
+        ("distill.learning_rate=no", "distill: learning_rate is a number; false is none"),
         ("if_summary=3", "if_summary is 3; it holds settings for summary tasks, by section"),
         ("pretrain.enabled=true", "pretrain: give exactly one of steps and epochs"),
     ],

@@ -36,7 +36,7 @@ def test_a_validation_file_that_is_gone_was_recorded_by_training(make: Make, dat
         "data file data/heldout.csv does not exist here; training recorded it as the validation "
         "file, give it with --data"
     )
-    assert run([student], data=data, speed=False, execute=execute)
+    assert run(student, data=data, speed=False, execute=execute)  # as a list of it
 
 
 def test_a_split_that_is_given_twice_is_named(make: Make, data: Path) -> None:
