@@ -8,7 +8,6 @@ and 128 scattered rows would cost 75 MB.
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,10 @@ class EmbeddingFile:
         self.path, self.dtype, self.columns = path, DTYPES[dtype], columns
         self.row_bytes = columns * self.dtype.itemsize
         self._stream = path.open("rb", buffering=0)
-        self._lock = threading.Lock()
+        if not hasattr(os, "pread"):  # as on Windows; elsewhere the module's 0.1 MB are not needed
+            import threading
+
+            self._lock = threading.Lock()
         if path.stat().st_size != rows * self.row_bytes:
             raise FormatError(f"{path} is not a table of {rows} x {columns} {dtype}; copy it again")
 
@@ -50,6 +52,6 @@ class EmbeddingFile:
         """A row's bytes, by one call that no other thread's comes between."""
         if hasattr(os, "pread"):
             return os.pread(self._stream.fileno(), self.row_bytes, offset)
-        with self._lock:  # Windows has no pread, and a position that all threads share
+        with self._lock:  # the stream's position is shared by all threads
             self._stream.seek(offset)
             return self._stream.read(self.row_bytes)

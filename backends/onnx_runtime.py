@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from bitdistill.backends import kv_cache, onnx_probe
 from bitdistill.backends.base import Floats, Forward, Integers, Runtime, pad
-from bitdistill.backends.embedding_file import NAME, EmbeddingFile
 from bitdistill.backends.onnx_session import InstallationError, open_session
 from bitdistill.decoder import DecoderSpec
 from bitdistill.manifest import FormatError
+
+if TYPE_CHECKING:
+    from bitdistill.backends.embedding_file import EmbeddingFile
 
 MODEL = "model.onnx"
 CUSTOM = "custom"  # the manifest's `ops` of an artifact that needs our library
@@ -135,6 +137,8 @@ class OnnxRuntime(Runtime):
         self.words = self.vocabulary if self.labels is None else len(self.labels)
         self.embedding: EmbeddingFile | None = None
         if self.labels is not None:
+            from bitdistill.backends.embedding_file import NAME, EmbeddingFile
+
             table = (self.vocabulary, self.spec.hidden, manifest["storage"]["embedding"])
             self.embedding = EmbeddingFile(path / NAME, *table)
         self._check_window()

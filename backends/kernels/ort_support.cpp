@@ -11,6 +11,7 @@ namespace bitdistill {
 namespace {
 
 constexpr double kTaskNanoseconds = 8000;
+constexpr size_t kKeptBytes = 1 << 18;  // a decoded token's, which is needed again at once
 
 struct ThreadMemory {
   void *data = nullptr;
@@ -228,6 +229,13 @@ Scratch::~Scratch() {
     memory.busy = false;
   else
     free(data_);
+}
+
+void Scratch::release() {
+  if (memory.busy || memory.bytes <= kKeptBytes) return;
+  free(memory.data);
+  memory.data = nullptr;
+  memory.bytes = 0;
 }
 
 int64_t chunk_of(double nanoseconds_per_unit) {

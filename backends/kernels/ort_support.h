@@ -83,6 +83,11 @@ class Scratch {
  public:
   explicit Scratch(size_t bytes);
   ~Scratch();
+
+  // Gives back what is kept and not in use, if it is a prompt's. For heads: they come last, and what
+  // the layers worked in would lie idle beside the logits.
+  static void release();
+
   Scratch(const Scratch &) = delete;
   Scratch &operator=(const Scratch &) = delete;
   void *data() const { return data_; }  // null: out of memory

@@ -87,6 +87,7 @@ ort::Status *read_table(const Kernel &k, const ort::KernelContext *context, BdTa
 ort::Status *run_head(const Kernel &k, const ort::KernelContext *context, const BdTable &w,
                       const float *x, int64_t tokens, float *y) {
   const int bits = static_cast<int>(k.bits);
+  Scratch::release();
   const Scratch scratch(bd_head_scratch_bytes(tokens, w.columns, bits));
   if (scratch.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
   const BdHeadTokens in = bd_head_tokens(scratch.data(), tokens, w.columns, bits);
