@@ -32,6 +32,7 @@ ACTIVATION_EPS = 1e-5  # of quantize.py
 LEVELS = 127.0
 ZERO = 128.0
 BY_BLOCK, UNROUNDED = 4, 1  # accuracy levels of MatMulNBits: int8 by block, fp32
+LAYER_SCALE, LAYER_INPUTS = 8, 3  # of a DecoderLayer: where its scales are; inputs of each matrix
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,10 @@ def _prepared(graph: NodeBuilder, matrix: Stacked, ends: Ends) -> ir.Value:
 
 
 def stored_inputs(graph: NodeBuilder, matrix: Stacked) -> list[ir.Value | None]:
-    """Weight, scales, norm and bias, as TernaryLinear and DecoderLayer have them in turn."""
+    """Weight, norm and bias, as DecoderLayer has them in turn; a TernaryLinear has scales too."""
     packed = packing.pack_layout(matrix.trits, matrix.layout)
     return [
         graph.data.add(f"{matrix.path}.weight", packed, "body"),
-        graph.data.add(f"{matrix.path}.scale", matrix.scales, "body"),
         matrix.norm,
         _bias(graph, matrix),
     ]
@@ -104,7 +104,9 @@ def stored_inputs(graph: NodeBuilder, matrix: Stacked) -> list[ir.Value | None]:
 def _custom(graph: NodeBuilder, matrix: Stacked, ends: Ends) -> ir.Value:
     rows, columns = matrix.trits.shape
     gate, *up = ends.inputs
-    inputs = [gate, *stored_inputs(graph, matrix), up[0] if up else None, ends.residual]
+    weight, *others = stored_inputs(graph, matrix)
+    scale = graph.data.add(f"{matrix.path}.scale", matrix.scales, "body")
+    inputs = [gate, weight, scale, *others, up[0] if up else None, ends.residual]
     while inputs[-1] is None:
         inputs.pop()
     activation = {} if ends.activation is None else {"activation": ends.activation}
@@ -130,12 +132,17 @@ def _read_custom(
     found = next((n for n in graph if _place(n, path) is not None), None)
     if found is None:
         raise FormatError(f"the model has no matrix {path}; export it again")
-    place, alone = _place(found, path) or 0, found.op_type == "TernaryLinear"
-    if alone:
-        rows, columns = (_integer_of(found, path, name) for name in ("N", "K"))
-    weight, scale = (_constant(found, path, place + i) for i in range(2))
+    place = _place(found, path) or 0
+    if found.op_type == "DecoderLayer":
+        scales = _layer_scales(found, path, (place - LAYER_SCALE - 1) // LAYER_INPUTS)
+        shared = rows // len(scales)
+    else:
+        rows, columns, shared = (_integer_of(found, path, n) for n in ("N", "K", "scale_rows"))
+        scales = _own_scales(found, path, place + 1, rows, shared)
+    weight = _constant(found, path, place)
     trits = packing.unpack_layout(weight, rows, columns, _integer_of(found, path, "layout"))
-    return trits, _row_scales(found, path, scale, rows, alone)
+    repeated: NDArray[np.float32] = np.repeat(scales, shared)
+    return trits, repeated
 
 
 def _place(node: ir.Node, path: str) -> int | None:
@@ -161,18 +168,30 @@ def _constant(node: ir.Node, path: str, index: int) -> NDArray[Any]:
     return array
 
 
-def _row_scales(
-    node: ir.Node, path: str, scales: NDArray[np.float32], rows: int, alone: bool
+def _own_scales(
+    node: ir.Node, path: str, index: int, rows: int, shared: int
 ) -> NDArray[np.float32]:
-    """A layer has no attribute for it: as many rows to a scale as it has scales for."""
-    shared = _integer_of(node, path, "scale_rows") if alone else rows // max(scales.size, 1)
+    """The scales of a TernaryLinear, one for `shared` rows."""
+    scales = _constant(node, path, index)
     if shared < 1 or scales.shape != (rows / shared,):
         raise FormatError(
             f"{node.name} has {scales.size} scales of {shared} rows each for its {rows} rows; "
             "export it again"
         )
-    repeated: NDArray[np.float32] = np.repeat(scales, shared)
-    return repeated
+    return scales
+
+
+def _layer_scales(node: ir.Node, path: str, part: int) -> NDArray[np.float32]:
+    """Those of one matrix of a DecoderLayer, which has the scales of all in one tensor."""
+    heads, keys = (_integer_of(node, path, name) for name in ("num_heads", "kv_num_heads"))
+    counts = [heads // max(keys, 1) + 2, 1, 2, 1]  # of qkv, o, gate_up and down
+    scales = _constant(node, path, LAYER_SCALE)
+    if scales.shape != (sum(counts),):
+        raise FormatError(
+            f"{node.name} has {scales.size} scales, not {sum(counts)}; export it again"
+        )
+    first = sum(counts[:part])
+    return scales[first : first + counts[part]]
 
 
 # portable

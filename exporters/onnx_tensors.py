@@ -2,7 +2,7 @@
 
 Tensors go to the file as they are made, so an export holds one of them in memory, whatever the
 model's size. Large ones start on a page boundary: ONNX Runtime maps the file and reads the weights
-where they lie.
+where they lie. Each of the small ones would so take a page of memory; they are in the model itself.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 PAGE = 4096
 CACHE_LINE = 64
+SMALL = 1024  # bytes
 
 
 class TensorFile:
@@ -41,27 +42,29 @@ class TensorFile:
         self._stream.close()
 
     def add(self, name: str, array: NDArray[Any], part: str) -> ir.Value:
-        """Append an array and return the initializer that refers to it."""
+        """Append an array, unless it is small, and return the initializer for it."""
+        self.parts[part] += array.nbytes
+        if array.nbytes <= SMALL:
+            return self._keep(ir.tensor(array, name=name))
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         alignment = PAGE if array.nbytes >= PAGE else CACHE_LINE
         self._stream.write(bytes(-self._stream.tell() % alignment))
         offset = self._stream.tell()
         self._stream.write(array.data)
-        self.parts[part] += array.nbytes
-        return self._value(
+        return self._stored(
             name, offset, array.nbytes, ir.DataType.from_numpy(array.dtype), array.shape
         )
 
     def alias(self, name: str, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         """An initializer of another shape that refers to the bytes of one stored before."""
         stored = value.const_value
-        return self._value(name, stored.offset, stored.length, stored.dtype, shape)
+        if not isinstance(stored, ir.ExternalTensor):
+            return self._keep(ir.tensor(stored.numpy().reshape(shape), name=name))
+        return self._stored(name, stored.offset, stored.length, stored.dtype, shape)
 
-    def _value(
+    def _stored(
         self, name: str, offset: int, length: int, dtype: ir.DataType, shape: tuple[int, ...]
     ) -> ir.Value:
-        if name in self.values:
-            raise ValueError(f"tensor {name!r} is stored twice")
         tensor = ir.ExternalTensor(
             self.path.name,
             offset,
@@ -71,11 +74,13 @@ class TensorFile:
             name=name,
             base_dir=self.path.parent,
         )
-        value = ir.Value(
-            name=name,
-            shape=tensor.shape,
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
+        return self._keep(tensor)
+
+    def _keep(self, tensor: ir.TensorProtocol) -> ir.Value:
+        name = tensor.name
+        if name in self.values:
+            raise ValueError(f"tensor {name!r} is stored twice")
+        kind = ir.TensorType(tensor.dtype)
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=kind, const_value=tensor)
         self.values[name] = value
         return value

@@ -7,7 +7,7 @@
 // int32 holds them: 2^17 products of 3 * 128 are below 2^26.
 #include <immintrin.h>
 
-#include "common.h"
+#include "rows.h"
 #include "x86_tables.h"
 
 #if defined(__AMX_INT8__) || defined(__AMXINT8__) || defined(BD_AMX_EMULATED)  // GCC, clang

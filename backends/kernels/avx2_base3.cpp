@@ -6,6 +6,7 @@
 // vpmaddubsw multiplies the even and the odd bytes into 16 bits, takes the kept bytes for the next
 // two codes as they are, and vpshufb tells the two apart.
 #include "avx2.h"
+#include "rows.h"
 
 #if BD_X86
 namespace {

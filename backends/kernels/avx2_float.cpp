@@ -1,5 +1,6 @@
 // AVX2: trits times fp32 activations; vpermilps looks a trit up by the low two bits of each lane.
 #include "avx2.h"
+#include "rows.h"
 
 #if BD_X86
 namespace {

@@ -8,6 +8,7 @@
 // int16 therefore holds 64 sums of the first kind (-32768 .. 32512) and 16 of the second (the same
 // range), exactly, before they are widened to int32. In int32, |q . code| <= 2 * 128 * 2^17 = 2^25.
 #include "avx2.h"
+#include "rows.h"
 
 #if BD_X86
 namespace {

@@ -1,5 +1,5 @@
 // AVX-512 with VNNI: trits of five a byte, as in avx2_base3.cpp; vpdpbusd needs no widening.
-#include "common.h"
+#include "rows.h"
 #include "x86_tables.h"
 
 #include <immintrin.h>

@@ -38,6 +38,7 @@ class Ternary(c.Structure):
         ("rows", c.c_int64),
         ("columns", c.c_int64),
         ("base3", c.c_int),
+        ("update", c.c_int),
     )
 
 

@@ -71,13 +71,18 @@ enum {
   BD_TABLE_BYTES = 256,
   BD_SILU = 1, /* of a gate */
   BD_GELU_TANH = 2,
+  BD_ADD = 3,
   BD_HEAD_LEVELS = 63 * 128,
   BD_MAX_TABLE_COLUMNS = 1 << 14 /* 2 * 255 * 8064 K / 32 must fit int32 */
 };
 
 /* A ternary matrix (rows, columns): packed is uint8 (ceil(rows/32), ceil(columns/16), 32, 4), or in
  * base 3 (ceil(rows/32), ceil(columns/20), 32, 4), where no byte is a fault: one that is not of the
- * 243 counts as its neighbour. */
+ * 243 counts as its neighbour.
+ *
+ * With `update` what y holds before is not overwritten: BD_ADD adds to it, and with BD_SILU or
+ * BD_GELU_TANH it is a gate, which is activated and multiplied. So a residual and an MLP's product
+ * need no memory beside y. */
 typedef struct BdTernary {
   const uint8_t *packed;
   const float *scale; /* (rows) */
@@ -85,6 +90,7 @@ typedef struct BdTernary {
   int64_t rows;
   int64_t columns;
   int base3; /* which of the two: bd_ternary_linear and bd_ternary_layers ask, the kernels know */
+  int update;
 } BdTernary;
 
 /* Activations as they come: x is (tokens, columns). */

@@ -80,28 +80,6 @@ inline bool token_scale(int32_t g_bits, float *up, float *down) {
   return false;
 }
 
-// Scales the integer sums of one token and one block of rows into y, row by row.
-inline void write_rows(const BdTernary *w, int64_t block, const int32_t *dots, int32_t sum,
-                       float down, float *y) {
-  const int64_t first = block * BD_BLOCK_ROWS;
-  const int64_t count = smaller(BD_BLOCK_ROWS, w->rows - first);
-  const float *scale = w->scale + first;
-  y += first;
-  for (int64_t r = 0; r < count; ++r) y[r] = static_cast<float>(dots[r] - sum) * (down * scale[r]);
-  if (w->bias == nullptr) return;
-  for (int64_t r = 0; r < count; ++r) y[r] += w->bias[first + r];
-}
-
-// The same for the sums of the fp32 path.
-inline void write_float_rows(const BdTernary *w, int64_t block, const float *dots, float *y) {
-  const int64_t first = block * BD_BLOCK_ROWS;
-  const int64_t count = smaller(BD_BLOCK_ROWS, w->rows - first);
-  y += first;
-  for (int64_t r = 0; r < count; ++r) y[r] = dots[r] * w->scale[first + r];
-  if (w->bias == nullptr) return;
-  for (int64_t r = 0; r < count; ++r) y[r] += w->bias[first + r];
-}
-
 // The tokens from `first` on; their results start at y + first * rows.
 inline BdTokens tokens_from(const BdTokens *in, int64_t first) {
   BdTokens out = *in;

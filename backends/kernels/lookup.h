@@ -16,7 +16,7 @@
 
 #include <immintrin.h>
 
-#include "common.h"
+#include "rows.h"
 #include "work_memory.h"
 
 namespace {
@@ -27,7 +27,7 @@ constexpr int kTokens = Lanes::kTokens;
 constexpr int kPass = 2;                 // groups
 constexpr int kVector = 2 * kTokens;     // bytes
 constexpr int kEntry = kPass * kVector;  // of a byte value: the sums of each group
-constexpr int64_t kMostBlocks = 96;      // of 32 rows: their sums stay in the L2 cache
+constexpr int64_t kMostBlocks = 64;      // of 32 rows: their sums stay in the L2 cache
 constexpr int64_t kFlush = 14;           // groups, whole passes
 constexpr int64_t kAhead = 16;           // blocks, of which a pass' bytes are fetched ahead
 constexpr int kLine = 64;

@@ -1,6 +1,7 @@
 // NEON: int8 activations times trits of five a byte. A code is what three times its byte carries: 1
 // from 86 on, 2 from 171 on.
 #include "neon.h"
+#include "rows.h"
 
 #if BD_ARM
 namespace {

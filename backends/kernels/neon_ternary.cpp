@@ -2,6 +2,7 @@
 // of a row's codes and a broadcast quad of activations, exactly: |q . code| <= 3 * 128 * 2^17 <
 // 2^31.
 #include "neon.h"
+#include "rows.h"
 
 #if BD_ARM
 namespace {

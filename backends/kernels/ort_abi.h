@@ -156,7 +156,10 @@ struct CustomOp {
   Status *(*InferOutputShape)(const CustomOp *op, ShapeContext *context);
   int (*GetStartVersion)(const CustomOp *op);
   int (*GetEndVersion)(const CustomOp *op);
-  void *later[4];  // of API version 18; not read at version 17
+  // Of API version 18; not read where `version` is lower.
+  size_t (*GetMayInplace)(int **inputs, int **outputs);
+  void (*ReleaseMayInplace)(int *inputs, int *outputs);
+  void *later[2];
 };
 
 static_assert(sizeof(void *) != 8 ||

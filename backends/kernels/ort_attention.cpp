@@ -36,18 +36,14 @@ ort::Status *make(AttentionNode *k, const ort::KernelInfo *info, const char *op)
 
 // What one key head of one sequence works on.
 BdAttention part_of(const AttentionNode &k, const AttentionCall &c, int64_t b, int64_t head) {
-  const int64_t group = k.heads / k.kv_heads, size = c.size;
-  const int64_t columns = c.in[kQuery].dims[2], keys = k.kv_heads * size;
-  const bool packed = !c.in[kKey].present;
-  const int64_t row = b * c.tokens;
-  const float *query = c.in[kQuery].floats() + row * columns;
+  const int64_t group = k.heads / k.kv_heads, size = c.size, row = b * c.tokens;
   BdAttention a = {};
-  a.q = query + head * group * size;
-  a.k = (packed ? query + k.heads * size : c.in[kKey].floats() + row * keys) + head * size;
-  a.v = (packed ? query + k.heads * size + keys : c.in[kValue].floats() + row * keys) + head * size;
-  a.y = c.y + (row * k.heads + head * group) * size;
-  a.q_stride = columns, a.y_stride = k.heads * size;
-  a.k_stride = a.v_stride = packed ? columns : keys;
+  a.q = c.q + row * c.q_stride + head * group * size;
+  a.k = c.k + row * c.kv_stride + head * size;
+  a.v = c.v + row * c.kv_stride + head * size;
+  a.y = c.y + row * c.y_stride + head * group * size;
+  a.q_stride = c.q_stride, a.y_stride = c.y_stride;
+  a.k_stride = a.v_stride = c.kv_stride;
   const int64_t place = (b * k.kv_heads + head) * c.room * c.row_bytes();
   a.keys = c.present[0] + place, a.values = c.present[1] + place;
   a.cos = c.rotary.cos, a.sin = c.rotary.sin;
@@ -92,30 +88,6 @@ bool attend(const AttentionNode &k, const AttentionCall &c, int64_t unit, int64_
   return scratch != nullptr;
 }
 
-// Key heads of all sequences; the cache of one whose rows are one tile is written by its own task.
-ort::Status *attend_all(const AttentionNode &k, const AttentionCall &c, const Threads &threads) {
-  const int64_t rows = c.tokens * (k.heads / k.kv_heads), units = c.batch * k.kv_heads;
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  if (tiles > 1) {
-    const double kept = static_cast<double>(c.tokens * c.size) * 2;
-    BD_TRY(parallel(threads, units, chunk_of(kept), [&](int64_t first, int64_t last) {
-      for (int64_t unit = first; unit < last; ++unit) keep(k, c, unit);
-    }));
-  }
-  // Of a position: keys and values from memory, then products.
-  const double position = static_cast<double>(c.row_bytes()) * 0.25 +
-                          static_cast<double>((rows + tiles - 1) / tiles * c.size) * 0.03;
-  std::atomic<bool> failed{false};
-  BD_TRY(parallel(threads, units * tiles, chunk_of(position * static_cast<double>(c.total)),
-                  [&](int64_t first, int64_t last) {
-                    for (int64_t i = first; i < last; ++i) {
-                      if (tiles == 1) keep(k, c, i);
-                      if (!attend(k, c, i / tiles, i % tiles)) failed = true;
-                    }
-                  }));
-  return failed ? refuse(k.api, "%s: out of memory", k.name) : nullptr;
-}
-
 ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   const AttentionNode &k = *static_cast<const AttentionNode *>(kernel);
   AttentionCall c = {};
@@ -123,9 +95,19 @@ ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   const int64_t dims[] = {c.batch, c.tokens, k.heads * c.size};
   void *y = nullptr;
   BD_TRY(allocate(k.api, context, kY, dims, 3, &y));
-  c.y = static_cast<float *>(y);
+  c.y = static_cast<float *>(y), c.y_stride = dims[2];
   BD_TRY(make_presents(k, context, &c));
-  return c.batch == 0 || c.tokens == 0 ? nullptr : run_attention(k, {k.api, context}, &c);
+  if (c.batch == 0 || c.tokens == 0) return nullptr;
+  const float *query = c.in[kQuery].floats();
+  if (c.in[kKey].present) {
+    c.q = query, c.k = c.in[kKey].floats(), c.v = c.in[kValue].floats();
+    c.q_stride = c.in[kQuery].dims[2], c.kv_stride = c.in[kKey].dims[2];
+  } else {
+    take_packed(k, query, &c);
+  }
+  const Threads threads = {k.api, context};
+  BD_TRY(keep_all(k, threads, &c));
+  return attend_all(k, threads, c);
 }
 
 template <ort::ElementType Type>
@@ -164,9 +146,38 @@ ort::Status *make_presents(const AttentionNode &k, ort::KernelContext *context, 
   return nullptr;
 }
 
-ort::Status *run_attention(const AttentionNode &k, const Threads &threads, AttentionCall *c) {
+void take_packed(const AttentionNode &k, const float *packed, AttentionCall *c) {
+  const int64_t queries = k.heads * c->size, keys = k.kv_heads * c->size;
+  c->q = packed, c->k = packed + queries, c->v = packed + queries + keys;
+  c->q_stride = c->kv_stride = queries + 2 * keys;
+}
+
+ort::Status *keep_all(const AttentionNode &k, const Threads &threads, AttentionCall *c) {
   c->rotary = k.rotary->rows(c->total);
-  return attend_all(k, *c, threads);
+  if (!keeps_first(k, *c)) return nullptr;
+  const double kept = static_cast<double>(c->tokens * c->size) * 2;
+  return parallel(threads, c->batch * k.kv_heads, chunk_of(kept), [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit) keep(k, *c, unit);
+  });
+}
+
+// Key heads of all sequences; the cache of one whose rows are one tile is written by its own task.
+ort::Status *attend_all(const AttentionNode &k, const Threads &threads, const AttentionCall &c) {
+  const int64_t rows = c.tokens * (k.heads / k.kv_heads), tiles = tiles_of(k, c);
+  const bool kept = keeps_first(k, c);
+  // Of a position: keys and values from memory, then products.
+  const double position = static_cast<double>(c.row_bytes()) * 0.25 +
+                          static_cast<double>((rows + tiles - 1) / tiles * c.size) * 0.03;
+  std::atomic<bool> failed{false};
+  BD_TRY(parallel(threads, c.batch * k.kv_heads * tiles,
+                  chunk_of(position * static_cast<double>(c.total)),
+                  [&](int64_t first, int64_t last) {
+                    for (int64_t i = first; i < last; ++i) {
+                      if (!kept) keep(k, c, i);
+                      if (!attend(k, c, i / tiles, i % tiles)) failed = true;
+                    }
+                  }));
+  return failed ? refuse(k.api, "%s: out of memory", k.name) : nullptr;
 }
 
 ort::ElementType attention_input_type(size_t input, ort::ElementType cache) {

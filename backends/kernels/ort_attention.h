@@ -46,8 +46,11 @@ struct AttentionCall {
   int64_t batch, tokens, size, past_room, room, total;
   ort::ElementType type;
   int64_t bits;
+  const float *q, *k, *v;
+  int64_t q_stride, kv_stride;  // floats from a token to the next
   char *present[2];
-  float *y;
+  float *y;  // a head's results may lie where its queries were
+  int64_t y_stride;
   RotaryTable rotary;
 
   const int32_t *lengths() const { return static_cast<const int32_t *>(in[kLengths].data); }
@@ -72,8 +75,21 @@ ort::Status *read_call(const AttentionNode &k, const ort::KernelContext *context
 // Outputs 1 and 2.
 ort::Status *make_presents(const AttentionNode &k, ort::KernelContext *context, AttentionCall *c);
 
-// Fills the cache and y, of a call with tokens.
-ort::Status *run_attention(const AttentionNode &k, const Threads &threads, AttentionCall *c);
+// Of a call with tokens: how many tiles a key head has, and whether its keys and values are kept in
+// a loop before that over the tiles.
+inline int64_t tiles_of(const AttentionNode &k, const AttentionCall &c) {
+  return (c.tokens * (k.heads / k.kv_heads) + BD_TILE_ROWS - 1) / BD_TILE_ROWS;
+}
+inline bool keeps_first(const AttentionNode &k, const AttentionCall &c) {
+  return tiles_of(k, c) > 1;
+}
+
+// Queries, keys and values side by side in `packed`.
+void take_packed(const AttentionNode &k, const float *packed, AttentionCall *c);
+
+// Fill the cache, if that comes first, and then y (and else the cache).
+ort::Status *keep_all(const AttentionNode &k, const Threads &threads, AttentionCall *c);
+ort::Status *attend_all(const AttentionNode &k, const Threads &threads, const AttentionCall &c);
 
 // Types of inputs and outputs that are of the cache's type or integers; float otherwise.
 ort::ElementType attention_input_type(size_t input, ort::ElementType cache);

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "ort_support.h"
+#include "work_memory.h"
 
 namespace bitdistill {
 namespace {
@@ -48,6 +49,7 @@ ort::Status *compute(void *kernel, ort::KernelContext *context) noexcept {
   const double row = static_cast<double>(w.columns) * (0.02 + 0.01 * static_cast<double>(tokens));
   const int64_t chunk = std::max(chunk_of(row), share_of(w.rows, 4));
   return parallel({k.api, context}, w.rows, chunk, [&](int64_t a, int64_t b) {
+    release_work_memory();
     k.kernels->head->half(&w, x.floats(), tokens, y, a, b);
   });
 }

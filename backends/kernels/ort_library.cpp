@@ -12,6 +12,7 @@ namespace bitdistill {
 namespace {
 
 constexpr const char *kDomain = "bitdistill";
+constexpr int kInPlaceVersion = 18;  // of the interface: an operator may write where it has read
 
 // One domain per copy of ONNX Runtime in the process. Sessions keep pointers to it, so it is never
 // freed; sessions of one runtime share it.
@@ -30,14 +31,16 @@ struct Registration {
 std::mutex mutex;
 Registration *registrations = nullptr;
 
+// Whether the runtime is 1.`minor` or later.
+bool at_least(const char *version, int minor) {
+  const char *dot = strchr(version, '.');
+  return atoi(version) > 1 || (dot != nullptr && atoi(dot + 1) >= minor);
+}
+
 // ONNX Runtime before 1.24 crashes in the shape inference of custom operators when an optional
 // input is absent. There the operators with such inputs do without: their shapes are known when
 // they run.
-bool infers_safely(const char *version) {
-  const char *dot = strchr(version, '.');
-  const int minor = dot != nullptr ? atoi(dot + 1) : 0;
-  return atoi(version) > 1 || minor >= 24;
-}
+bool infers_safely(const char *version) { return at_least(version, 24); }
 
 ort::Status *fill(Registration *r, const ort::Api *api, const char *version) {
   r->api = api;
@@ -51,6 +54,7 @@ ort::Status *fill(Registration *r, const ort::Api *api, const char *version) {
   BD_TRY(api->CustomOpDomain_Add(r->domain, &r->head));
   for (Op &op : r->attention) BD_TRY(api->CustomOpDomain_Add(r->domain, &op));
   for (Op &op : r->layer) {
+    if (at_least(version, kInPlaceVersion)) op.version = kInPlaceVersion;
     if (!infers_safely(version)) op.InferOutputShape = nullptr;
     BD_TRY(api->CustomOpDomain_Add(r->domain, &op));
   }

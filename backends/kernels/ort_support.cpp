@@ -3,7 +3,6 @@
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
-#include <stdlib.h>
 
 #include <thread>
 
@@ -11,16 +10,6 @@ namespace bitdistill {
 namespace {
 
 constexpr double kTaskNanoseconds = 8000;
-constexpr size_t kKeptBytes = 1 << 18;  // a decoded token's, which is needed again at once
-
-struct ThreadMemory {
-  void *data = nullptr;
-  size_t bytes = 0;
-  bool busy = false;
-  ~ThreadMemory() { free(data); }
-};
-
-thread_local ThreadMemory memory;
 
 const char *type_name(ort::ElementType type) {
   switch (type) {
@@ -208,34 +197,6 @@ ort::Status *make_output(const ort::Api *api, ort::KernelContext *context, const
   BD_TRY(allocate(api, context, 0, dims, rank + 1, &data));
   *out = static_cast<float *>(data);
   return nullptr;
-}
-
-Scratch::Scratch(size_t bytes) : data_(nullptr), kept_(!memory.busy) {
-  if (!kept_) {
-    data_ = malloc(bytes);
-    return;
-  }
-  if (memory.bytes < bytes) {
-    free(memory.data);
-    memory.data = malloc(bytes);
-    memory.bytes = memory.data != nullptr ? bytes : 0;
-  }
-  memory.busy = true;
-  data_ = memory.data;
-}
-
-Scratch::~Scratch() {
-  if (kept_)
-    memory.busy = false;
-  else
-    free(data_);
-}
-
-void Scratch::release() {
-  if (memory.busy || memory.bytes <= kKeptBytes) return;
-  free(memory.data);
-  memory.data = nullptr;
-  memory.bytes = 0;
 }
 
 int64_t chunk_of(double nanoseconds_per_unit) {

@@ -7,6 +7,7 @@
 
 #include "bitdistill_kernels.h"
 #include "ort_abi.h"
+#include "scratch.h"
 #include "team.h"
 
 namespace bitdistill {
@@ -77,25 +78,6 @@ ort::Status *make_output(const ort::Api *api, ort::KernelContext *context, const
 // Tokens of x, which must end in `columns`; `what` names these in the error.
 ort::Status *check_activations(const ort::Api *api, const char *op, const Tensor &x,
                                const char *what, int64_t columns, int64_t *tokens);
-
-// Memory of the calling thread that grows and is kept; a nested use gets memory of its own.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes);
-  ~Scratch();
-
-  // Gives back what is kept and not in use, if it is a prompt's. For heads: they come last, and what
-  // the layers worked in would lie idle beside the logits.
-  static void release();
-
-  Scratch(const Scratch &) = delete;
-  Scratch &operator=(const Scratch &) = delete;
-  void *data() const { return data_; }  // null: out of memory
-
- private:
-  void *data_;
-  bool kept_;
-};
 
 inline size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "ort_support.h"
+#include "work_memory.h"
 
 namespace bitdistill {
 namespace {
@@ -100,7 +101,10 @@ ort::Status *run_head(const Kernel &k, const ort::KernelContext *context, const 
   const int64_t units = k.bits == 8 ? w.rows : bd_table_blocks(w.rows);
   const int64_t chunk = chunk_of(k.bits == 8 ? row : row * BD_TABLE_ROWS);
   return parallel({k.api, context}, units, std::max(chunk, share_of(units, 4)),
-                  [&](int64_t a, int64_t b) { product(&w, &in, y, a, b); });
+                  [&](int64_t a, int64_t b) {
+                    release_work_memory();
+                    product(&w, &in, y, a, b);
+                  });
 }
 
 ort::Status *compute_head(void *kernel, ort::KernelContext *context) noexcept {

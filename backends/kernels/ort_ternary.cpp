@@ -40,7 +40,7 @@ ort::Status *read_attributes(TernaryNode *k, const ort::KernelInfo *info) {
   BD_TRY(read_int(k->api, info, k->name, "scale_rows", &k->scale_rows));
   BD_TRY(read_form(k, info));
   BD_TRY(check_sizes(*k));
-  BD_TRY(read_activation(k, info));
+  BD_TRY(read_activation(k->api, k->name, info, &k->activation));
   ort::Status *status = k->api->KernelInfoGetAttribute_float(info, "epsilon", &k->epsilon);
   if (status != nullptr) {
     k->api->ReleaseStatus(status);
@@ -122,19 +122,20 @@ ort::Status *check_sizes(const TernaryNode &k) {
   return nullptr;
 }
 
-ort::Status *read_activation(TernaryNode *k, const ort::KernelInfo *info) {
+ort::Status *read_activation(const ort::Api *api, const char *name, const ort::KernelInfo *info,
+                             int *activation) {
   char text[32] = "";
   size_t size = sizeof text;
-  ort::Status *status = k->api->KernelInfoGetAttribute_string(info, "activation", text, &size);
+  ort::Status *status = api->KernelInfoGetAttribute_string(info, "activation", text, &size);
   if (status != nullptr) {
-    k->api->ReleaseStatus(status);
+    api->ReleaseStatus(status);
     if (size == sizeof text) return nullptr;  // absent: a text too long would have set its size
   }
-  k->activation = strcmp(text, "silu") == 0        ? BD_SILU
-                  : strcmp(text, "gelu_tanh") == 0 ? BD_GELU_TANH
-                                                   : 0;
-  if (k->activation != 0) return nullptr;
-  return refuse(k->api, "%s: activation must be silu or gelu_tanh, got '%s'; %s", k->name, text,
+  *activation = strcmp(text, "silu") == 0        ? BD_SILU
+                : strcmp(text, "gelu_tanh") == 0 ? BD_GELU_TANH
+                                                 : 0;
+  if (*activation != 0) return nullptr;
+  return refuse(api, "%s: activation must be silu or gelu_tanh, got '%s'; %s", name, text,
                 "export the model again or install a newer bitdistill");
 }
 

@@ -11,15 +11,30 @@
 namespace bitdistill {
 namespace {
 
-size_t scale_bytes(const TernaryNode &k) {
-  return whole_lines(static_cast<size_t>(k.rows) * sizeof(float));
+// Weights in base 3 are unpacked once for a prompt's tokens: that costs what a few of them do.
+bool unpacks(const TernaryNode &k, int64_t tokens) {
+  return k.base3 && tokens >= BD_UNPACKED_TOKENS;
 }
 
-// Of the weights in layout 1, where base 3 is unpacked for many tokens: whole lines.
-size_t code_bytes(const TernaryNode &k, int64_t tokens) {
-  const bool unpacked = k.base3 && tokens >= BD_UNPACKED_TOKENS;
-  return unpacked ? static_cast<size_t>(bd_packed_bytes(k.rows, k.columns)) : 0;
-}
+// A product's memory: tokens that were made ready, a scale for each row, and weights in layout 1
+// where they are unpacked. Whole lines; a null `start` counts the bytes.
+struct ProductMemory {
+  char *tokens;
+  float *scales = nullptr;
+  uint8_t *codes = nullptr;
+  size_t bytes;
+
+  ProductMemory(const TernaryNode &k, int64_t rows, int64_t count, void *start) {
+    const size_t scales_at = whole_lines(bd_scratch_bytes(count, k.columns, k.bits));
+    const size_t codes_at = scales_at + whole_lines(static_cast<size_t>(rows) * sizeof(float));
+    const int64_t unpacked = unpacks(k, count) ? bd_packed_bytes(rows, k.columns) : 0;
+    bytes = codes_at + static_cast<size_t>(unpacked);
+    tokens = static_cast<char *>(start);
+    if (start == nullptr) return;
+    scales = reinterpret_cast<float *>(tokens + scales_at);
+    codes = reinterpret_cast<uint8_t *>(tokens + codes_at);
+  }
+};
 
 // An input of the calls themselves: the dimensions of X, the last one being `last`.
 ort::Status *check_beside(const TernaryNode &k, const TernaryCall &c, const char *name,
@@ -83,48 +98,39 @@ ort::Status *prepare_gated(const TernaryNode &k, const Threads &threads, const T
   return failed ? refuse(k.api, "%s: out of memory", k.name) : nullptr;
 }
 
-// Tokens ready for the product.
-ort::Status *prepare(const TernaryNode &k, const Threads &threads, const TernaryCall &c,
-                     const BdTokens &out) {
-  if (k.activation != 0) return prepare_gated(k, threads, c, out);
-  const BdInput in = {c.floats(kX), c.floats(kNorm), k.epsilon, c.tokens, k.columns};
-  const auto round = k.bits == 0 ? k.kernels->normalize : k.kernels->quantize;
-  return parallel(threads, c.tokens, chunk_of(static_cast<double>(k.columns) * 0.3),
-                  [&](int64_t a, int64_t b) { round(&in, &out, a, b); });
-}
-
-// Blocks [first, last) of a product's rows, to which the residual's are added.
-void add_rows(const float *residual, const BdTernary &w, int64_t tokens, float *y, int64_t first,
-              int64_t last) {
-  const int64_t end = last * BD_BLOCK_ROWS < w.rows ? last * BD_BLOCK_ROWS : w.rows;
+// Blocks [first, last) of a residual's rows, to be added to where they are in y.
+void copy_rows(const float *residual, const BdTernary &w, int64_t tokens, float *y, int64_t first,
+               int64_t last) {
+  const int64_t start = first * BD_BLOCK_ROWS;
+  const int64_t end = std::min(last * BD_BLOCK_ROWS, w.rows);
   for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t n = t * w.rows + first * BD_BLOCK_ROWS; n < t * w.rows + end; ++n)
-      y[n] += residual[n];
+    std::copy(residual + t * w.rows + start, residual + t * w.rows + end, y + t * w.rows + start);
 }
 
-// A model stores one scale a matrix, or a few; the kernels take one a row, here of the blocks
-// [first, last). Kept for every node they would be 1.4 MB of a 0.6B model, read from memory for
-// each token.
-void expand_scales(const TernaryNode &k, const float *scale, int64_t first, int64_t last,
+// A model stores one scale a matrix, or a few; the kernels take one a row, here of `count` rows.
+// Kept for every node they would be 1.4 MB of a 0.6B model, read from memory for each token.
+void expand_scales(const TernaryNode &k, const float *scale, int64_t first, int64_t count,
                    float *out) {
-  const int64_t end = std::min(last * BD_BLOCK_ROWS, k.rows);
-  for (int64_t n = first * BD_BLOCK_ROWS; n < end;) {
-    const int64_t index = n / k.scale_rows, next = std::min((index + 1) * k.scale_rows, end);
-    std::fill(out + n, out + next, scale[index]);
+  for (int64_t n = first; n < first + count;) {
+    const int64_t index = n / k.scale_rows;
+    const int64_t next = std::min((index + 1) * k.scale_rows, first + count);
+    std::fill(out + n - first, out + next - first, scale[index]);
     n = next;
   }
 }
 
 ort::Status *multiply(const TernaryNode &k, const Threads &threads, const TernaryCall &c,
-                      const BdTernary &w, float *row_scales, const BdTokens &tokens) {
+                      const BdTernary &w, int64_t first_row, float *row_scales,
+                      const BdTokens &tokens) {
   const auto kernel = k.bits == 0 ? k.kernels->ternary_float
                       : w.base3   ? k.kernels->ternary_base3
                                   : k.kernels->ternary;
   const float *residual = c.floats(kResidual);
   const auto part = [&](const BdTernary *rows, const BdTokens *some, float *y, int64_t a,
                         int64_t b) {
+    if (residual != nullptr && residual != c.y)
+      copy_rows(residual + (y - c.y), *rows, some->tokens, y, a, b);
     kernel(rows, some, y, a, b);
-    if (residual != nullptr) add_rows(residual + (y - c.y), *rows, some->tokens, y, a, b);
   };
   const int64_t blocks = bd_blocks(w.rows);
   const float *scale = c.floats(kScale);
@@ -133,7 +139,9 @@ ort::Status *multiply(const TernaryNode &k, const Threads &threads, const Ternar
     const double columns = static_cast<double>(w.columns);
     const double block = columns * (0.7 + 0.25 * static_cast<double>(c.tokens));
     const auto piece = [&](int64_t a, int64_t b) {
-      expand_scales(k, scale, a, b, row_scales);  // in the cache that reads them
+      const int64_t row = a * BD_BLOCK_ROWS, end = std::min(b * BD_BLOCK_ROWS, w.rows);
+      // In the cache that reads them.
+      expand_scales(k, scale, first_row + row, end - row, row_scales + row);
       part(&w, &tokens, c.y, a, b);
     };
     if (threads.team == nullptr)
@@ -143,7 +151,7 @@ ort::Status *multiply(const TernaryNode &k, const Threads &threads, const Ternar
       piece(pieces.first(index), pieces.first(index + 1));
     });
   }
-  expand_scales(k, scale, 0, blocks, row_scales);
+  expand_scales(k, scale, first_row, w.rows, row_scales);
   const bool by_tokens = k.kernels->by_tokens != 0 && kernel == k.kernels->ternary;
   const Split split(c.tokens, blocks, processors(), 2, by_tokens);
   return parallel(threads, split.parts(), 1, [&](int64_t a, int64_t b) {
@@ -151,7 +159,6 @@ ort::Status *multiply(const TernaryNode &k, const Threads &threads, const Ternar
   });
 }
 
-// Weights in base 3 are unpacked once for a prompt's tokens: that costs what a few of them do.
 ort::Status *unpack(const Threads &threads, const BdKernels &kernels, BdTernary *w, uint8_t *out) {
   BD_TRY(parallel(threads, bd_blocks(w->rows), chunk_of(static_cast<double>(w->columns)),
                   [&](int64_t a, int64_t b) { kernels.unpack_base3(w, out, a, b); }));
@@ -162,35 +169,55 @@ ort::Status *unpack(const Threads &threads, const BdKernels &kernels, BdTernary 
 
 }  // namespace
 
-size_t product_bytes(const TernaryNode &k, int64_t tokens) {
-  return scale_bytes(k) + code_bytes(k, tokens) + bd_scratch_bytes(tokens, k.columns, k.bits);
+size_t product_bytes(const TernaryNode &k, int64_t rows, int64_t tokens) {
+  return ProductMemory(k, rows, tokens, nullptr).bytes;
 }
 
-ort::Status *ternary_product(const TernaryNode &k, const Threads &threads, const TernaryCall &c,
-                             void *memory) {
-  float *row_scales = static_cast<float *>(memory);
-  char *rest = static_cast<char *>(memory) + scale_bytes(k);
-  const size_t codes = code_bytes(k, c.tokens);
-  const BdTokens tokens = bd_tokens(rest + codes, c.tokens, k.columns, k.bits);
-  BD_TRY(prepare(k, threads, c, tokens));
-  BdTernary w = {static_cast<const uint8_t *>(c.in[kW].data),
-                 row_scales,
-                 c.floats(kBias),
-                 k.rows,
+ort::Status *prepare_tokens(const TernaryNode &k, const Threads &threads, const TernaryCall &c,
+                            void *memory) {
+  const BdTokens out = bd_tokens(memory, c.tokens, k.columns, k.bits);
+  if (k.activation != 0) return prepare_gated(k, threads, c, out);
+  const auto round = k.bits == 0 ? k.kernels->normalize : k.kernels->quantize;
+  return parallel(threads, c.tokens, chunk_of(static_cast<double>(k.columns) * 0.3),
+                  [&](int64_t a, int64_t b) {
+                    for (int64_t t = a; t < b; ++t) {
+                      const BdInput in = {c.floats(kX) + t * c.stride, c.floats(kNorm), k.epsilon,
+                                          1, k.columns};
+                      const BdTokens token = some_tokens(out, t, t + 1);
+                      round(&in, &token, 0, 1);
+                    }
+                  });
+}
+
+ort::Status *multiply_rows(const TernaryNode &k, const Threads &threads, const TernaryCall &c,
+                           const Rows &rows, void *memory) {
+  const ProductMemory place(k, rows.count, c.tokens, memory);
+  const BdTokens tokens = bd_tokens(place.tokens, c.tokens, k.columns, k.bits);
+  const auto bytes_of = k.base3 ? bd_base3_bytes : bd_packed_bytes;
+  const float *bias = c.floats(kBias);
+  BdTernary w = {static_cast<const uint8_t *>(c.in[kW].data) + bytes_of(rows.first, k.columns),
+                 place.scales,
+                 bias == nullptr ? nullptr : bias + rows.first,
+                 rows.count,
                  k.columns,
-                 k.base3 ? 1 : 0};
-  if (codes > 0) BD_TRY(unpack(threads, *k.kernels, &w, reinterpret_cast<uint8_t *>(rest)));
-  return multiply(k, threads, c, w, row_scales, tokens);
+                 k.base3 ? 1 : 0,
+                 rows.update};
+  if (unpacks(k, c.tokens)) BD_TRY(unpack(threads, *k.kernels, &w, place.codes));
+  return multiply(k, threads, c, w, rows.first, place.scales, tokens);
 }
 
 ort::Status *run_ternary(const TernaryNode &k, ort::KernelContext *context) {
   TernaryCall c;
   BD_TRY(read_call(k, context, &c));
+  c.stride = k.columns;
   BD_TRY(make_output(k.api, context, c.in[kX], c.in[kX].rank - 1, k.rows, &c.y));
   if (c.tokens == 0) return nullptr;
-  const Scratch scratch(product_bytes(k, c.tokens));
+  const Scratch scratch(product_bytes(k, k.rows, c.tokens));
   if (scratch.data() == nullptr) return refuse(k.api, "%s: out of memory", k.name);
-  return ternary_product(k, {k.api, context}, c, scratch.data());
+  const Threads threads = {k.api, context};
+  BD_TRY(prepare_tokens(k, threads, c, scratch.data()));
+  const Rows all = {0, k.rows, c.in[kResidual].present ? BD_ADD : 0};
+  return multiply_rows(k, threads, c, all, scratch.data());
 }
 
 }  // namespace bitdistill

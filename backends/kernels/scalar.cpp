@@ -1,6 +1,6 @@
 // The oracle: plain C++ in the order that bitdistill_kernels.h specifies, for any CPU.
-#include "gate.h"
 #include "head.h"
+#include "rows.h"
 
 namespace {
 

@@ -58,7 +58,7 @@ class Split {
  private:
   static constexpr int64_t kBlocks = 32;  // of 32 rows: a part with fewer had better split tokens
   static constexpr int64_t kTokens = 32;
-  static constexpr int64_t kTableBlocks = 96;  // tables are made for so many at once: lookup.h
+  static constexpr int64_t kTableBlocks = 64;  // tables are made for so many at once: lookup.h
   static constexpr int64_t kTile = 16;         // tokens of a tile: parts are whole tiles
   static constexpr int64_t kTileShares = 8;
 

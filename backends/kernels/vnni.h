@@ -9,7 +9,7 @@
 #ifndef BITDISTILL_VNNI_H
 #define BITDISTILL_VNNI_H
 
-#include "common.h"
+#include "rows.h"
 
 namespace {
 

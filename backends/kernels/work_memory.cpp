@@ -29,4 +29,11 @@ void *work_memory(size_t bytes) {
   return reinterpret_cast<void *>((address + kAlignment - 1) / kAlignment * kAlignment);
 }
 
+void release_work_memory() {
+  if (memory.bytes <= kKeptBytes) return;
+  free(memory.data);
+  memory.data = nullptr;
+  memory.bytes = 0;
+}
+
 }  // namespace bitdistill

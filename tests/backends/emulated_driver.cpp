@@ -40,7 +40,7 @@ bool same(Ternary ternary, const Case &c, std::mt19937 &random) {
     }
   }
   const std::vector<float> scale(static_cast<size_t>(c.rows), 1.0f);
-  const BdTernary w = {packed.data(), scale.data(), nullptr, c.rows, c.columns, 0};
+  const BdTernary w = {packed.data(), scale.data(), nullptr, c.rows, c.columns, 0, 0};
   std::vector<float> expected(static_cast<size_t>(c.rows * c.tokens)), got(expected.size(), -1.0f);
   scalar->ternary(&w, &in, expected.data(), 0, bd_blocks(c.rows));
   ternary(&w, &in, got.data(), 0, bd_blocks(c.rows));

@@ -18,11 +18,16 @@
 
 namespace {
 
+constexpr float kBefore = -1.0f;  // in y
+
 struct Layer {
   std::vector<uint8_t> packed;
   std::vector<float> scale, bias, norm;
   int64_t rows, columns;
-  BdTernary weights() const { return {packed.data(), scale.data(), bias.data(), rows, columns, 0}; }
+  int update = 0;
+  BdTernary weights() const {
+    return {packed.data(), scale.data(), bias.data(), rows, columns, 0, update};
+  }
 };
 
 std::vector<float> random_floats(std::mt19937 &random, int64_t count) {
@@ -51,7 +56,7 @@ std::vector<float> run(const BdKernels *kernels, const Layer &layer, const std::
   const int64_t tokens = static_cast<int64_t>(x.size()) / layer.columns;
   const std::unique_ptr<char[]> scratch(
       new char[bd_scratch_bytes(tokens, layer.columns, bits) + 1]);
-  std::vector<float> y(static_cast<size_t>(tokens * layer.rows), -1.0f);
+  std::vector<float> y(static_cast<size_t>(tokens * layer.rows), kBefore);
   const BdInput in = {x.data(), layer.norm.data(), 1e-6f, tokens, layer.columns};
   const BdTernary w = layer.weights();
   float *const out = y.data();
@@ -65,7 +70,7 @@ std::vector<float> run_base3(const BdKernels *kernels, const Layer &layer,
                              BdPool *pool) {
   const int64_t tokens = static_cast<int64_t>(x.size()) / layer.columns;
   const std::unique_ptr<char[]> scratch(new char[bd_scratch_bytes(tokens, layer.columns, 8) + 1]);
-  std::vector<float> y(static_cast<size_t>(tokens * layer.rows), -1.0f);
+  std::vector<float> y(static_cast<size_t>(tokens * layer.rows), kBefore);
   const BdInput in = {x.data(), layer.norm.data(), 1e-6f, tokens, layer.columns};
   BdTernary w = layer.weights();
   w.packed = packed.data();
@@ -88,6 +93,25 @@ bool same(const std::vector<float> &a, const std::vector<float> &b) {
   for (size_t i = 0; i < a.size(); ++i)
     if (!(a[i] == b[i]) && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
   return a.size() == b.size();
+}
+
+// What y held is a gate or a residual: the same as each by itself, on every table.
+bool same_updates(const BdKernels *kernels, Layer layer, const std::vector<float> &x, int bits,
+                  BdPool *pool) {
+  const std::vector<float> plain = run(kernels, layer, x, bits, nullptr);
+  for (const int update : {BD_ADD, BD_SILU, BD_GELU_TANH}) {
+    layer.update = update;
+    std::vector<float> expected = plain;
+    const std::vector<float> before(plain.size(), kBefore);
+    const int64_t count = static_cast<int64_t>(plain.size());
+    const BdGate gate = {before.data(), plain.data(), count, count, update};
+    if (update != BD_ADD)
+      kernels->gate(&gate, expected.data(), 0, count > 0 ? 1 : 0);
+    else
+      for (float &value : expected) value += kBefore;
+    if (!same(run(kernels, layer, x, bits, pool), expected)) return false;
+  }
+  return true;
 }
 
 bool same_gate(const BdKernels *a, const BdKernels *b, std::mt19937 &random, int64_t tokens,
@@ -203,6 +227,7 @@ bool same_prefill(const BdKernels *kernels, const BdKernels *oracle, std::mt1993
     const std::vector<float> expected = run(oracle, layer, x, 8, nullptr);
     if (!same(run(kernels, layer, x, 8, nullptr), expected)) return false;
     if (!same(run(kernels, layer, x, 8, pool), expected)) return false;
+    if (!same_updates(kernels, layer, x, 8, pool)) return false;
   }
   return true;
 }
@@ -227,6 +252,7 @@ bool compare(const BdKernels *kernels, unsigned seed, BdPool *pool) {
                     run_base3(oracle, layer, base3, x, nullptr)))
             return false;
           if (run_unpack(kernels, layer, base3) != run_unpack(oracle, layer, base3)) return false;
+          if (!wrapped && !same_updates(kernels, layer, x, bits, pool)) return false;
           if (!same_gate(kernels, oracle, random, tokens, columns)) return false;
           if (!same_head(kernels, oracle, random, tokens, rows, columns)) return false;
           if (!same_table(kernels, oracle, random, tokens, rows, columns, bits == 8 ? 8 : 4))

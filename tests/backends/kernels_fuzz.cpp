@@ -46,7 +46,7 @@ Values ternary(const BdKernels *kernels, Bytes bytes, const Shape &shape, int bi
   const bool any = !base3 && bd_has_code_3(packed.data(), packed.size()) != 0;
   std::vector<char> scratch(bd_scratch_bytes(shape.tokens, shape.columns, bits) + 1);
   Values y(static_cast<size_t>(shape.tokens * shape.rows), 0.0f);
-  const BdTernary w = {packed.data(), scale.data(), nullptr, shape.rows, shape.columns, 0};
+  const BdTernary w = {packed.data(), scale.data(), nullptr, shape.rows, shape.columns, 0, 0};
   const BdInput in = {x.data(), nullptr, 0.0f, shape.tokens, shape.columns};
   const BdTokens tokens = bd_tokens(scratch.data(), shape.tokens, shape.columns, bits);
   (bits == 8 ? kernels->quantize : kernels->normalize)(&in, &tokens, 0, shape.tokens);
@@ -60,7 +60,7 @@ Values ternary(const BdKernels *kernels, Bytes bytes, const Shape &shape, int bi
 Values unpacked(const BdKernels *kernels, Bytes bytes, const Shape &shape) {
   const auto packed = bytes.array<uint8_t>(bd_base3_bytes(shape.rows, shape.columns));
   std::vector<uint8_t> out(static_cast<size_t>(bd_packed_bytes(shape.rows, shape.columns)));
-  const BdTernary w = {packed.data(), nullptr, nullptr, shape.rows, shape.columns, 0};
+  const BdTernary w = {packed.data(), nullptr, nullptr, shape.rows, shape.columns, 0, 0};
   kernels->unpack_base3(&w, out.data(), 0, bd_blocks(shape.rows));
   return Values(out.begin(), out.end());
 }

@@ -25,7 +25,7 @@ from bitdistill.packing import pack_layout
 
 PARTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 BLOCK_NORMS = ("qkv_proj", "gate_up_proj")
-MEMBERS = ("W", "scale", "norm_weight", "bias")
+MEMBERS = ("W", "norm_weight", "bias")
 SHARED = ("frequencies", "q_norm", "k_norm")
 ADDED_EPSILON = 1e-3  # far from that of the other norms, or a mix-up could not be seen
 
@@ -35,7 +35,7 @@ class Layer:
     """What one is made of; `norms` and `biases` are the parts that have one."""
 
     hidden: int = 100
-    wide: int = 75
+    wide: int = 96  # whole blocks of rows
     bits: int = 16
     layout: int = 1
     activation_bits: int = 8
@@ -84,6 +84,13 @@ def form(layer: Layer) -> dict[str, int]:
     return {"layout": layer.layout, "activation_bits": layer.activation_bits}
 
 
+def merged(constants: Inputs) -> Inputs:
+    """Constants of a layer, which has the scales of all matrices in one tensor."""
+    names = [f"{part}.scale" for part in PARTS]
+    others = {name: value for name, value in constants.items() if name not in names}
+    return others | {"scale": np.concatenate([constants[name] for name in names])}
+
+
 def present(names: list[str], constants: Inputs) -> list[str]:
     """Inputs of a node, "" for those that the layer does not have."""
     known = {"x", *GIVEN, *RESULTS, "qkv", "attended", "middle", "gate_up", *constants}
@@ -97,8 +104,8 @@ def whole(
     layer: Layer, changed: Inputs | None = None, fed: tuple[str, ...] = (), **changes: Any
 ) -> bytes:
     """One DecoderLayer; `changed` takes the place of constants, `changes` of attributes."""
-    constants = layer.constants() | (changed or {})
-    names = ["x", *GIVEN, *SHARED, *(f"{part}.{m}" for part in PARTS for m in MEMBERS)]
+    constants = merged(layer.constants()) | (changed or {})
+    names = ["x", *GIVEN, *SHARED, "scale", *(f"{part}.{m}" for part in PARTS for m in MEMBERS)]
     attributes = {
         **attention_attributes(layer),
         **form(layer),
@@ -123,7 +130,8 @@ def separate(layer: Layer) -> bytes:
 
     def product(part: str, x: str, y: str, residual: str = "", **more: Any) -> Any:
         rows, columns = layer.size(part)
-        names = [x, *(f"{part}.{member}" for member in MEMBERS), "", residual]
+        weight, *others = (f"{part}.{member}" for member in MEMBERS)
+        names = [x, weight, f"{part}.scale", *others, "", residual]
         attributes = {
             **form(layer),
             "N": rows,

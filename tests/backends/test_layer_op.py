@@ -13,7 +13,7 @@ from layer_models import BLOCK_NORMS, PARTS, Layer, separate, whole
 from op_models import session
 
 Session = onnxruntime.InferenceSession
-WIDE = Layer(hidden=256, wide=700)  # enough rows for several pieces on each of many threads
+WIDE = Layer(hidden=256, wide=704)  # enough rows for several pieces on each of many threads
 
 LAYERS = {
     "usual": Layer(),
@@ -32,7 +32,7 @@ LAYERS = {
     "gelu": Layer(activation="gelu_tanh", biases=("o_proj", "down_proj")),
     "window": Layer(window=3, bits=32),
     "wide": WIDE,
-    "wide, base 3": Layer(hidden=256, wide=700, layout=2),
+    "wide, base 3": Layer(hidden=256, wide=704, layout=2),
 }
 # Lengths of the sequences in the end, and tokens of the call: prompts, padded on the right or not,
 # then what follows them.
@@ -66,10 +66,12 @@ def check(layer: Layer, one: Session, other: Session, calls: list[tuple[list[int
     pasts: list[list[Any]] = [[], []]
     for seed, (lengths, tokens) in enumerate(calls):
         given = feed(layer.bits, lengths, tokens, max(lengths), 0, seed, layer.hidden)
+        x = given["x"].copy()
         (y, *pasts[0]), (expected, *pasts[1]) = (
             step(run, given, past) for run, past in zip((one, other), pasts, strict=True)
         )
         assert np.isfinite(expected).all()
+        assert np.array_equal(given["x"], x)  # y may lie where x does, unless it is a caller's
         assert np.array_equal(y, expected), (lengths, tokens)
         assert same_cache(pasts[0], pasts[1], lengths), (lengths, tokens)
 
@@ -82,7 +84,7 @@ def test_prompts_chunks_and_steps_equal_separate_nodes(layer: Layer) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 9])
-@pytest.mark.parametrize("layer", [WIDE, Layer(hidden=256, wide=700, layout=2, bits=8)])
+@pytest.mark.parametrize("layer", [WIDE, Layer(hidden=256, wide=704, layout=2, bits=8)])
 def test_thread_counts_give_the_same_bits(layer: Layer, threads: int) -> None:
     """One thread, which has no others to wait for, up to more than there are processors."""
     one, other = session(whole(layer), threads), session(separate(layer), 1)

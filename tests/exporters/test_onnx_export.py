@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -140,6 +141,16 @@ def test_large_tensors_start_on_a_page(artifact: Path) -> None:
         if place:
             length = int(place["length"])
             assert int(place["offset"]) % (4096 if length >= 4096 else 64) == 0
+
+
+def test_small_tensors_are_in_the_model(artifact: Path) -> None:
+    """Outside, each would take a page of memory."""
+    tensors = graph_of(artifact).initializer
+    sizes = {t.name: t.data_type == 1 and 4 * math.prod(t.dims) for t in tensors}
+    outside = {tensor.name for tensor in tensors if tensor.external_data}
+    assert "model.layers.0.scale" in sizes.keys() - outside
+    assert all(name not in outside for name, size in sizes.items() if 0 < size <= 1024)
+    assert "model.layers.0.mlp.down_proj.weight" in outside
 
 
 def test_rotary_tables_equal_hugging_face_far_out() -> None:

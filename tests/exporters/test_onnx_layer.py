@@ -46,7 +46,7 @@ def test_a_layer_is_a_node(artifact: Path) -> None:
 
 
 def test_a_layers_inputs(artifact: Path) -> None:
-    """X, what attention has, then four constants of each matrix."""
+    """X, what attention has, scales, then three constants of each matrix."""
     node, block = layers_of(graph_of(artifact))[1], "model.layers.1"
     norms = {
         "self_attn.qkv_proj": f"{block}.input_layernorm.weight",
@@ -54,11 +54,7 @@ def test_a_layers_inputs(artifact: Path) -> None:
         "mlp.gate_up_proj": f"{block}.post_attention_layernorm.weight",
         "mlp.down_proj": f"{block}.mlp.down_proj.norm.weight",
     }
-    matrices = [
-        name
-        for part in PARTS
-        for name in (f"{block}.{part}.weight", f"{block}.{part}.scale", norms[part], "")
-    ]
+    matrices = [name for part in PARTS for name in (f"{block}.{part}.weight", norms[part], "")]
     assert list(node.input) == [
         "layers.0.mlp_residual",
         "past_key_values.1.key",
@@ -68,6 +64,7 @@ def test_a_layers_inputs(artifact: Path) -> None:
         "rotary.0.frequencies",
         f"{block}.self_attn.q_norm.weight",
         f"{block}.self_attn.k_norm.weight",
+        f"{block}.scale",
         *matrices[:-1],  # an absent bias at the end is left out
     ]
 
@@ -125,8 +122,8 @@ def test_what_a_layer_does_not_have_is_left_empty(
         names = {name for name in given if name.endswith(optional)}
         assert {".".join(n.split(".")[4:]) for n in names} == present
         # the matrices are where they are in every layer
-        found = [place for place, name in enumerate(node.input) if name.endswith(".scale")]
-        assert found == [9, 13, 17, 21]
+        found = [p for p, name in enumerate(node.input) if name.endswith("_proj.weight")]
+        assert found == [9, 12, 15, 18]
         assert node.input[-1]
 
 
@@ -162,3 +159,12 @@ def test_matrices_are_read_back_from_layers(artifact: Path, student: Path) -> No
         expected, exact = opened.ternary(name)
         np.testing.assert_array_equal(trits, expected)
         assert scale == exact
+
+
+@pytest.mark.parametrize(("size", "nodes"), [(96, 2), (100, 0)])
+def test_gate_and_up_that_share_a_block_of_rows_need_several_nodes(
+    student_dir: Students, size: int, nodes: int, tmp_path: Path
+) -> None:
+    student = student_dir("llama", intermediate_size=size)
+    out = exporters.export(student, "onnx", tmp_path / "out")
+    assert len(layers_of(graph_of(out))) == nodes
