@@ -20,6 +20,7 @@ inline __m256i pair_scales(const int8_t *scales) {
 }
 
 constexpr int kTokens4 = 4;
+constexpr int kStreams4 = 2;
 
 // Tokens as the products of one group read them.
 struct Group {
@@ -34,9 +35,10 @@ inline Group group_of(const BdHeadTokens *in, int64_t token, int64_t g) {
           group_downs(in, token) + g, in->stride};
 }
 
-// Adds one group's products to the sums of V * 8 rows and T tokens.
+// Adds one group's products to the sums of V * 8 rows and T tokens. Two vectors are a block; where
+// there are more, the next block's group lies `apart` groups behind.
 template <int V, int T>
-inline void add_group(const uint8_t *w, const int8_t *scales, const Group &in,
+inline void add_group(const uint8_t *w, const int8_t *scales, int64_t apart, const Group &in,
                       __m256 (&totals)[T][V]) {
   const __m256i low = _mm256_set1_epi8(15);
   const int64_t step = in.stride / BD_TABLE_COLUMNS;
@@ -46,7 +48,7 @@ inline void add_group(const uint8_t *w, const int8_t *scales, const Group &in,
       dots[t][v] = _mm256_set1_epi16(static_cast<int16_t>(-4 * in.starts[t * step]));
   for (int s = 0; s < 4; ++s)
     for (int v = 0; v < V; ++v) {
-      const __m256i codes = load(w + 64 * s + 32 * v);
+      const __m256i codes = load(w + v / 2 * apart * BD_TABLE_BYTES + 64 * s + 32 * (v % 2));
       const __m256i c0 = _mm256_and_si256(codes, low);
       const __m256i c1 = _mm256_and_si256(_mm256_srli_epi16(codes, 4), low);
       for (int t = 0; t < T; ++t) {
@@ -57,7 +59,7 @@ inline void add_group(const uint8_t *w, const int8_t *scales, const Group &in,
       }
     }
   for (int v = 0; v < V; ++v) {
-    const __m256i factors = pair_scales(scales + 8 * v);
+    const __m256i factors = pair_scales(scales + v / 2 * apart * BD_TABLE_ROWS + 8 * (v % 2));
     for (int t = 0; t < T; ++t) {
       const __m256 dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(dots[t][v], factors));
       const __m256 down = _mm256_set1_ps(in.downs[t * step]);
@@ -66,30 +68,35 @@ inline void add_group(const uint8_t *w, const int8_t *scales, const Group &in,
   }
 }
 
-// One token is bound by memory, which gives a core more from several pages at once: while a block
-// passes, a quarter of each of the four behind its own four is fetched, a line of each in turn.
-void one_token4(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int64_t last) {
-  constexpr int kPlaces = 4, kLine = BD_TABLE_BYTES / kPlaces;
+// One token: memory gives a core more of distant pages than of neighbouring blocks, so S streams of
+// `count` blocks each, the first from block `first`, pass side by side. More than two would not fit
+// the registers. Every line is fetched, those of the scales too: a part of them misleads the
+// processor's own fetching.
+template <int S>
+void one_token4(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int64_t count) {
+  constexpr int64_t kAhead = 4;  // groups
   alignas(32) float sums[BD_TABLE_ROWS];
-  const int64_t groups = table_groups(w->columns), bytes = groups * BD_TABLE_BYTES;
-  for (int64_t block = first; block < last; ++block) {
+  const int64_t groups = table_groups(w->columns), apart = count * groups;
+  for (int64_t block = first; block < first + count; ++block) {
     const uint8_t *codes = table_block(w, block);
     const int8_t *scales = table_scales(w, block);
-    const int64_t turn = (block - first) % kPlaces;
-    const bool more = block - turn + 2 * kPlaces <= last;  // else this block, fetched already
-    const uint8_t *ahead = more ? codes + (kPlaces - turn) * bytes + turn * kLine * groups : codes;
-    const int64_t apart = more ? bytes : 0;
-    __m256 totals[1][2] = {};
+    __m256 totals[1][2 * S] = {};
     for (int64_t g = 0; g < groups; ++g) {
-      for (int place = 0; place < kPlaces; ++place)
-        _mm_prefetch(reinterpret_cast<const char *>(ahead + place * apart + kLine * g),
+      for (int s = 0; s < S; ++s) {
+        const uint8_t *next = codes + (s * apart + kAhead) * BD_TABLE_BYTES;
+        fetch_group(next);
+        fetch_group(next + BD_TABLE_BYTES / 2);
+        _mm_prefetch(reinterpret_cast<const char *>(scales + (s * apart + kAhead) * BD_TABLE_ROWS),
                      _MM_HINT_T0);
-      add_group<2, 1>(codes, scales, group_of(in, 0, g), totals);
+      }
+      add_group<2 * S, 1>(codes, scales, apart, group_of(in, 0, g), totals);
       codes += BD_TABLE_BYTES;
       scales += BD_TABLE_ROWS;
     }
-    for (int v = 0; v < 2; ++v) _mm256_store_ps(sums + 8 * v, totals[0][v]);
-    write_table_rows(w, block, sums, y);
+    for (int s = 0; s < S; ++s) {
+      for (int v = 0; v < 2; ++v) _mm256_store_ps(sums + 8 * v, totals[0][2 * s + v]);
+      write_table_rows(w, block + s * count, sums, y);
+    }
   }
 }
 
@@ -103,7 +110,7 @@ void tile_sums(const BdTable *w, int64_t block, int64_t row, const BdHeadTokens 
   for (int64_t g = 0; g < table_groups(w->columns); ++g) {
     for (int s = 0; s < 4; ++s)
       _mm_prefetch(reinterpret_cast<const char *>(codes + kPrefetch + 64 * s), _MM_HINT_T0);
-    add_group<V, T>(codes, scales, group_of(in, token, g), totals);
+    add_group<V, T>(codes, scales, 0, group_of(in, token, g), totals);
     codes += BD_TABLE_BYTES;
     scales += BD_TABLE_ROWS;
   }
@@ -129,7 +136,11 @@ namespace bitdistill {
 namespace avx2 {
 
 void head4(const BdTable *w, const BdHeadTokens *in, float *y, int64_t first, int64_t last) {
-  if (in->tokens == 1) return one_token4(w, in, y, first, last);
+  if (in->tokens == 1) {
+    const int64_t count = (last - first) / kStreams4;
+    one_token4<kStreams4>(w, in, y, first, count);
+    return one_token4<1>(w, in, y, first + kStreams4 * count, last - first - kStreams4 * count);
+  }
   alignas(32) float sums[kTokens4][BD_TABLE_ROWS];
   for (int64_t block = first; block < last; ++block)
     for (int64_t token = 0; token < in->tokens;) {
