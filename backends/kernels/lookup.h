@@ -29,7 +29,7 @@ constexpr int kVector = 2 * kTokens;     // bytes
 constexpr int kEntry = kPass * kVector;  // of a byte value: the sums of each group
 constexpr int64_t kMostBlocks = 64;      // of 32 rows: their sums stay in the L2 cache
 constexpr int64_t kFlush = 14;           // groups, whole passes
-constexpr int64_t kAhead = 16;           // blocks, of which a pass' bytes are fetched ahead
+constexpr int64_t kAhead = 8;            // blocks whose bytes are fetched before their turn
 constexpr int kLine = 64;
 
 // The tables start where they spread over the sets of an L1 cache; of the last, every byte value is
@@ -190,7 +190,13 @@ void write_block(const BdTernary *w, const BdTokens *in, int64_t block, int64_t 
     write_rows(w, block, work->dots[t], 0, in->down[token + t], y + (token + t) * w->rows);
 }
 
-// One tile of tokens and at most kMostBlocks blocks.
+inline void fetch_pass(const uint8_t *packed) {
+  for (int i = 0; i < kPass * BD_BLOCK_BYTES; i += kLine)
+    _mm_prefetch(reinterpret_cast<const char *>(packed + i), _MM_HINT_T0);
+}
+
+// One tile of tokens and at most kMostBlocks blocks. Passes take a few bytes of every block, which
+// memory gives in time only if all are fetched ahead, the first ones of a pass during the last.
 void tile(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last,
           int64_t token, int64_t count, Work *work) {
   const int64_t groups = groups_of(w->columns), blocks = last - first;
@@ -202,8 +208,8 @@ void tile(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64
     for (int i = 0; i < pass; ++i) fill_tables(in, token, count, g + i, i, work);
     const uint8_t *packed = block_bytes(w, first) + g * BD_BLOCK_BYTES;
     for (int64_t b = 0; b < blocks; ++b, packed += step) {
-      const char *ahead = reinterpret_cast<const char *>(packed + kAhead * step);
-      for (int i = 0; i < kPass * BD_BLOCK_BYTES; i += kLine) _mm_prefetch(ahead + i, _MM_HINT_T0);
+      const int64_t next = b + kAhead < blocks ? 0 : kPass * BD_BLOCK_BYTES - blocks * step;
+      fetch_pass(packed + kAhead * step + next);
       (pass == kPass ? add_groups<kPass> : add_groups<1>)(packed, work->tables,
                                                           work->narrow + b * BD_BLOCK_ROWS);
     }
@@ -217,6 +223,7 @@ void tile(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64
 int64_t by_lookup(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t last) {
   const int64_t rest = in->tokens % kTokens;
   const int64_t tokens = in->tokens - (rest < Lanes::kFewest ? rest : 0);
+  static_assert(kAhead <= Lanes::kFewestBlocks, "the blocks ahead are those of one pass more");
   if (tokens == 0 || last - first < Lanes::kFewestBlocks) return 0;
   Work *work = static_cast<Work *>(bitdistill::work_memory(sizeof(Work)));
   if (work == nullptr) return 0;
