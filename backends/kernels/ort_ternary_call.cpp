@@ -154,9 +154,9 @@ ort::Status *multiply(const TernaryNode &k, const Threads &threads, const Ternar
   expand_scales(k, scale, first_row, w.rows, row_scales);
   const bool by_tokens = k.kernels->by_tokens != 0 && kernel == k.kernels->ternary;
   const Split split(c.tokens, blocks, processors(), 2, by_tokens);
-  return parallel(threads, split.parts(), 1, [&](int64_t a, int64_t b) {
-    for (int64_t index = a; index < b; ++index) split.run(part, index, w, tokens, c.y);
-  });
+  std::atomic<int64_t> next{0};
+  return parallel(threads, processors(), 1,
+                  [&](int64_t, int64_t) { split.take(&next, part, w, tokens, c.y); });
 }
 
 ort::Status *unpack(const Threads &threads, const BdKernels &kernels, BdTernary *w, uint8_t *out) {

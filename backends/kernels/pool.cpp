@@ -165,8 +165,7 @@ void prepare_part(void *context, int64_t first, int64_t last) {
 // One thread's share: the parts that are left when it comes.
 void multiply_parts(void *context, int64_t, int64_t) {
   Layer &l = *static_cast<Layer *>(context);
-  for (int64_t part = l.next.fetch_add(1); part < l.split.parts(); part = l.next.fetch_add(1))
-    l.split.run(l.product, part, *l.w, *l.tokens, l.y);
+  l.split.take(&l.next, l.product, *l.w, *l.tokens, l.y);
 }
 
 void unpack_part(void *context, int64_t first, int64_t last) {
