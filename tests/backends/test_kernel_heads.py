@@ -92,7 +92,8 @@ def test_sums_are_exact_at_their_bounds(isa: str, bits: int, sign: int) -> None:
     x = np.full((3, tables.MAX_COLUMNS), sign, F)
     x[1, ::2] *= -1
     x[2, :] *= np.where(np.arange(tables.MAX_COLUMNS) % 32 < 16, 1, -1)
-    assert same(Kernels(isa).quantized_head(x, table), oracle(x, table))
+    for tokens in (x, *np.split(x, 3)):  # one token takes other loops
+        assert same(Kernels(isa).quantized_head(tokens, table), oracle(tokens, table))
 
 
 @pytest.mark.parametrize("isa", ISAS)
