@@ -181,8 +181,18 @@ np.savez(sys.argv[2], *logits, slope=np.array(slope), said=np.array(said))
 """
 
 
-@pytest.mark.parametrize("bits", [8, None])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+SLOW = pytest.mark.slow  # seconds each; each family and width is in a quick one
+
+
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [
+        ("llama", 8),
+        ("gemma3_text", None),
+        pytest.param("llama", None, marks=SLOW),
+        pytest.param("gemma3_text", 8, marks=SLOW),
+    ],
+)
 def test_what_metal_compiles(
     mlx_artifact: Artifact, tmp_path: Path, family: str, bits: int | None
 ) -> None:

@@ -47,7 +47,7 @@ def big(make_teacher: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Cal
     return make
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_a_recipe_with_a_larger_teacher(
     recipe: Callable[..., Config], big: Callable[..., str], tmp_path: Path, family: str
 ) -> None:
