@@ -13,8 +13,9 @@
 #if BD_X86
 namespace {
 
-constexpr int kMatvecChunk = 8;  // groups of 16 columns: 16 sums at weight 4
-constexpr int kTileChunk = 16;   // groups: 64 sums at weight 1
+constexpr int kMatvecChunk = 8;       // groups of 16 columns: 16 sums at weight 4
+constexpr int64_t kMostSpread = 192;  // groups whose activations are spread at once: 24 KiB
+constexpr int kTileChunk = 16;        // groups: 64 sums at weight 1
 constexpr int kTileVectors = 2;
 constexpr int kTileTokens = 6;
 
@@ -25,22 +26,28 @@ inline void add_product(__m256i *sum, __m256i codes, __m256i x) {
   BD_IN_ORDER(*sum);
 }
 
-// Products of S blocks, `step` bytes apart. Four vectors and their sums fill the registers, so the
-// activations of a run are spread once, in memory, for all S blocks.
+// Each quad of activations in a vector of its own.
+inline void spread(const int8_t *q, int64_t groups, __m256i (*quads)[4]) {
+  for (int64_t i = 0; i < groups; ++i)
+    for (int k = 0; k < 4; ++k) quads[i][k] = quad(q + i * BD_BLOCK_COLUMNS + 4 * k);
+}
+
+// Products of S blocks, `step` bytes apart. Four vectors and their sums fill the registers, so
+// activations are spread in memory: all of them before, in `all`, or (null) those of a run here.
 template <int S>
-void matvec_dots(const uint8_t *w, int64_t step, const int8_t *q, int64_t groups,
-                 int32_t (*dots)[BD_BLOCK_ROWS]) {
+void matvec_dots(const uint8_t *w, int64_t step, const int8_t *q, const __m256i (*all)[4],
+                 int64_t groups, int32_t (*dots)[BD_BLOCK_ROWS]) {
   const __m256i low = _mm256_set1_epi8(0x03);
   const __m256i high = _mm256_set1_epi8(0x0c);
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i totals[S][kVectors] = {};
-  __m256i quads[kMatvecChunk][4];
+  __m256i run[kMatvecChunk][4];
   int64_t ahead[kMatvecChunk];  // places of a run's lines that are fetched, one for each group
   for (int i = 0; i < kMatvecChunk; ++i) ahead[i] = i % S * step + i / S * BD_BLOCK_BYTES;
   for (int64_t g = 0; g < groups; g += kMatvecChunk) {
     const int64_t count = smaller(kMatvecChunk, groups - g);
-    for (int64_t i = 0; i < count; ++i)
-      for (int k = 0; k < 4; ++k) quads[i][k] = quad(q + (g + i) * BD_BLOCK_COLUMNS + 4 * k);
+    if (all == nullptr) spread(q + g * BD_BLOCK_COLUMNS, count, run);
+    const __m256i(*quads)[4] = all != nullptr ? all + g : run;
     const uint8_t *next = w + (g + count) * BD_BLOCK_BYTES;
     for (int s = 0; s < S; ++s, next += kMatvecChunk / S * BD_BLOCK_BYTES) {
       __m256i one[kVectors] = {};
@@ -114,13 +121,17 @@ constexpr TileDots kTiles[kTileTokens + 1] = {
 // S streams of `count` blocks each, the first from block `first`.
 template <int S>
 void one_token(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64_t count) {
+  if (count == 0) return;
   alignas(32) int32_t dots[S][BD_BLOCK_ROWS];
+  __m256i quads[kMostSpread][4];
   const int64_t groups = groups_of(w->columns), step = count * groups * BD_BLOCK_BYTES;
+  const __m256i(*all)[4] = groups <= kMostSpread ? quads : nullptr;
+  if (all != nullptr) spread(in->q, groups, quads);
   // The runs that nothing fetches ahead of.
-  for (int64_t i = 0; i < (count > 0 ? smaller(kMatvecChunk, groups) : 0); ++i)
+  for (int64_t i = 0; i < smaller(kMatvecChunk, groups); ++i)
     for (int s = 0; s < S; ++s) fetch_group(block_bytes(w, first) + s * step + i * BD_BLOCK_BYTES);
   for (int64_t block = first; block < first + count; ++block) {
-    matvec_dots<S>(block_bytes(w, block), step, in->q, groups, dots);
+    matvec_dots<S>(block_bytes(w, block), step, in->q, all, groups, dots);
     for (int s = 0; s < S; ++s)
       write_rows(w, block + s * count, dots[s], in->sum[0], in->down[0], y);
   }

@@ -24,32 +24,38 @@ inline void update_rows(int update, const float *values, int64_t count, float *y
   }
 }
 
-// Products of a row's sum and its scale -> y, with what there is to be added.
-inline void finish_rows(const BdTernary *w, int64_t first, int64_t count, float *values, float *y) {
+// Scales the sums of one token and rows from `first` on into y, with what there is to be added.
+// A whole block of rows, as all but the last one are, has loops of a known length.
+template <bool Whole, class Sum>
+inline void finish_rows(const BdTernary *w, int64_t first, Sum scaled, float *y) {
+  const int64_t count = Whole ? int64_t{BD_BLOCK_ROWS} : w->rows - first;
+  const float *scale = w->scale + first;
+  float values[BD_BLOCK_ROWS];
+  for (int64_t r = 0; r < count; ++r) values[r] = scaled(r, scale[r]);
   if (w->bias != nullptr)
     for (int64_t r = 0; r < count; ++r) values[r] += w->bias[first + r];
   update_rows(w->update, values, count, y + first);
 }
 
-// Scales the integer sums of one token and one block of rows into y, row by row.
+template <class Sum>
+inline void finish_block(const BdTernary *w, int64_t block, Sum scaled, float *y) {
+  const int64_t first = block * BD_BLOCK_ROWS;
+  first + BD_BLOCK_ROWS <= w->rows ? finish_rows<true>(w, first, scaled, y)
+                                   : finish_rows<false>(w, first, scaled, y);
+}
+
+// Integer sums of one token and one block of rows.
 inline void write_rows(const BdTernary *w, int64_t block, const int32_t *dots, int32_t sum,
                        float down, float *y) {
-  const int64_t first = block * BD_BLOCK_ROWS;
-  const int64_t count = smaller(BD_BLOCK_ROWS, w->rows - first);
-  const float *scale = w->scale + first;
-  float values[BD_BLOCK_ROWS];
-  for (int64_t r = 0; r < count; ++r)
-    values[r] = static_cast<float>(dots[r] - sum) * (down * scale[r]);
-  finish_rows(w, first, count, values, y);
+  finish_block(
+      w, block,
+      [=](int64_t r, float scale) { return static_cast<float>(dots[r] - sum) * (down * scale); },
+      y);
 }
 
 // The same for the sums of the fp32 path.
 inline void write_float_rows(const BdTernary *w, int64_t block, const float *dots, float *y) {
-  const int64_t first = block * BD_BLOCK_ROWS;
-  const int64_t count = smaller(BD_BLOCK_ROWS, w->rows - first);
-  float values[BD_BLOCK_ROWS];
-  for (int64_t r = 0; r < count; ++r) values[r] = dots[r] * w->scale[first + r];
-  finish_rows(w, first, count, values, y);
+  finish_block(w, block, [=](int64_t r, float scale) { return dots[r] * scale; }, y);
 }
 
 }  // namespace
