@@ -131,11 +131,13 @@ inline Type add_rows(Type sum, const char *tables, uint64_t first, uint64_t seco
   return add_both<3>(sum, tables, first, second);
 }
 
-// G groups of one block. Inlined, the loop would keep its pointers in memory.
-template <int G>
+// Sums of G groups of one block, added to those of the groups before unless these are the First.
+// Inlined, the loop would keep its pointers in memory.
+template <int G, bool First>
 BD_NOINLINE void add_groups(const uint8_t *w, const char *tables, int16_t (*sums)[kTokens]) {
   for (int r = 0; r < BD_BLOCK_ROWS; r += 2) {
-    Type one = Lanes::load(sums[r]), two = Lanes::load(sums[r + 1]);
+    Type one = First ? Lanes::zero() : Lanes::load(sums[r]);
+    Type two = First ? Lanes::zero() : Lanes::load(sums[r + 1]);
     uint64_t first, second;
     memcpy(&first, w + 4 * r, sizeof first);
     if constexpr (G == kPass) {
@@ -151,11 +153,11 @@ BD_NOINLINE void add_groups(const uint8_t *w, const char *tables, int16_t (*sums
   }
 }
 
+template <bool First>
 void widen(Work *work, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int t = 0; t < kTokens; ++t) work->wide[r][t] += work->narrow[r][t];
-    memset(work->narrow[r], 0, sizeof work->narrow[r]);
-  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int t = 0; t < kTokens; ++t)
+      work->wide[r][t] = (First ? 0 : work->wide[r][t]) + work->narrow[r][t];
 }
 
 // 8 rows x 8 tokens -> tokens x rows.
@@ -201,19 +203,21 @@ void tile(const BdTernary *w, const BdTokens *in, float *y, int64_t first, int64
           int64_t token, int64_t count, Work *work) {
   const int64_t groups = groups_of(w->columns), blocks = last - first;
   const int64_t step = groups * BD_BLOCK_BYTES;
-  memset(work->narrow, 0, static_cast<size_t>(blocks) * BD_BLOCK_ROWS * sizeof work->narrow[0]);
-  memset(work->wide, 0, static_cast<size_t>(blocks) * BD_BLOCK_ROWS * sizeof work->wide[0]);
   for (int64_t g = 0; g < groups; g += kPass) {
     const int pass = static_cast<int>(smaller(kPass, groups - g));
     for (int i = 0; i < pass; ++i) fill_tables(in, token, count, g + i, i, work);
+    const bool fresh = g % kFlush == 0;
+    const auto add = pass == kPass ? fresh ? add_groups<kPass, true> : add_groups<kPass, false>
+                     : fresh       ? add_groups<1, true>
+                                   : add_groups<1, false>;
     const uint8_t *packed = block_bytes(w, first) + g * BD_BLOCK_BYTES;
     for (int64_t b = 0; b < blocks; ++b, packed += step) {
       const int64_t next = b + kAhead < blocks ? 0 : kPass * BD_BLOCK_BYTES - blocks * step;
       fetch_pass(packed + kAhead * step + next);
-      (pass == kPass ? add_groups<kPass> : add_groups<1>)(packed, work->tables,
-                                                          work->narrow + b * BD_BLOCK_ROWS);
+      add(packed, work->tables, work->narrow + b * BD_BLOCK_ROWS);
     }
-    if ((g + pass) % kFlush == 0 || g + pass == groups) widen(work, blocks * BD_BLOCK_ROWS);
+    if ((g + pass) % kFlush == 0 || g + pass == groups)
+      (g < kFlush ? widen<true> : widen<false>)(work, blocks * BD_BLOCK_ROWS);
   }
   for (int64_t b = 0; b < blocks; ++b)
     write_block(w, in, first + b, token, count, work->wide + b * BD_BLOCK_ROWS, work, y);
