@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 MODEL = "model.onnx"
 CUSTOM = "custom"  # the manifest's `ops` of an artifact that needs our library
 WINDOW_NEEDS = (1, 24)  # earlier versions let a token see one key more than the window
+# Tokens of a prompt at once. Fewer take less memory, for artifacts made for the least of it; more
+# are slower again (docs/LOG.md).
+CHUNK, SMALL_CHUNK = 128, 64
 FORWARD_TOKENS = 256  # of a batch at once, which bounds the activations in memory
 
 
@@ -113,7 +116,7 @@ class OnnxRuntime(Runtime):
     """
 
     name = "onnx"
-    prefill_chunk = 64  # tokens; 135M, two cores: 1,790 a second, 1,885 by 128, 1,722 by 256
+    prefill_chunk = CHUNK
 
     def __init__(
         self,
@@ -134,6 +137,8 @@ class OnnxRuntime(Runtime):
         self.kv_bits: int = manifest["kv_bits"]
         self.stop_tokens = list(manifest["stop_tokens"])
         self.labels: list[int] | None = manifest["label_tokens"]
+        if self.labels is not None or manifest.get("storage", {}).get("embedding") == "int4":
+            self.prefill_chunk = SMALL_CHUNK
         self.words = self.vocabulary if self.labels is None else len(self.labels)
         self.embedding: EmbeddingFile | None = None
         if self.labels is not None:
