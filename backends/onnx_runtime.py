@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 MODEL = "model.onnx"
 CUSTOM = "custom"  # the manifest's `ops` of an artifact that needs our library
 WINDOW_NEEDS = (1, 24)  # earlier versions let a token see one key more than the window
-# Tokens of a prompt at once. Fewer take less memory, for artifacts made for the least of it; more
-# are slower again (docs/LOG.md).
+# Tokens of a prompt at once. Fewer take less memory, for artifacts made for the least of it
+# (docs/LOG.md has the speeds).
 CHUNK, SMALL_CHUNK = 128, 64
 FORWARD_TOKENS = 256  # of a batch at once, which bounds the activations in memory
 
